@@ -1,0 +1,75 @@
+/**
+ * The programs that tests and the demo need, and how they get here: what is
+ * missing is installed, nothing else is touched.
+ *
+ * @module
+ */
+
+/** Debian's package for each program. */
+const packages: Record<string, string> = {
+  "btrfs": "btrfs-progs",
+  "busybox": "busybox-static",
+  "dockerd": "docker.io",
+  "losetup": "mount",
+  "lvm": "lvm2",
+  "mkfs.btrfs": "btrfs-progs",
+  "mkfs.ext4": "e2fsprogs",
+  "mkfs.vfat": "dosfstools",
+  "mkfs.xfs": "xfsprogs",
+  "mkntfs": "ntfs-3g",
+  "mksquashfs": "squashfs-tools",
+  "nsenter": "util-linux",
+  "partx": "util-linux",
+  "setfattr": "attr",
+  "sfdisk": "fdisk",
+  "shellcheck": "shellcheck",
+};
+
+/** Where the tool, its tests and init look for programs. */
+export const systemPath = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/**
+ * Installs the packages of the programs that are missing.
+ *
+ * @param programs Names from the table above.
+ * @throws {Error} If a program is still missing afterwards.
+ */
+export function needPrograms(...programs: string[]): void {
+  const missing = programs.filter((program) => !isInstalled(program));
+  if (missing.length === 0) return;
+
+  const wanted = [...new Set(missing.map((program) => packages[program]))];
+  if (Deno.uid() === 0 && isInstalled("apt-get")) {
+    console.error(`Installing ${wanted.join(", ")} for ${missing.join(", ")}`);
+    aptGet("update", "-qq");
+    aptGet("install", "-qq", "-y", "--no-install-recommends", ...wanted);
+  }
+  const stillMissing = missing.filter((program) => !isInstalled(program));
+  if (stillMissing.length > 0) {
+    throw new Error(
+      `Cannot go on without ${stillMissing.join(", ")}: ` +
+        `install the packages ${wanted.join(", ")}`,
+    );
+  }
+}
+
+function isInstalled(program: string): boolean {
+  return systemPath.split(":").some((folder) => {
+    try {
+      return Deno.statSync(`${folder}/${program}`).isFile;
+    } catch {
+      return false;
+    }
+  });
+}
+
+function aptGet(...args: string[]): void {
+  const { success } = new Deno.Command("apt-get", {
+    args,
+    env: { DEBIAN_FRONTEND: "noninteractive" },
+    stdin: "null",
+    stdout: "null",
+    stderr: "inherit",
+  }).outputSync();
+  if (!success) console.error(`apt-get ${args.join(" ")} failed`);
+}

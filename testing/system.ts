@@ -1,0 +1,443 @@
+/**
+ * Systems to test on: real loop devices, a real read-only squashfs root, a
+ * mount namespace of their own. Nothing is mocked, nothing is left behind.
+ *
+ * @example
+ * ```ts
+ * await withSystem({ disks: [{ sizeBytes: 3 * GiB, contents: header }] },
+ *   async (system) => {
+ *     const { status, report } = await system.boot();
+ *   });
+ * ```
+ *
+ * @module
+ */
+import { needPrograms, systemPath } from "./programs.ts";
+
+/** Bytes. */
+export const MiB = 1024 ** 2;
+/** Bytes. */
+export const GiB = 1024 ** 3;
+
+/** The magic header, as SPEC.md spells it. */
+export const magic = "lightwhale-please-format-me";
+
+/** A disk's contents: the magic header, followed by nothing. */
+export const header =
+  `printf ${magic} | dd of="$DISK" conv=notrunc status=none`;
+
+/** Without root there are no loop devices: such tests are shown as ignored. */
+export const isRoot = Deno.uid() === 0;
+
+/** The folder of persistence.ts. */
+export const projectFolder = new URL("..", import.meta.url).pathname;
+
+/** The tool under test, by default the executable. */
+export const tool: string[] =
+  Deno.env.get("PERSISTENCE")?.split(" ").filter(Boolean) ??
+    [`${projectFolder}dist/persistence`];
+
+/** A disk before the test. */
+export interface DiskSpec {
+  sizeBytes: number;
+  /** Logical sector size, 512 by default. */
+  sectorBytes?: 512 | 4096;
+  /** A shell script that fills it; `$DISK` is the loop device. */
+  contents?: string;
+}
+
+/** A disk that is attached. */
+export interface Disk {
+  /** Such as `/dev/loop3`; changes with a reboot. */
+  path: string;
+  /** The image file behind it. */
+  image: string;
+  sectorBytes: 512 | 4096;
+}
+
+/** What a command did. */
+export interface Result {
+  status: number;
+  /** The signal that ended it, if one did. */
+  signal: string | null;
+  stdout: string;
+  stderr: string;
+}
+
+/** What the boot sequence says about itself in `persistence.json`. */
+export interface Report {
+  mode: "persistent" | "volatile" | "fallback";
+  reason: string;
+  exitStatus: number;
+  uuid: string | null;
+  devices: string[];
+  missing: number[];
+  degraded: boolean;
+  plan: string[];
+  warnings: string[];
+  errors: string[];
+}
+
+/** A run of the boot sequence. */
+export interface Boot extends Result {
+  report: Report;
+}
+
+/** How the tool is called. */
+export interface RunOptions {
+  /** Where programs are looked for first. */
+  path?: string;
+  /** The file that gets the tool's process id before it runs. */
+  pidFile?: string;
+  /** Run with file descriptor 0 closed. */
+  closeStdin?: boolean;
+}
+
+/** What a test can do with its system. */
+export interface System {
+  disks: Disk[];
+  /** The root directory, as `--root` gets it. */
+  root: string;
+  /** Runs the boot sequence on the disks and reads its report. */
+  boot(args?: string[], options?: RunOptions): Promise<Boot>;
+  /** Runs the tool with these arguments alone. */
+  run(args: string[], options?: RunOptions): Promise<Result>;
+  /** The arguments that keep the tool to this system's root and disks. */
+  place(): string[];
+  /** Runs a shell script in the system's root; throws if it fails. */
+  sh(script: string): Promise<string>;
+  /** Ends the system as a reset does, and starts it anew with cold disks. */
+  reboot(options?: { root?: string; cmdline?: string }): Promise<void>;
+  /** Attaches one more disk to the running system. */
+  plug(spec: DiskSpec): Promise<Disk>;
+  /** The whole disk's checksum. */
+  checksum(disk: Disk): Promise<string>;
+}
+
+/** The parts of a system. */
+export interface SystemOptions {
+  /** At least one, or the tool would look at the machine's own disks. */
+  disks: [DiskSpec, ...DiskSpec[]];
+  /** A shell script that runs in the root's tree before it is packed. */
+  root?: string;
+  /** Takes the place of the kernel's command line. */
+  cmdline?: string;
+}
+
+/**
+ * Makes a system, lets a test use it, and takes it apart whatever happens.
+ *
+ * @param options Its disks and its root.
+ * @param use The test.
+ * @returns What the test returned.
+ */
+export async function withSystem<T>(
+  options: SystemOptions,
+  use: (system: System) => Promise<T>,
+): Promise<T> {
+  needPrograms(
+    ...["btrfs", "sfdisk", "partx", "losetup", "nsenter", "mksquashfs"],
+  );
+  const folder = await Deno.makeTempDir({ prefix: "persistence-test-" });
+  const disks: Disk[] = [];
+  const root = `${folder}/root`;
+  let namespace: Namespace | undefined;
+
+  async function start(rootScript: string, cmdline: string | undefined) {
+    await packRoot(folder, rootScript);
+    for (const disk of disks) await attach(disk);
+    namespace = await openNamespace();
+    await inNamespace(
+      `mount -t squashfs -o loop,ro "$1/root.squashfs" "$1/root"
+       mount -t tmpfs run "$1/root/run"
+       mount -t tmpfs tmp "$1/root/tmp"`,
+      folder,
+    );
+    if (cmdline !== undefined) {
+      await Deno.writeTextFile(`${folder}/cmdline`, `${cmdline}\n`);
+      await inNamespace('mount --bind "$1/cmdline" /proc/cmdline', folder);
+    }
+  }
+
+  async function stop() {
+    const holder = namespace;
+    namespace = undefined;
+    // Swap belongs to the machine, not to the namespace.
+    for (const { path } of disks.filter(({ path }) => path)) {
+      for (const swap of await swapsOn(path)) await command(["swapoff", swap]);
+    }
+    if (holder) await holder.close();
+    for (const disk of disks) await detach(disk);
+  }
+
+  function inNamespace(script: string, ...args: string[]) {
+    if (!namespace) throw new Error("Cannot use a system that is not running");
+    return command([
+      ...namespace.enter,
+      ...["sh", "-euc", script, "sh", ...args],
+    ]);
+  }
+
+  async function run(args: string[], options: RunOptions = {}) {
+    if (!namespace) throw new Error("Cannot use a system that is not running");
+    const env = {
+      PATH: options.path ?? systemPath,
+      // For the Deno of the script; the executable needs none of them.
+      HOME: Deno.env.get("HOME") ?? "/root",
+      DENO_NO_UPDATE_CHECK: "1",
+    };
+    return await output([
+      ...namespace.enter,
+      ...["env", "-i", ...Object.entries(env).map(([k, v]) => `${k}=${v}`)],
+      ...[
+        "/bin/sh",
+        "-c",
+        `echo $$ > "$0"; exec "$@" ${options.closeStdin ? "<&-" : ""}`,
+      ],
+      options.pidFile ?? "/dev/null",
+      ...tool,
+      ...args,
+    ]);
+  }
+
+  function place() {
+    const devices = disks.map(({ path }) => path).join(",");
+    return ["--root", root, "--devices", devices];
+  }
+
+  async function plug({ sizeBytes, sectorBytes = 512, contents }: DiskSpec) {
+    const image = `${folder}/disk${disks.length}.img`;
+    await Deno.writeFile(image, new Uint8Array());
+    await Deno.truncate(image, sizeBytes);
+    const disk: Disk = { path: "", image, sectorBytes };
+    disks.push(disk);
+    await attach(disk);
+    if (contents) {
+      await command(["sh", "-euc", contents], { DISK: disk.path });
+      await command(["blockdev", "--flushbufs", disk.path]);
+    }
+    return disk;
+  }
+
+  const system: System = {
+    disks,
+    root,
+    run,
+    place,
+    async boot(args = [], runOptions = {}) {
+      const result = await run([...place(), ...args], runOptions);
+      const report = await system.sh(
+        'cat run/lightwhale/persistence.json 2>/dev/null || echo "{}"',
+      );
+      return { ...result, report: JSON.parse(report) as Report };
+    },
+    sh: (script) => inNamespace(`cd "$1"; ${script}`, root),
+    async reboot(next = {}) {
+      await stop();
+      await start(
+        next.root ?? options.root ?? "",
+        next.cmdline ?? options.cmdline,
+      );
+    },
+    plug,
+    async checksum({ path, image }) {
+      await command(["blockdev", "--flushbufs", path]);
+      // tar skips the holes, which would take most of the time.
+      return await command([
+        "sh",
+        "-euc",
+        'sync "$1"; tar --sparse --mtime=@0 -cf - "$1" 2>/dev/null | sha256sum',
+        "sh",
+        image,
+      ]);
+    },
+  };
+
+  try {
+    await Deno.mkdir(root);
+    for (const spec of options.disks) await plug(spec);
+    for (const disk of disks) await detach(disk);
+    await start(options.root ?? "", options.cmdline);
+    return await use(system);
+  } finally {
+    await stop();
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+/**
+ * Runs a command and waits for it.
+ *
+ * @param line The program and its arguments.
+ * @param env Variables besides this process' own.
+ * @returns What it printed on stdout.
+ * @throws {Error} If it fails.
+ */
+export async function command(
+  line: string[],
+  env: Record<string, string> = {},
+): Promise<string> {
+  const { status, stdout, stderr } = await output(line, env);
+  if (status !== 0) {
+    throw new Error(
+      `\`${line.join(" ")}\` failed with status ${status}: ${stdout}${stderr}`,
+    );
+  }
+  return stdout;
+}
+
+async function output(
+  [program, ...args]: string[],
+  env: Record<string, string> = {},
+): Promise<Result> {
+  const { code, signal, stdout, stderr } = await new Deno.Command(program, {
+    args,
+    // A private home of programs: the caller's PATH is nobody's business.
+    env: { PATH: systemPath, LC_ALL: "C.UTF-8", ...env },
+    stdin: "null",
+    signal: AbortSignal.timeout(180_000), // a test must not hang
+  }).output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return {
+    status: code,
+    signal,
+    stdout: text(stdout),
+    stderr: text(stderr),
+  };
+}
+
+/** A mount namespace that lives until it is closed. */
+interface Namespace {
+  /** The words before a command that put it there. */
+  enter: string[];
+  close(): Promise<void>;
+}
+
+async function openNamespace(): Promise<Namespace> {
+  const holder = new Deno.Command("unshare", {
+    args: ["--mount", "--propagation", "private", "sh", "-c", "echo; exec cat"],
+    stdin: "piped",
+    stdout: "piped",
+  }).spawn();
+  const reader = holder.stdout.getReader();
+  const { done } = await reader.read(); // else nsenter might come too early
+  await reader.cancel();
+  if (done) throw new Error("Cannot make a mount namespace");
+  const id = await Deno.readLink(`/proc/${holder.pid}/ns/mnt`);
+  return {
+    enter: ["nsenter", `--mount=/proc/${holder.pid}/ns/mnt`, "--"],
+    async close() {
+      await holder.stdin.close();
+      await holder.status;
+      // The mounts go with the last process in the namespace.
+      for (let tries = 0; tries < 100; tries++) {
+        const pids = await processesIn(id);
+        if (pids.length === 0) return;
+        for (const pid of pids) killProcess(pid);
+        await sleep(20);
+      }
+      throw new Error(`Cannot end the processes in ${id}`);
+    },
+  };
+}
+
+async function processesIn(namespace: string): Promise<number[]> {
+  const pids: number[] = [];
+  for await (const { name } of Deno.readDir("/proc")) {
+    if (!/^\d+$/.test(name)) continue;
+    const link = await Deno.readLink(`/proc/${name}/ns/mnt`).catch(() => "");
+    if (link === namespace) pids.push(Number(name));
+  }
+  return pids;
+}
+
+function killProcess(pid: number): void {
+  try {
+    Deno.kill(pid, "SIGKILL");
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error; // it has ended
+  }
+}
+
+async function attach(disk: Disk): Promise<void> {
+  disk.path = (await command([
+    ...["losetup", "--find", "--show"],
+    ...["--sector-size", String(disk.sectorBytes), disk.image],
+  ])).trim();
+}
+
+/** Takes the disk away, with its partitions and what the kernel knows of it. */
+async function detach(disk: Disk): Promise<void> {
+  const { path } = disk;
+  if (!path) return;
+  const name = path.slice("/dev/".length);
+  const partitions = await partitionsOf(path);
+  for (const node of [path, ...partitions]) {
+    // Fails where there is no Btrfs, which is fine.
+    await output(["btrfs", "device", "scan", "--forget", node]);
+  }
+  // The kernel may still be letting go of a file system.
+  for (let tries = 0; (await partitionsOf(path)).length > 0; tries++) {
+    const { stderr } = await output(["partx", "--delete", path]);
+    if (tries === 100) throw new Error(`Cannot free ${path}: ${stderr}`);
+    if (tries > 0) await sleep(50);
+  }
+  await command(["losetup", "--detach", path]);
+  for (let tries = 0; await exists(`/sys/block/${name}/loop`); tries++) {
+    if (tries === 100) throw new Error(`Cannot detach ${path}: it is in use`);
+    await sleep(50);
+  }
+  disk.path = "";
+}
+
+async function partitionsOf(path: string): Promise<string[]> {
+  const name = path.slice("/dev/".length);
+  const entries = await Array.fromAsync(Deno.readDir(`/sys/block/${name}`));
+  return entries.filter((entry) => entry.name.startsWith(`${name}p`))
+    .map((entry) => `/dev/${entry.name}`);
+}
+
+async function swapsOn(path: string): Promise<string[]> {
+  const swaps = await Deno.readTextFile("/proc/swaps");
+  const nodes = [path, ...await partitionsOf(path)];
+  return nodes.filter((node) => swaps.includes(`${node} `));
+}
+
+/** Makes the squashfs that the system's root is. */
+async function packRoot(folder: string, script: string): Promise<void> {
+  const tree = `${folder}/tree`;
+  await Deno.mkdir(tree);
+  await command([
+    "sh",
+    "-euc",
+    `umask 022
+     cd "$1"
+     mkdir -p etc/init.d var/log home mnt/lightwhale-data run tmp
+     chmod 1777 tmp
+     echo lightwhale > etc/hostname
+     echo "a log" > var/log/messages
+     ${script}`,
+    "sh",
+    tree,
+  ]);
+  const image = `${folder}/root.squashfs`;
+  await Deno.remove(image).catch(() => {}); // there is none the first time
+  await command([
+    ...["mksquashfs", tree, image, "-quiet", "-no-progress", "-comp", "lzo"],
+  ]);
+  await Deno.remove(tree, { recursive: true });
+}
+
+async function exists(path: string): Promise<boolean> {
+  try {
+    await Deno.lstat(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
