@@ -1,0 +1,317 @@
+/**
+ * Disks that remember every write and can lose power at an exact one.
+ *
+ * QEMU reaches such a disk over NBD (protocol: the NetworkBlockDevice
+ * project's doc/proto.md), so the harness itself is the disk: it sees each
+ * write and each flush in the order in which they arrive, of all disks of the
+ * machine, which no counter polled from outside can tell.
+ */
+
+/** What one disk of the machine received, in order of arrival. */
+export type Received =
+  | { kind: "write"; disk: number; offset: number; data: Uint8Array }
+  | { kind: "flush"; disk: number };
+
+/** When and how the power goes. */
+export interface Cut {
+  /** The power goes when this many writes have arrived, all disks together. */
+  afterWrites: number;
+  /**
+   * A disk may lose what was not flushed, in any combination: this seed picks
+   * which of those writes are lost. Without it none is.
+   */
+  loseUnflushed?: number;
+}
+
+/** The recorded disks of one machine. */
+export interface RecordedDisks {
+  /** Everything that arrived so far. */
+  received: Received[];
+  /** Stop serving, and drop what the cut loses. */
+  close(): Promise<void>;
+}
+
+/**
+ * Serve disks to one QEMU.
+ *
+ * @param disks The image file and the socket of each disk.
+ * @param options When the power goes, and what to do then (kill QEMU).
+ * @returns The disks, to be closed when QEMU has ended.
+ */
+export function serveDisks(
+  disks: { file: string; socket: string }[],
+  options: { cut?: Cut; onCut: () => void },
+): RecordedDisks {
+  const { cut, onCut } = options;
+  const received: Received[] = [];
+  let writes = 0;
+  let powered = true;
+
+  function receive(event: Received): void {
+    received.push(event);
+    if (event.kind !== "write") return;
+    writes++;
+    if (cut && writes >= cut.afterWrites) {
+      powered = false;
+      onCut();
+    }
+  }
+
+  const servers = disks.map(({ file, socket }, disk) => {
+    const listener = Deno.listen({ transport: "unix", path: socket });
+    const image = Deno.openSync(file, { read: true, write: true });
+    const unflushed: Unflushed[] = [];
+
+    const device: Device = {
+      sizeBytes: image.statSync().size,
+      read: (offset, length) => readAt(image, offset, length),
+      write(offset, data) {
+        if (!powered) return false;
+        const before = readAt(image, offset, data.length);
+        unflushed.push({ offset, before, data });
+        writeAt(image, offset, data);
+        receive({ kind: "write", disk, offset, data });
+        return powered;
+      },
+      flush() {
+        if (!powered) return false;
+        unflushed.length = 0;
+        receive({ kind: "flush", disk });
+        return true;
+      },
+    };
+    const serving = serveNbd(listener, device);
+
+    return async function close() {
+      listener.close();
+      await serving;
+      if (!powered && cut?.loseUnflushed !== undefined) {
+        loseSome(image, unflushed, cut.loseUnflushed + disk);
+      }
+      image.close();
+    };
+  });
+
+  return {
+    received,
+    async close() {
+      for (const close of servers) await close();
+    },
+  };
+}
+
+/** A write that the disk may still lose. */
+interface Unflushed {
+  offset: number;
+  before: Uint8Array;
+  data: Uint8Array;
+}
+
+/** Undo all that was not flushed, then do again what the seed lets survive. */
+function loseSome(
+  image: Deno.FsFile,
+  unflushed: Unflushed[],
+  seed: number,
+): void {
+  const random = randomFrom(seed);
+  for (const { offset, before } of unflushed.toReversed()) {
+    writeAt(image, offset, before);
+  }
+  for (const { offset, data } of unflushed) {
+    if (random() < 0.5) writeAt(image, offset, data);
+  }
+}
+
+/**
+ * A small seeded generator (mulberry32), so that a failure can be repeated.
+ *
+ * @returns A function whose results are at least 0 and less than 1.
+ */
+export function randomFrom(seed: number): () => number {
+  return function () {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let t = Math.imul(seed ^ (seed >>> 15), seed | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+interface Device {
+  sizeBytes: number;
+  read(offset: number, length: number): Uint8Array;
+  /** False when the power is gone: nothing is answered any more. */
+  write(offset: number, data: Uint8Array): boolean;
+  flush(): boolean;
+}
+
+const NBD_OPT_EXPORT_NAME = 1;
+const NBD_OPT_ABORT = 2;
+const NBD_OPT_INFO = 6;
+const NBD_OPT_GO = 7;
+const NBD_REP_ACK = 1;
+const NBD_REP_INFO = 3;
+const NBD_REP_ERR_UNSUP = 0x80000001;
+const NBD_CMD_READ = 0;
+const NBD_CMD_WRITE = 1;
+const NBD_CMD_DISC = 2;
+const NBD_CMD_FLUSH = 3;
+const NBD_CMD_FLAG_FUA = 1;
+const NBD_EINVAL = 22;
+/** HAS_FLAGS, SEND_FLUSH and SEND_FUA. */
+const TRANSMISSION_FLAGS = 1 | 4 | 8;
+
+async function serveNbd(listener: Deno.Listener, device: Device) {
+  for await (const connection of listener) {
+    try {
+      await serveConnection(connection, device);
+    } catch (error) {
+      // A killed QEMU takes its end of the connection with it.
+      const gone = error instanceof Deno.errors.UnexpectedEof ||
+        error instanceof Deno.errors.BrokenPipe ||
+        error instanceof Deno.errors.ConnectionReset;
+      if (!gone) throw error;
+    } finally {
+      connection.close();
+    }
+  }
+}
+
+async function serveConnection(connection: Deno.Conn, device: Device) {
+  const read = reader(connection);
+  const ascii = (text: string) => new TextEncoder().encode(text);
+
+  // FIXED_NEWSTYLE and NO_ZEROES
+  await writeAll(connection, ascii("NBDMAGICIHAVEOPT"), u16(3));
+  await read(4);
+  negotiate: while (true) {
+    const header = view(await read(16));
+    const option = header.getUint32(8);
+    await read(header.getUint32(12));
+    const reply = (type: number, data: Uint8Array = new Uint8Array()) =>
+      writeAll(
+        connection,
+        u64(0x3e889045565a9n),
+        u32(option),
+        u32(type),
+        u32(data.length),
+        data,
+      );
+    const size = u64(BigInt(device.sizeBytes));
+    switch (option) {
+      case NBD_OPT_EXPORT_NAME:
+        await writeAll(connection, size, u16(TRANSMISSION_FLAGS));
+        break negotiate;
+      case NBD_OPT_INFO:
+      case NBD_OPT_GO:
+        // NBD_INFO_EXPORT is type 0
+        await reply(
+          NBD_REP_INFO,
+          concat(u16(0), size, u16(TRANSMISSION_FLAGS)),
+        );
+        await reply(NBD_REP_ACK);
+        if (option === NBD_OPT_GO) break negotiate;
+        break;
+      case NBD_OPT_ABORT:
+        return;
+      default:
+        await reply(NBD_REP_ERR_UNSUP);
+    }
+  }
+
+  while (true) {
+    const header = view(await read(28));
+    const flags = header.getUint16(4);
+    const command = header.getUint16(6);
+    const cookie = header.getBigUint64(8);
+    const offset = Number(header.getBigUint64(16));
+    const length = header.getUint32(24);
+    const reply = (error: number, data: Uint8Array = new Uint8Array()) =>
+      writeAll(connection, u32(0x67446698), u32(error), u64(cookie), data);
+    switch (command) {
+      case NBD_CMD_READ:
+        await reply(0, device.read(offset, length));
+        break;
+      case NBD_CMD_WRITE:
+        if (!device.write(offset, (await read(length)).slice())) return;
+        if (flags & NBD_CMD_FLAG_FUA && !device.flush()) return;
+        await reply(0);
+        break;
+      case NBD_CMD_FLUSH:
+        if (!device.flush()) return;
+        await reply(0);
+        break;
+      case NBD_CMD_DISC:
+        return;
+      default:
+        await reply(NBD_EINVAL);
+    }
+  }
+}
+
+/** Reads exactly as many bytes as asked for. */
+function reader(connection: Deno.Conn) {
+  return async function (length: number): Promise<Uint8Array> {
+    const data = new Uint8Array(length);
+    for (let done = 0; done < length;) {
+      const n = await connection.read(data.subarray(done));
+      if (n === null) throw new Deno.errors.UnexpectedEof("NBD client is gone");
+      done += n;
+    }
+    return data;
+  };
+}
+
+async function writeAll(connection: Deno.Conn, ...parts: Uint8Array[]) {
+  const data = concat(...parts);
+  for (let done = 0; done < data.length;) {
+    done += await connection.write(data.subarray(done));
+  }
+}
+
+function readAt(file: Deno.FsFile, offset: number, length: number) {
+  const data = new Uint8Array(length);
+  file.seekSync(offset, Deno.SeekMode.Start);
+  for (let done = 0; done < length;) {
+    const n = file.readSync(data.subarray(done));
+    if (n === null) break;
+    done += n;
+  }
+  return data;
+}
+
+function writeAt(file: Deno.FsFile, offset: number, data: Uint8Array) {
+  file.seekSync(offset, Deno.SeekMode.Start);
+  for (let done = 0; done < data.length;) {
+    done += file.writeSync(data.subarray(done));
+  }
+}
+
+function concat(...parts: Uint8Array[]): Uint8Array {
+  const all = new Uint8Array(parts.reduce((sum, p) => sum + p.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    all.set(part, at);
+    at += part.length;
+  }
+  return all;
+}
+
+const view = (data: Uint8Array) => new DataView(data.buffer, data.byteOffset);
+
+function u16(value: number): Uint8Array {
+  const data = new Uint8Array(2);
+  view(data).setUint16(0, value);
+  return data;
+}
+
+function u32(value: number): Uint8Array {
+  const data = new Uint8Array(4);
+  view(data).setUint32(0, value);
+  return data;
+}
+
+function u64(value: bigint): Uint8Array {
+  const data = new Uint8Array(8);
+  view(data).setBigUint64(0, value);
+  return data;
+}
