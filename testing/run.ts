@@ -1,0 +1,127 @@
+/**
+ * Runs all checks and tests, or the groups that are named, and closes with
+ * their sum.
+ *
+ *     npm test [-- GROUP...]
+ *
+ * @module
+ */
+import { needPrograms, systemPath } from "./programs.ts";
+import { projectFolder } from "./system.ts";
+
+interface Count {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+const deno = Deno.execPath();
+const config = ["--config", `${projectFolder}deno.npm.json`];
+const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
+
+const groups: Record<string, () => Promise<Count>> = {
+  check,
+  executable: () => testWith([`${projectFolder}dist/persistence`]),
+  script: () => testWith(script),
+  boot: () => denoTest(["vm/"]),
+};
+
+const names = Deno.args.length > 0 ? Deno.args : Object.keys(groups);
+const unknown = names.filter((name) => !(name in groups));
+if (unknown.length > 0) {
+  console.error(
+    `Unknown group "${unknown[0]}": use ${Object.keys(groups).join(", ")}`,
+  );
+  Deno.exit(2);
+}
+
+const total: Count = { passed: 0, failed: 0, skipped: 0 };
+for (const name of names) {
+  console.log(`\n# ${name}`);
+  const { passed, failed, skipped } = await groups[name]();
+  console.log(`# ${name}: ${passed} passed, ${failed} failed`);
+  total.passed += passed;
+  total.failed += failed;
+  total.skipped += skipped;
+}
+const { passed, failed, skipped } = total;
+const tail = skipped > 0 ? `, ${skipped} skipped` : "";
+// In CI nobody reads what was skipped, so it must be nothing.
+const skippedInCi = skipped > 0 && Deno.env.get("CI") !== undefined;
+if (skippedInCi) console.error("Skipped tests count as failures in CI");
+console.log(`\n${passed} passed, ${failed} failed${tail}`);
+Deno.exit(failed > 0 || passed === 0 || skippedInCi ? 1 : 0);
+
+/** Formatting, linting, types. */
+async function check(): Promise<Count> {
+  needPrograms("shellcheck");
+  const checks = [
+    [deno, "fmt", "--check", ...config],
+    [deno, "lint", ...config],
+    [deno, "check", "--quiet", ...config, "."],
+    ["shellcheck", ...await shellScripts()],
+  ];
+  let failed = 0;
+  for (const line of checks) {
+    if (await run(line) !== 0) failed++;
+  }
+  return { passed: checks.length - failed, failed, skipped: 0 };
+}
+
+/** Everything on loop devices, with this command as the tool. */
+async function testWith(tool: string[]): Promise<Count> {
+  if (tool !== script && await run(["npm", "run", "--silent", "build"]) !== 0) {
+    return { passed: 0, failed: 1, skipped: 0 };
+  }
+  const tests = ["persistence_test.ts", "testing/"];
+  return await denoTest(tests, { PERSISTENCE: tool.join(" ") });
+}
+
+async function denoTest(
+  paths: string[],
+  env: Record<string, string> = {},
+): Promise<Count> {
+  const junit = await Deno.makeTempFile({ suffix: ".xml" });
+  const status = await run([
+    ...[deno, "test", "-A", "--no-check", ...config],
+    ...["--sanitize-ops", "--sanitize-resources", `--junit-path=${junit}`],
+    ...paths,
+  ], env);
+  const report = await Deno.readTextFile(junit);
+  await Deno.remove(junit);
+  const sum = (name: string) =>
+    [...report.matchAll(new RegExp(`<testsuite .*\\b${name}="(\\d+)"`, "g"))]
+      .reduce((sum, [, digits]) => sum + Number(digits), 0);
+  const bad = sum("failures") + sum("errors");
+  return {
+    passed: sum("tests") - bad - sum("disabled"),
+    // A file that does not even load is in no report.
+    failed: status !== 0 ? Math.max(bad, 1) : bad,
+    skipped: sum("disabled"),
+  };
+}
+
+async function run(
+  [program, ...args]: string[],
+  env: Record<string, string> = {},
+): Promise<number> {
+  const { code } = await new Deno.Command(program, {
+    args,
+    cwd: projectFolder,
+    env,
+    stdin: "null",
+  }).spawn().status;
+  return code;
+}
+
+async function shellScripts(): Promise<string[]> {
+  const { stdout } = await new Deno.Command("grep", {
+    args: [
+      ...["-rlI", "--exclude-dir=node_modules", "--exclude-dir=.git"],
+      ...["--exclude-dir=dist", "--exclude-dir=cache", "^#!/bin/sh", "."],
+    ],
+    cwd: projectFolder,
+    env: { PATH: systemPath },
+  }).output();
+  return new TextDecoder().decode(stdout).split("\n").filter(Boolean);
+}
