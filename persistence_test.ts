@@ -8,7 +8,6 @@ import {
   assertMatch,
   assertStringIncludes,
 } from "@std/assert";
-import { needPrograms } from "./testing/programs.ts";
 import {
   type Boot,
   command,
@@ -16,12 +15,13 @@ import {
   type DiskSpec,
   GiB,
   header,
-  isRoot,
+  isMarked,
   magic,
+  mark,
   MiB,
+  onDisks,
   type System,
   type SystemOptions,
-  withSystem,
 } from "./testing/system.ts";
 
 /** What a boot leaves behind, as far as an operator can see it. */
@@ -591,7 +591,7 @@ onDisks(
     await system.boot();
     await system.sh("echo kept > home/kept");
     await system.reboot();
-    for (const { path } of system.disks) await mark(path);
+    for (const disk of system.disks) await mark(disk);
     await system.reboot();
 
     const boot = await system.boot();
@@ -904,22 +904,6 @@ onDisks(
   },
 );
 
-/** One test with a system of its own; shown as ignored without root. */
-function onDisks(
-  name: string,
-  { needs = [], ...options }: SystemOptions & { needs?: string[] },
-  test: (system: System) => Promise<void>,
-): void {
-  Deno.test({
-    name,
-    ignore: !isRoot,
-    fn() {
-      needPrograms("mkfs.btrfs", "mkfs.ext4", ...needs);
-      return withSystem(options, test);
-    },
-  });
-}
-
 async function look(system: System, { report, status }: Boot): Promise<After> {
   const data = `${system.root}/mnt/lightwhale-data`;
   const type = (path: string) =>
@@ -953,10 +937,6 @@ async function partitionNames({ path }: Disk): Promise<string[]> {
   if (!text) return []; // no table at all
   const { partitions = [] } = JSON.parse(text).partitiontable;
   return partitions.map(({ name = "" }) => name);
-}
-
-async function isMarked({ path }: Disk): Promise<boolean> {
-  return await command(["head", "-c", String(magic.length), path]) === magic;
 }
 
 async function countSwaps({ disks }: System): Promise<number> {
@@ -1011,11 +991,6 @@ function topLevel(system: System, script: string): Promise<string> {
      mkdir $PWD/tmp/top; mount -o subvolid=5 $device $PWD/tmp/top
      (cd tmp/top; ${script}); umount $PWD/tmp/top`,
   );
-}
-
-async function mark(path: string): Promise<void> {
-  await command(["sh", "-euc", header], { DISK: path });
-  await command(["blockdev", "--flushbufs", path]);
 }
 
 /** Runs a script on the data partition, as `$DATA`, of a small data disk. */

@@ -26,9 +26,6 @@ export const magic = "lightwhale-please-format-me";
 export const header =
   `printf ${magic} | dd of="$DISK" conv=notrunc status=none`;
 
-/** Without root there are no loop devices: such tests are shown as ignored. */
-export const isRoot = Deno.uid() === 0;
-
 /** The folder of persistence.ts. */
 export const projectFolder = new URL("..", import.meta.url).pathname;
 
@@ -122,6 +119,29 @@ export interface SystemOptions {
   root?: string;
   /** Takes the place of the kernel's command line. */
   cmdline?: string;
+}
+
+/**
+ * Registers a test with a system of its own. Without root there are no loop
+ * devices: it is then shown as ignored.
+ *
+ * @param name The situation.
+ * @param options The system, and which programs the test needs besides.
+ * @param test The test.
+ */
+export function onDisks(
+  name: string,
+  { needs = [], ...options }: SystemOptions & { needs?: string[] },
+  test: (system: System) => Promise<void>,
+): void {
+  Deno.test({
+    name,
+    ignore: Deno.uid() !== 0,
+    fn() {
+      needPrograms("mkfs.btrfs", "mkfs.ext4", ...needs);
+      return withSystem(options, test);
+    },
+  });
 }
 
 /**
@@ -263,6 +283,17 @@ export async function withSystem<T>(
     await stop();
     await Deno.remove(folder, { recursive: true });
   }
+}
+
+/** Whether a disk begins with the magic header. */
+export async function isMarked({ path }: Disk): Promise<boolean> {
+  return await command(["head", "-c", String(magic.length), path]) === magic;
+}
+
+/** Writes the magic header, as a person without the tool does. */
+export async function mark({ path }: Disk): Promise<void> {
+  await command(["sh", "-euc", header], { DISK: path });
+  await command(["blockdev", "--flushbufs", path]);
 }
 
 /**

@@ -1,0 +1,581 @@
+/** The command line: marking disks, asking for the state, and mistakes. */
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import {
+  command,
+  type DiskSpec,
+  GiB,
+  header,
+  isMarked,
+  magic,
+  mark,
+  MiB,
+  onDisks,
+  type Result,
+  type System,
+  type SystemOptions,
+} from "./system.ts";
+
+const disk: DiskSpec = { sizeBytes: 600 * MiB };
+const magicDisk: DiskSpec = { ...disk, contents: header };
+
+// Mistakes
+
+const mistakes: Record<string, string[]> = {
+  "an unknown option": ["--enabel", "/dev/null"],
+  "an unknown short option": ["-x"],
+  "a device without an option": ["/dev/null"],
+  "--enable without a device": ["--enable"],
+  "--disable without a device": ["--disable"],
+  "--enable and --disable at once": ["--enable", "--disable", "/dev/null"],
+  "--status and --dry-run at once": ["--status", "--dry-run"],
+  "--status with a device": ["--status", "/dev/null"],
+  "--dry-run with a device": ["--dry-run", "/dev/null"],
+  "--json without --status": ["--json"],
+  "--force without --enable": ["--force"],
+  "--enable with a device that is not there": ["--enable", "/dev/nonexistent"],
+  "--disable with a device that is not there": ["--disable", "/dev/nowhere"],
+  "--enable with an empty device": ["--enable", ""],
+  "--wait without a number": ["--wait"],
+  "--wait with a word": ["--wait", "long"],
+  "--wait with a negative number": ["--wait=-1"],
+  "--wait with an empty number": ["--wait="],
+  "--devices without a list": ["--devices"],
+  "--devices with an empty list": ["--devices="],
+  "--devices with an empty name": ["--devices", "/dev/null,"],
+  "--devices with a device that is not there": ["--devices", "/dev/nowhere"],
+  "--root with a folder that is not there": ["--root", "/nowhere"],
+  "--root with a file": ["--root", "/etc/passwd"],
+};
+
+for (const [mistake, args] of Object.entries(mistakes)) {
+  onDisks(
+    `${mistake}: one sentence, status 2`,
+    { disks: [magicDisk] },
+    async (system) => {
+      // Whatever this falls through to must not reach the machine's disks.
+      const has = (option: string) =>
+        args.some((arg) => arg.startsWith(option));
+      const [, root, , devices] = system.place();
+      const place = [
+        ...(has("--root") ? [] : ["--root", root]),
+        ...(has("--devices") ? [] : ["--devices", devices]),
+      ];
+      const before = await system.checksum(system.disks[0]);
+      const result = await system.run([...place, ...args]);
+      assertEquals(result.status, 2, result.stderr + result.stdout);
+      assertEquals(result.stdout, "");
+      assertMatch(result.stderr, /^persistence: [^\n]+\n$/);
+      assertEquals(await system.checksum(system.disks[0]), before);
+      assertEquals(await mounts(system), []);
+    },
+  );
+}
+
+onDisks("--help tells every option", { disks: [disk] }, async (system) => {
+  const { status, stdout, stderr } = await system.run(["--help"]);
+  assertEquals([status, stderr], [0, ""]);
+  for (
+    const option of [
+      ...["--enable", "--disable", "--status", "--json", "--dry-run"],
+      ...["--force", "--wait", "--devices", "--root"],
+      ...["--quiet", "--verbose", "--help", "--version"],
+    ]
+  ) assertStringIncludes(stdout, option);
+});
+
+onDisks("--version is one line", { disks: [disk] }, async (system) => {
+  const { status, stdout, stderr } = await system.run(["--version"]);
+  assertEquals([status, stderr], [0, ""]);
+  assertMatch(stdout, /^[^\n]*\d+\.\d+[^\n]*\n$/);
+});
+
+// Marking
+
+onDisks(
+  "--enable marks a disk, says what it is and what comes next",
+  { disks: [disk] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    const result = await system.run(["--enable", path]);
+    assertEquals(result.status, 0, result.stderr);
+    assertEquals(await marked(system), [true]);
+    const said = result.stdout + result.stderr;
+    assertStringIncludes(said, path);
+    assertMatch(said, /600 MiB/);
+    assertMatch(said, /next boot/);
+
+    await system.reboot();
+    const { report, stderr } = await system.boot();
+    assertEquals(report.mode, "persistent", stderr);
+  },
+);
+
+onDisks(
+  "--enable twice is the same as once",
+  { disks: [disk] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    await system.run(["--enable", path]);
+    const before = await system.checksum(system.disks[0]);
+    const result = await system.run(["--enable", path]);
+    assertEquals(result.status, 0, result.stderr);
+    assertEquals(await system.checksum(system.disks[0]), before);
+  },
+);
+
+onDisks(
+  "--enable marks several disks",
+  { disks: [disk, { ...disk, sectorBytes: 4096 }] },
+  async (system) => {
+    const paths = system.disks.map(({ path }) => path);
+    const result = await system.run(["--enable", ...paths]);
+    assertEquals(result.status, 0, result.stderr);
+    assertEquals(await marked(system), [true, true]);
+  },
+);
+
+onDisks(
+  "--enable marks an image file",
+  { disks: [disk] },
+  async (system) => {
+    const image = `${system.root}/tmp/a disk's "image".img`;
+    await system.sh(`truncate -s 1M '${image.replaceAll("'", "'\\''")}'`);
+    const result = await system.run(["--enable", image]);
+    assertEquals(result.status, 0, result.stderr);
+    const bytes = await system.sh("cat tmp/*.img | tr -d '\\0'");
+    assertEquals(bytes, magic);
+    assertEquals(await system.sh("stat -c %s tmp/*.img"), `${MiB}\n`);
+
+    const again = await system.run(["--disable", image]);
+    assertEquals(again.status, 0, again.stderr);
+    assertEquals(await system.sh("cat tmp/*.img | tr -d '\\0'"), "");
+  },
+);
+
+const gpt = `printf 'label: gpt\nsize=200M, name=system\nname=free\n' |
+    sfdisk -q --no-reread --no-tell-kernel "$DISK"`;
+const addPartitions = (path: string) => command(["partx", "--add", path]);
+
+for (const sectorBytes of [512, 4096] as const) {
+  onDisks(
+    `--enable names a partition, ${sectorBytes}-byte sectors`,
+    { disks: [{ ...disk, sectorBytes, contents: gpt }] },
+    async (system) => {
+      const [{ path }] = system.disks;
+      await addPartitions(path);
+      const table = await system.sh(`sfdisk -d ${path}`);
+      const result = await system.run(["--enable", `${path}p2`]);
+      assertEquals(result.status, 0, result.stderr);
+      assertEquals(
+        await system.sh(`sfdisk -d ${path}`),
+        table.replace('"free"', `"${magic}"`),
+      );
+
+      await system.reboot();
+      const { report, stderr } = await system.boot();
+      assertEquals(report.mode, "persistent", stderr);
+    },
+  );
+}
+
+onDisks(
+  "--disable takes the mark of a disk away, and only that",
+  { disks: [{ ...disk, contents: gpt }] },
+  async (system) => {
+    const [device] = system.disks;
+    const before = await system.checksum(device);
+    await mark(device);
+    const result = await system.run(["--disable", device.path]);
+    assertEquals(result.status, 0, result.stderr);
+    assertEquals(await system.checksum(device), before);
+    await system.reboot();
+    assertEquals((await system.boot()).report.mode, "volatile");
+  },
+);
+
+onDisks(
+  "--disable takes the mark of a partition away",
+  { disks: [{ ...disk, contents: gpt }] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    await addPartitions(path);
+    const geometry = `sfdisk -d ${path} | sed 's/, name=.*//'`;
+    const before = await system.sh(geometry);
+    assertEquals((await system.run(["--enable", `${path}p2`])).status, 0);
+    const result = await system.run(["--disable", `${path}p2`]);
+    assertEquals(result.status, 0, result.stderr);
+    const table = await system.sh(`sfdisk -d ${path}`);
+    assert(!table.includes(magic), table);
+    assertEquals(await system.sh(geometry), before);
+
+    await system.reboot();
+    assertEquals((await system.boot()).report.mode, "volatile");
+  },
+);
+
+onDisks(
+  "--disable writes nothing where there is no mark",
+  { disks: [{ ...disk, contents: 'mkfs.ext4 -q "$DISK"' }] },
+  async (system) => {
+    const [device] = system.disks;
+    const before = await system.checksum(device);
+    await system.run(["--disable", device.path]);
+    assertEquals(await system.checksum(device), before);
+  },
+);
+
+// Refusals. `force` says whether --force overrules it.
+
+const refusals: {
+  name: string;
+  disks: SystemOptions["disks"];
+  /** A shell script that runs before, with the disks as $1, $2 …. */
+  prepare?: string;
+  /** What to enable, with %1 for the first disk. */
+  enable: string[];
+  says: RegExp;
+  force: "overrules" | "does not help";
+}[] = [
+  {
+    name: "a mounted disk",
+    disks: [disk],
+    prepare: 'mkfs.ext4 -q "$1"; mount "$1" mnt',
+    enable: ["%1"],
+    says: /mounted/,
+    force: "does not help",
+  },
+  {
+    name: "a disk with a mounted partition",
+    disks: [{ ...disk, contents: gpt }],
+    prepare: 'partx -a "$1"; mkfs.ext4 -q "$1"p2; mount "$1"p2 mnt',
+    enable: ["%1"],
+    says: /mounted/,
+    force: "does not help",
+  },
+  {
+    name: "a mounted partition",
+    disks: [{ ...disk, contents: gpt }],
+    prepare: 'partx -a "$1"; mkfs.ext4 -q "$1"p2; mount "$1"p2 mnt',
+    enable: ["%1p2"],
+    says: /mounted/,
+    force: "does not help",
+  },
+  {
+    name: "a disk that is swap",
+    disks: [disk],
+    prepare: 'mkswap "$1" >/dev/null; swapon "$1"',
+    enable: ["%1"],
+    says: /swap/,
+    force: "does not help",
+  },
+  {
+    name: "a partition that is swap",
+    disks: [{ ...disk, contents: gpt }],
+    prepare: 'partx -a "$1"; mkswap "$1"p1 >/dev/null; swapon "$1"p1',
+    enable: ["%1p1"],
+    says: /swap/,
+    force: "does not help",
+  },
+  {
+    name: "the second disk of an open Btrfs",
+    disks: [disk, disk],
+    prepare: `mkfs.btrfs -q -d raid1 -m raid1 "$1" "$2" >/dev/null
+      mount -o device="$2" "$1" mnt`,
+    enable: ["%2"],
+    says: /in use|held|mounted|Btrfs/,
+    force: "does not help",
+  },
+  {
+    name: "a read-only disk",
+    disks: [disk],
+    prepare: 'blockdev --setro "$1"',
+    enable: ["%1"],
+    says: /read-only/,
+    force: "does not help",
+  },
+  {
+    name: "a disk that is too small",
+    disks: [{ sizeBytes: 64 * MiB }],
+    enable: ["%1"],
+    says: /too small/,
+    force: "does not help",
+  },
+  {
+    name: "a partition that is too small",
+    disks: [{
+      ...disk,
+      contents: `printf 'label: gpt\nsize=64M\nsize=1M\n' |
+        sfdisk -q --no-reread --no-tell-kernel "$DISK"`,
+    }],
+    prepare: 'partx -a "$1"',
+    enable: ["%1p1"],
+    says: /too small/,
+    force: "does not help",
+  },
+  {
+    name: "a partition of an MBR, which has no name",
+    disks: [{
+      ...disk,
+      contents: `printf 'label: dos\nsize=500M\n' |
+        sfdisk -q --no-reread --no-tell-kernel "$DISK"`,
+    }],
+    prepare: 'partx -a "$1"',
+    enable: ["%1p1"],
+    says: /GPT/,
+    force: "does not help",
+  },
+  {
+    name: "a disk with a file system",
+    disks: [{ ...disk, contents: 'mkfs.ext4 -q "$DISK"' }],
+    enable: ["%1"],
+    says: /ext4.*--force/,
+    force: "overrules",
+  },
+  {
+    name: "a disk with a GPT",
+    disks: [{ ...disk, contents: gpt }],
+    enable: ["%1"],
+    says: /partition table.*--force|GPT.*--force/i,
+    force: "overrules",
+  },
+  {
+    name: "a disk with an MBR",
+    disks: [{
+      ...disk,
+      contents: `printf 'label: dos\nsize=500M\n' |
+        sfdisk -q --no-reread --no-tell-kernel "$DISK"`,
+    }],
+    enable: ["%1"],
+    says: /partition table.*--force|MBR.*--force/i,
+    force: "overrules",
+  },
+  {
+    name: "a partition with a file system",
+    disks: [{ ...disk, contents: gpt }],
+    prepare: 'partx -a "$1"; mkfs.ext4 -q "$1"p2',
+    enable: ["%1p2"],
+    says: /ext4.*--force/,
+    force: "overrules",
+  },
+  {
+    name: "a disk with the data filesystem",
+    disks: [{
+      ...disk,
+      contents: 'mkfs.btrfs -q -L lightwhale-data "$DISK" >/dev/null',
+    }],
+    enable: ["%1"],
+    says: /lightwhale-data.*--force/,
+    force: "overrules",
+  },
+  {
+    name: "a good disk together with a mounted one",
+    disks: [disk, disk],
+    prepare: 'mkfs.ext4 -q "$2"; mount "$2" mnt',
+    enable: ["%1", "%2"],
+    says: /mounted/,
+    force: "does not help",
+  },
+];
+
+for (const { name, disks, prepare, enable, says, force } of refusals) {
+  onDisks(
+    `--enable refuses ${name}; --force ${force}`,
+    { disks },
+    async (system) => {
+      const paths = system.disks.map(({ path }) => path);
+      await system.sh(`set -- ${paths.join(" ")}; ${prepare ?? ":"}; sync`);
+      const devices = enable.map((device) =>
+        device.replace(/%(\d)/, (_, digit) => paths[Number(digit) - 1])
+      );
+      const before = await Promise.all(system.disks.map(system.checksum));
+
+      const refused = await system.run(["--enable", ...devices]);
+      assertRefused(refused, devices.at(-1)!, says);
+      assertEquals(
+        await Promise.all(system.disks.map(system.checksum)),
+        before,
+      );
+
+      const forced = await system.run(["--enable", "--force", ...devices]);
+      if (force === "overrules") {
+        assertEquals(forced.status, 0, forced.stderr);
+        await system.reboot();
+        const { report, stderr } = await system.boot();
+        assertEquals(report.mode, "persistent", stderr);
+      } else {
+        assertRefused(forced, devices.at(-1)!, says);
+        assertEquals(
+          await Promise.all(system.disks.map(system.checksum)),
+          before,
+        );
+      }
+    },
+  );
+}
+
+onDisks(
+  "--enable refuses what is no disk",
+  { disks: [disk] },
+  async (system) => {
+    for (const path of ["/dev/null", "/etc", "/dev/console"]) {
+      const result = await system.run(["--enable", path]);
+      assert(result.status !== 0, `${path} was accepted`);
+      assertStringIncludes(result.stderr, path);
+    }
+  },
+);
+
+onDisks(
+  "--enable --force on a data disk begins anew at the next boot",
+  { disks: [magicDisk] },
+  async (system) => {
+    await system.boot();
+    await system.sh("echo old > home/old");
+    await system.reboot();
+    const result = await system.run([
+      "--enable",
+      "--force",
+      system.disks[0].path,
+    ]);
+    assertEquals(result.status, 0, result.stderr);
+    await system.reboot();
+    const { report, stderr } = await system.boot();
+    assertEquals(report.mode, "persistent", stderr);
+    assertEquals(await system.sh("ls home"), "");
+  },
+);
+
+// Asking
+
+onDisks(
+  "--status of a persistent system",
+  { disks: [{ sizeBytes: 3 * GiB, contents: header }, magicDisk] },
+  async (system) => {
+    const { report } = await system.boot();
+    const text = await system.run([...system.place(), "--status"]);
+    assertEquals(text.status, 0, text.stderr);
+    assertMatch(text.stdout, /persistent/);
+    for (const device of report.devices) {
+      assertStringIncludes(text.stdout, device);
+    }
+
+    const status = await statusOf(system);
+    assertEquals(
+      [status.mode, status.label, status.uuid],
+      ["persistent", "lightwhale-data", report.uuid],
+    );
+    assertEquals(status.profiles, {
+      data: "raid1",
+      metadata: "raid1",
+      system: "raid1",
+    });
+    assertEquals(
+      status.devices.map(({ path }: { path: string }) => path).sort(),
+      [...report.devices].sort(),
+    );
+    assertEquals(status.health, []);
+    assertEquals(status.swap.length, 1);
+    assertEquals(status.lastBoot.mode, "persistent");
+    const targets = status.mounts.map(({ target }: { target: string }) =>
+      target.replace(system.root, "")
+    );
+    for (const name of ["/etc", "/var", "/home", "/mnt/lightwhale-data"]) {
+      assert(targets.includes(name), `${targets} lacks ${name}`);
+    }
+  },
+);
+
+onDisks(
+  "--status of a volatile system, and of one before its boot",
+  { disks: [disk] },
+  async (system) => {
+    const before = await system.run([...system.place(), "--status", "--json"]);
+    JSON.parse(before.stdout);
+    await system.boot();
+    const status = await statusOf(system);
+    assertEquals([status.mode, status.uuid], ["volatile", null]);
+  },
+);
+
+const plans: Record<string, { disks: SystemOptions["disks"]; says: RegExp }> = {
+  "one magic disk": { disks: [magicDisk], says: /mkfs|format/i },
+  "two magic disks": { disks: [magicDisk, magicDisk], says: /raid1/i },
+  "nothing": { disks: [disk], says: /volatile|tmpfs/i },
+};
+
+for (const [name, { disks, says }] of Object.entries(plans)) {
+  onDisks(
+    `--dry-run with ${name} prints the plan of the next boot, changes nothing`,
+    { disks },
+    async (system) => {
+      const before = await Promise.all(system.disks.map(system.checksum));
+      const dry = await system.run([...system.place(), "--dry-run"]);
+      assertEquals(dry.status, 0, dry.stderr);
+      assertMatch(dry.stdout, says);
+      assertEquals(
+        await Promise.all(system.disks.map(system.checksum)),
+        before,
+      );
+      assertEquals(await mounts(system), []);
+      assertEquals(await system.sh("ls run"), "");
+
+      const { report } = await system.boot();
+      assertEquals(dry.stdout, report.plan.map((step) => `${step}\n`).join(""));
+    },
+  );
+}
+
+onDisks(
+  "--dry-run after the boot has nothing to format",
+  { disks: [magicDisk] },
+  async (system) => {
+    await system.boot();
+    const { status, stdout } = await system.run([
+      ...system.place(),
+      "--dry-run",
+    ]);
+    assertEquals(status, 0);
+    assert(!/mkfs|sfdisk|format/i.test(stdout), stdout);
+  },
+);
+
+onDisks(
+  "--quiet says nothing where all is well, --verbose shows each command",
+  { disks: [magicDisk] },
+  async (system) => {
+    const quiet = await system.boot(["--quiet"]);
+    assertEquals([quiet.status, quiet.stderr, quiet.stdout], [0, "", ""]);
+    await system.reboot();
+    const { stderr } = await system.boot(["--verbose"]);
+    assertMatch(stderr, /^persistence: .*mount /m);
+  },
+);
+
+function assertRefused(result: Result, device: string, says: RegExp): void {
+  assert(result.status === 1 || result.status === 2, result.stderr);
+  assertStringIncludes(result.stderr, device);
+  assertMatch(result.stderr, says);
+}
+
+function marked({ disks }: System): Promise<boolean[]> {
+  return Promise.all(disks.map(isMarked));
+}
+
+/** What is mounted below the root besides what was there before the boot. */
+async function mounts(system: System): Promise<string[]> {
+  const list = await system.sh('findmnt -R -n -o TARGET --raw "$PWD"');
+  return list.split("\n").filter(Boolean)
+    .map((target) => target.slice(system.root.length))
+    .filter((target) => !["", "/run", "/tmp"].includes(target));
+}
+
+async function statusOf(system: System) {
+  const result = await system.run([...system.place(), "--status", "--json"]);
+  assertEquals(result.status, 0, result.stderr);
+  return JSON.parse(result.stdout);
+}
