@@ -1,0 +1,3397 @@
+#!/usr/bin/env -S deno run --allow-all
+/**
+ * Persistence for Lightwhale, an immutable live system that runs Docker.
+ *
+ * Called without arguments, early at every boot, this program gives the
+ * read-only system its one writable filesystem. It is meant to be read from top
+ * to bottom in an hour: first the contract (names and places), then
+ * {@linkcode boot}, whose body is the nine documented steps, then the functions
+ * of those steps in the order in which they happen. They are of three kinds:
+ *
+ * - *look*: read devices, sysfs and procfs, change nothing;
+ * - *decide*: pure functions from facts to a {@linkcode Plan}, so that
+ *   `--dry-run` shows the very plan that a boot would carry out;
+ * - *do*: one command or one write each, read back afterwards.
+ *
+ * What it must never do, in order of weight: destroy data that it was not told
+ * to destroy, leave the system without a writable `/etc`, `/var` and `/home`,
+ * hang.
+ *
+ * @module
+ */
+
+import { parseArgs } from "@std/cli/parse-args";
+import { spawn } from "node:child_process";
+import { createHash, randomUUID } from "node:crypto";
+import * as fs from "node:fs";
+import { open } from "node:fs/promises";
+import { totalmem } from "node:os";
+import { basename, dirname, join } from "node:path";
+import process from "node:process";
+import { crc32 } from "node:zlib";
+
+// ---------------------------------------------------------------------------
+// The contract: names and places that existing disks and scripts rely on.
+// ---------------------------------------------------------------------------
+
+/** Version of this program, printed by `--version`. */
+export const VERSION = "1.0.0";
+
+/** Magic header at offset 0 of a whole disk, and magic GPT partition name. */
+export const MAGIC = "lightwhale-please-format-me";
+
+/** Label of the data filesystem and GPT name of its partitions. */
+export const DATA = "lightwhale-data";
+
+/** Label of a swap area and GPT name of its partition. */
+export const SWAP = "lightwhale-swap";
+
+/**
+ * Label of a data filesystem while it is being made. {@linkcode DATA} is set
+ * last and is the commit record: until then the disk still counts as magic.
+ */
+export const UNFINISHED = "lightwhale-unfinished";
+
+/** The subvolumes, at the top level of the data filesystem. */
+const SUBVOLUMES = {
+  data: "@lightwhale-data",
+  state: "@lightwhale-state",
+  snapshots: "@lightwhale-state-snapshots",
+};
+
+/** The directories that get an overlay. */
+const OVERLAYS = ["etc", "var", "home"];
+
+/** Places below the system root; see {@linkcode places}. */
+const DATA_MOUNT = "mnt/lightwhale-data";
+const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/lightwhale-state/docker`;
+
+const KiB = 1024;
+const MiB = 1024 * KiB;
+const GiB = 1024 * MiB;
+
+/** mkfs.btrfs needs this much for `--data single --metadata dup`. */
+const MINIMUM_DATA_BYTES = 109 * MiB;
+
+/** From this size on, a member fits beside others of any size. */
+const SURELY_FITS_BYTES = 2 * GiB;
+
+/** A disk smaller than this gets no swap partition. */
+const MINIMUM_DISK_FOR_SWAP_BYTES = 2 * GiB;
+
+/** How long an answer is waited for before a device or program is given up. */
+const TIMEOUT = {
+  readMs: 20_000, // a hard disk that spins up needs some 10 s
+  commandMs: 60_000,
+  mkfsMs: 600_000, // a discard of the whole device comes first
+  mountMs: 300_000, // log replay and block group scan on large hard disks
+  nodeMs: 10_000,
+  lockMs: 120_000,
+};
+
+/** Where things are below the system root `--root`. */
+export function places(root: string) {
+  const data = join(root, DATA_MOUNT);
+  const state = join(data, "lightwhale-state");
+  const run = join(root, "run/lightwhale");
+  return {
+    root,
+    data,
+    state,
+    snapshots: join(data, "lightwhale-state-snapshots"),
+    upper: join(state, "overlay/upper"),
+    work: join(state, "overlay/work"),
+    docker: join(root, DOCKER_DATA_ROOT),
+    daemonJson: join(root, "etc/docker/daemon.json"),
+    run,
+    lower: join(run, "overlay/lower"),
+    copyUp: join(run, "overlay/copy-up"),
+    topLevel: join(run, "top-level"),
+    fstab: join(run, "fstab"),
+    report: join(run, "persistence.json"),
+  };
+}
+
+// ---------------------------------------------------------------------------
+// The facts: what is known about the machine before anything is decided.
+// ---------------------------------------------------------------------------
+
+/** What the command line and the kernel command line ask for. */
+export interface Settings {
+  /** System root to work on. */
+  root: string;
+  /** Names of the whole disks to look at (`loop0`); undefined: all of them. */
+  only?: string[];
+  /** How long to wait for missing devices. */
+  waitMs: number;
+  /** `lightwhale.persistence=off`: boot volatile whatever the disks say. */
+  off: boolean;
+  /** `lightwhale.swap=off` or `noswap`: neither make nor use swap. */
+  noSwap: boolean;
+  /** `lightwhale.data=UUID`: the data filesystem to use of several. */
+  dataUuid?: string;
+}
+
+/** A whole disk, a partition, or a volume (md, device mapper). */
+export interface BlockDevice {
+  /** Name in `/sys/class/block`. */
+  name: string;
+  /** Device node. */
+  path: string;
+  kind: "disk" | "partition" | "volume";
+  /** Name of the whole disk that it is part of, or its own. */
+  disk: string;
+  /** Partition number, 0 for anything else. */
+  number: number;
+  /** Where it starts on its disk. */
+  startBytes: number;
+  sizeBytes: number;
+  /** Logical sector size of the disk. */
+  sectorBytes: number;
+  readOnly: boolean;
+  /** False for a partition that is in the table but not in the kernel. */
+  hasNode: boolean;
+  /** Why nothing may be written to it now, or undefined when it is free. */
+  inUse?: string;
+  /** GPT partition name, from the table or, failing that, from the kernel. */
+  partitionName?: string;
+  /** Why it could not be read. */
+  readError?: string;
+  /** It begins with {@linkcode MAGIC}. */
+  header: boolean;
+  gpt?: Gpt;
+  btrfs?: Superblock;
+  /** Label of a Btrfs superblock that is left only as a backup copy. */
+  backupLabel?: string;
+  swapLabel?: string;
+  mark?: Mark;
+}
+
+/** All that a plan is computed from. */
+export interface Facts {
+  devices: BlockDevice[];
+  /** A driver is bound to a disk that has not appeared yet. */
+  diskPending: boolean;
+  memoryBytes: number;
+  /** What is mounted on the data filesystem's mount point. */
+  mounted?: Mount;
+  /** Paths of devices found too small by {@linkcode rehearse}. */
+  tooSmall: Set<string>;
+}
+
+/** A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). */
+export interface Mount {
+  target: string;
+  type: string;
+  source: string;
+  /** `major:minor` of the mounted filesystem. */
+  deviceNumber: string;
+  /** Directory of the filesystem that is the root of this mount. */
+  subtree: string;
+  options: string[];
+  /** Per-superblock options. */
+  superOptions: string[];
+}
+
+// ---------------------------------------------------------------------------
+// On-disk formats, as tables of offsets.
+// ---------------------------------------------------------------------------
+
+/** A Btrfs superblock (btrfs-progs, kernel-shared/ctree.h). */
+export interface Superblock {
+  fsid: string;
+  label: string;
+  generation: number;
+  numDevices: number;
+  devid: number;
+  /** Size of this device as the filesystem knows it. */
+  deviceBytes: number;
+  /** False when the checksum is wrong: damaged, not absent. */
+  intact: boolean;
+}
+
+const BTRFS = {
+  superblockAt: 64 * KiB,
+  backupAt: 64 * MiB,
+  bytes: 4 * KiB,
+  checksum: 0x00,
+  checksummedFrom: 0x20,
+  fsid: 0x20,
+  magic: 0x40,
+  magicText: "_BHRfS_M",
+  generation: 0x48,
+  numDevices: 0x88,
+  checksumType: 0xc4,
+  devid: 0xc9,
+  deviceBytes: 0xd1,
+  label: 0x12b,
+  labelBytes: 256,
+};
+
+/**
+ * Reads a Btrfs superblock.
+ *
+ * @param block The {@linkcode BTRFS.bytes} bytes at 64 KiB, or a copy of them.
+ * @returns The superblock, or undefined where there is none.
+ */
+export function parseSuperblock(block: Uint8Array): Superblock | undefined {
+  if (block.length < BTRFS.bytes) return undefined;
+  if (text(block, BTRFS.magic, 8) !== BTRFS.magicText) return undefined;
+  const view = viewOf(block);
+  return {
+    fsid: uuid(block, BTRFS.fsid),
+    label: text(block, BTRFS.label, BTRFS.labelBytes),
+    generation: Number(view.getBigUint64(BTRFS.generation, true)),
+    numDevices: Number(view.getBigUint64(BTRFS.numDevices, true)),
+    devid: Number(view.getBigUint64(BTRFS.devid, true)),
+    deviceBytes: Number(view.getBigUint64(BTRFS.deviceBytes, true)),
+    intact: checksumIsRight(block, view),
+  };
+}
+
+/** Checks a superblock against btrfs_super_block.csum. */
+function checksumIsRight(block: Uint8Array, view: DataView): boolean {
+  const body = block.subarray(BTRFS.checksummedFrom, BTRFS.bytes);
+  switch (view.getUint16(BTRFS.checksumType, true)) {
+    case 0:
+      return crc32c(body) === view.getUint32(BTRFS.checksum, true);
+    case 2:
+      return createHash("sha256").update(body).digest()
+        .equals(block.subarray(0, 32));
+    default: // xxhash64 and blake2b-256: left to the kernel to verify
+      return true;
+  }
+}
+
+const CRC32C = Uint32Array.from({ length: 256 }, (_, byte) => {
+  for (let bit = 0; bit < 8; bit++) {
+    byte = byte & 1 ? (byte >>> 1) ^ 0x82f63b78 : byte >>> 1;
+  }
+  return byte;
+});
+
+/** CRC-32C (Castagnoli), which Btrfs uses; zlib's is another polynomial. */
+function crc32c(bytes: Uint8Array): number {
+  let crc = ~0;
+  for (const byte of bytes) crc = CRC32C[(crc ^ byte) & 0xff] ^ (crc >>> 8);
+  return ~crc >>> 0;
+}
+
+/** A GUID partition table (UEFI Specification 2.10, chapter 5). */
+export interface Gpt {
+  partitions: GptPartition[];
+  /** The primary table is damaged; this was read from the backup. */
+  primaryDamaged: boolean;
+  /** Where the table believes that the disk ends. */
+  endBytes: number;
+}
+
+export interface GptPartition {
+  number: number;
+  name: string;
+  startBytes: number;
+  sizeBytes: number;
+}
+
+const GPT = {
+  signature: "EFI PART",
+  headerBytes: 12,
+  headerCrc: 16,
+  backupLba: 32,
+  entriesLba: 72,
+  entryCount: 80,
+  entryBytes: 84,
+  entriesCrc: 88,
+  /** Room that 128 entries of 128 bytes take before the backup header. */
+  entriesArea: 16 * KiB,
+  entry: { type: 0, first: 32, last: 40, name: 56, nameBytes: 72 },
+};
+
+/**
+ * Reads a GUID partition table.
+ *
+ * @param header The sector that holds the header.
+ * @param readEntries Gives the entries, which start at the given byte of the
+ * disk, or undefined where that cannot be read.
+ * @param sectorBytes Logical sector size of the disk.
+ * @returns The table, or undefined where there is none or it is damaged.
+ */
+export function parseGpt(
+  header: Uint8Array,
+  readEntries: (atBytes: number, lengthBytes: number) => Uint8Array | undefined,
+  sectorBytes: number,
+): Gpt | undefined {
+  if (header.length < 512 || text(header, 0, 8) !== GPT.signature) {
+    return undefined;
+  }
+  const view = viewOf(header);
+  const headerBytes = view.getUint32(GPT.headerBytes, true);
+  if (headerBytes < 92 || headerBytes > header.length) return undefined;
+  const checked = header.slice(0, headerBytes);
+  checked.fill(0, GPT.headerCrc, GPT.headerCrc + 4);
+  if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
+
+  const size = view.getUint32(GPT.entryBytes, true);
+  const count = view.getUint32(GPT.entryCount, true);
+  if (size < 128 || size > 4 * KiB || count > 4 * KiB) return undefined;
+  const entriesAt = Number(view.getBigUint64(GPT.entriesLba, true));
+  const entries = readEntries(entriesAt * sectorBytes, size * count);
+  if (entries?.length !== size * count) return undefined;
+  if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
+
+  const partitions: GptPartition[] = [];
+  for (let i = 0; i < count; i++) {
+    const entry = entries.subarray(i * size, (i + 1) * size);
+    const at = GPT.entry;
+    if (entry.subarray(at.type, at.type + 16).every((byte) => byte === 0)) {
+      continue;
+    }
+    const first = Number(viewOf(entry).getBigUint64(at.first, true));
+    const last = Number(viewOf(entry).getBigUint64(at.last, true));
+    const name = entry.subarray(at.name, at.name + at.nameBytes);
+    partitions.push({
+      number: i + 1,
+      name: new TextDecoder("utf-16le").decode(name).replace(/\0.*$/s, ""),
+      startBytes: first * sectorBytes,
+      sizeBytes: (last - first + 1) * sectorBytes,
+    });
+  }
+  const backupLba = Number(view.getBigUint64(GPT.backupLba, true));
+  const endBytes = (backupLba + 1) * sectorBytes;
+  return { partitions, primaryDamaged: false, endBytes };
+}
+
+/** Reads the label of a swap area (mkswap(8); linux/swap.h). */
+export function parseSwapLabel(page: Uint8Array): string | undefined {
+  if (page.length < 4 * KiB) return undefined;
+  if (text(page, 4 * KiB - 10, 10) !== "SWAPSPACE2") return undefined;
+  return text(page, 1052, 16);
+}
+
+/**
+ * What a member remembers of its last read-write mount. Superblocks alone
+ * cannot tell a stale member or a split mirror, so that every member present
+ * gets a mark in the first 64 KiB of its data partition, which Btrfs never
+ * uses (btrfs(5), "bootloader support").
+ */
+export interface Mark {
+  fsid: string;
+  /** Identity of this member; unlike a devid it is never used again. */
+  member: string;
+  /** Counts the read-write mounts. */
+  epoch: number;
+  /** Identities of the members that were present. */
+  present: string[];
+}
+
+/** Two slots, written in turn, so that a torn write leaves the older one. */
+const MARK = {
+  slotsAt: [56 * KiB, 60 * KiB],
+  bytes: 4 * KiB,
+  title: "lightwhale-mark 1",
+};
+
+/** Writes a mark as text: a title, the CRC-32 of the rest, and JSON. */
+export function formatMark(mark: Mark): Uint8Array {
+  const json = JSON.stringify(mark);
+  const sum = crc32(json).toString(16).padStart(8, "0");
+  const block = new Uint8Array(MARK.bytes);
+  const bytes = new TextEncoder().encode(`${MARK.title}\n${sum}\n${json}\n`);
+  assert(bytes.length <= block.length, "The mark of a member is too long");
+  block.set(bytes);
+  return block;
+}
+
+/** Reads the newer of the two slots at the start of a data partition. */
+export function parseMark(start: Uint8Array): Mark | undefined {
+  return MARK.slotsAt
+    .map((at) => parseMarkSlot(text(start, at, MARK.bytes)))
+    .filter((mark) => mark !== undefined)
+    .sort((a, b) => b.epoch - a.epoch)[0];
+}
+
+function parseMarkSlot(slot: string): Mark | undefined {
+  const [title, sum, json] = slot.split("\n");
+  if (title !== MARK.title || !json) return undefined;
+  if (crc32(json) !== parseInt(sum, 16)) return undefined;
+  try {
+    const { fsid, member, epoch, present } = JSON.parse(json);
+    const valid = typeof fsid === "string" && typeof member === "string" &&
+      Number.isSafeInteger(epoch) && Array.isArray(present) &&
+      present.every((id: unknown) => typeof id === "string");
+    return valid ? { fsid, member, epoch, present } : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function viewOf(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
+/** Text up to the first NUL; what is not UTF-8 becomes U+FFFD. */
+function text(bytes: Uint8Array, at: number, length: number): string {
+  const field = bytes.subarray(at, at + length);
+  const end = field.indexOf(0);
+  return new TextDecoder().decode(end < 0 ? field : field.subarray(0, end));
+}
+
+function uuid(bytes: Uint8Array, at: number): string {
+  return Array.from(bytes.subarray(at, at + 16))
+    .map((byte) => byte.toString(16).padStart(2, "0")).join("")
+    .replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+// ---------------------------------------------------------------------------
+// The boot sequence.
+// ---------------------------------------------------------------------------
+
+/**
+ * Gives the system its writable filesystem: the nine documented steps.
+ * Running it again changes nothing.
+ *
+ * @returns The exit status: 0 as configured, 1 when something failed and the
+ * fallback is in place.
+ */
+export async function boot(settings: Settings): Promise<number> {
+  const started = Date.now();
+  const place = places(settings.root);
+  fs.mkdirSync(place.run, { recursive: true });
+  const lock = await takeLock(join(place.run, "lock"));
+  let plan: Plan | undefined;
+  let mode: Outcome["mode"] = "persistent";
+  try {
+    plan = await makePlan(settings, settings.waitMs); // steps 1 and 2
+    sayPlan(plan);
+    await disarm(plan.disarm);
+    if (plan.create) {
+      await partition(plan.create); //                      step 3
+      await waitForPartitions(plan.create); //              step 4
+      await createDataFilesystem(plan.create, place); //    step 5
+      plan = await makePlan(settings, 0);
+      if (!plan.mount) throw new Error(`Cannot find "${DATA}" after making it`);
+    }
+    await makePartitionNodes(plan.nodes);
+    if (plan.mount) await mountDataFilesystem(plan.mount, place); // step 6
+    else mode = await mountVolatile(plan, place);
+    await mountOverlays(place); //                          step 7
+  } catch (error) {
+    sayError(error);
+    mode = "fallback";
+    await fallBack(place);
+  }
+  await attempt(() => configureDocker(place)); //           step 8
+  if (mode === "persistent") { //                           step 9
+    await attempt(() => swapOn(plan?.mount?.members ?? [], settings));
+    await attempt(() => startMaintenance(plan, settings, place));
+  }
+  const status = messages.errors.length > 0 ? 1 : 0;
+  attemptNow(() => writeReport({ mode, plan, status, started }, place));
+  lock.release();
+  return status;
+}
+
+/** What a boot came to, for the status file. */
+interface Outcome {
+  mode: "persistent" | "volatile" | "fallback";
+  plan: Plan | undefined;
+  status: number;
+  started: number;
+}
+
+/**
+ * Looks and decides, and looks again while a disk that is needed is late:
+ * at most `waitMs`, and only as long as one is missing.
+ */
+async function makePlan(settings: Settings, waitMs: number): Promise<Plan> {
+  const giveUpAt = Date.now() + waitMs;
+  const tooSmall = new Set<string>();
+  let saidWaiting = false;
+  for (;;) {
+    const seen = listDevices(settings).map((device) => device.name).join();
+    const facts = { ...await look(settings), tooSmall };
+    const plan = decide(facts, settings);
+    const waitFor = whatIsLate(plan, facts);
+    if (waitFor && Date.now() < giveUpAt) {
+      if (!saidWaiting) say("info", `Waiting for ${waitFor}`);
+      saidWaiting = true;
+      do await sleep(100); while (
+        Date.now() < giveUpAt && isDiskPending() === facts.diskPending &&
+        listDevices(settings).map((device) => device.name).join() === seen
+      );
+      continue;
+    }
+    const misfit = plan.create && await rehearse(plan.create, settings.root);
+    if (!misfit) return plan;
+    tooSmall.add(misfit.path); // and decide without it
+  }
+}
+
+/** Names what a boot should wait for, or undefined when nothing is late. */
+function whatIsLate(plan: Plan, facts: Facts): string | undefined {
+  if (plan.mode === "mounted" || plan.mode === "off") return undefined;
+  if (plan.mount?.missing) {
+    return `${plan.mount.missing} missing device(s) of "${DATA}"`;
+  }
+  if (!plan.mount && facts.diskPending) {
+    return "a USB disk whose driver is still starting it";
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Steps 1 and 2, look: every block device, what it is and what it holds.
+// ---------------------------------------------------------------------------
+
+/** Reads all devices at the same time. Changes nothing. */
+export async function look(settings: Settings): Promise<Facts> {
+  const mounts = readMounts();
+  const devices = listDevices(settings);
+  const busy = readUsers(mounts);
+  for (const device of devices) device.inUse = busy.get(device.name);
+  await Promise.all(devices.map(readDevice));
+  const disks = new Map(devices.map((device) => [device.name, device]));
+  for (const device of devices) {
+    if (device.kind !== "partition") continue;
+    const entry = disks.get(device.disk)?.gpt?.partitions
+      .find((entry) => entry.number === device.number);
+    if (entry?.startBytes === device.startBytes) {
+      device.partitionName = entry.name;
+    }
+  }
+  const place = places(settings.root);
+  return {
+    devices: [...devices, ...await lookAtPartitionsWithoutNode(devices)],
+    diskPending: isDiskPending(),
+    memoryBytes: totalmem(),
+    mounted: mounts.findLast((mount) => mount.target === place.data),
+    tooSmall: new Set(),
+  };
+}
+
+/** Memory, floppy and optical drives; loop devices unless asked for. */
+const NEVER_LOOKED_AT = /^(ram|zram|fd|sr)\d/;
+
+/** Lists block devices from sysfs, whatever their driver calls them. */
+function listDevices(settings: Settings): BlockDevice[] {
+  const devices: BlockDevice[] = [];
+  for (const name of fs.readdirSync("/sys/class/block")) {
+    if (NEVER_LOOKED_AT.test(name)) continue;
+    if (name.startsWith("loop") && !settings.only) continue;
+    const directory = attemptNow(() =>
+      fs.realpathSync(`/sys/class/block/${name}`)
+    );
+    if (!directory) continue; // gone again
+    const number = Number(readText(`${directory}/partition`) ?? 0);
+    const disk = number ? basename(dirname(directory)) : name;
+    if (settings.only && !settings.only.includes(disk)) continue;
+    const sizeBytes = 512 * Number(readText(`${directory}/size`) ?? 0);
+    if (sizeBytes === 0) continue; // a card reader without a card
+    const uevent = readText(`${directory}/uevent`) ?? "";
+    const node = /^DEVNAME=(.*)$/m.exec(uevent)?.[1];
+    if (!node) continue; // hidden: a path of NVMe multipath
+    const diskDirectory = number ? dirname(directory) : directory;
+    const volume = ["dm", "md"].some((kind) =>
+      fs.existsSync(`${diskDirectory}/${kind}`)
+    );
+    devices.push({
+      name,
+      path: `/dev/${node}`,
+      kind: number ? "partition" : volume ? "volume" : "disk",
+      disk,
+      number,
+      startBytes: 512 * Number(readText(`${directory}/start`) ?? 0),
+      sizeBytes,
+      sectorBytes: Number(
+        readText(`${diskDirectory}/queue/logical_block_size`) ?? 512,
+      ),
+      readOnly: readText(`${directory}/ro`) === "1",
+      hasNode: true,
+      partitionName: /^PARTNAME=(.*)$/m.exec(uevent)?.[1],
+      header: false,
+    });
+  }
+  return devices.sort((a, b) => naturalOrder.compare(a.name, b.name));
+}
+
+const naturalOrder = new Intl.Collator("en", { numeric: true });
+
+/**
+ * Who uses which device (by name in sysfs). The strongest test first: holders
+ * are exact for md and device mapper; Btrfs registers only its first device as
+ * mounted and no holder at all, so that its own sysfs directory is asked.
+ */
+function readUsers(mounts: Mount[]): Map<string, string> {
+  const users = new Map<string, string>();
+  for (const name of fs.readdirSync("/sys/class/block")) {
+    const directory = `/sys/class/block/${name}`;
+    const holder = listDirectory(`${directory}/holders`)[0];
+    if (holder) users.set(name, `held by /dev/${holder}`);
+    const number = readText(`${directory}/dev`);
+    const mount = mounts.find((mount) => mount.deviceNumber === number);
+    if (mount) users.set(name, `mounted on "${mount.target}"`);
+    const image = readText(`${directory}/loop/backing_file`);
+    const owner = image && deviceOfFile(image);
+    if (owner) users.set(owner, `the home of "${image}", which is in use`);
+  }
+  for (const fsid of listDirectory("/sys/fs/btrfs")) {
+    for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
+      users.set(name, `part of the mounted Btrfs ${fsid}`);
+    }
+  }
+  for (const path of readSwaps()) users.set(basename(path), "swap in use");
+  return users;
+}
+
+/** Name of the block device that a file lies on, if it lies on one. */
+function deviceOfFile(path: string): string | undefined {
+  const dev = attemptNow(() => fs.statSync(path).dev);
+  if (dev === undefined) return undefined;
+  const major = (dev >> 8) & 0xfff;
+  const minor = (dev & 0xff) | ((dev >> 12) & 0xfff00);
+  const link = `/sys/dev/block/${major}:${minor}`;
+  return attemptNow(() => basename(fs.realpathSync(link)));
+}
+
+/** Active swap devices (proc_swaps(5)). */
+function readSwaps(): string[] {
+  return (readText("/proc/swaps") ?? "").split("\n").slice(1)
+    .map((line) => unescapeOctal(line.split(/\s/)[0])).filter(Boolean);
+}
+
+/** Reads the first 68 KiB: every format that matters has its place there. */
+async function readDevice(device: BlockDevice): Promise<void> {
+  try {
+    await withDevice(device.path, async (read) => {
+      parseStart(device, await read(0, BTRFS.superblockAt + BTRFS.bytes));
+      if (device.kind === "disk" && !device.header && !device.gpt) {
+        device.gpt = await readBackupGpt(device, read);
+      }
+      if (device.btrfs || device.header || device.gpt) return;
+      const end = BTRFS.backupAt + BTRFS.bytes;
+      if (device.sizeBytes < end) return;
+      const backup = parseSuperblock(
+        await read(BTRFS.backupAt, BTRFS.bytes),
+      );
+      device.backupLabel = backup?.intact ? backup.label : undefined;
+    });
+  } catch (error) {
+    device.readError = messageOf(error);
+  }
+}
+
+function parseStart(device: BlockDevice, start: Uint8Array): void {
+  device.header = text(start, 0, MAGIC.length) === MAGIC;
+  device.btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
+  device.swapLabel = parseSwapLabel(start);
+  const mark = device.btrfs && parseMark(start);
+  if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
+  if (device.kind !== "disk") return;
+  const sector = device.sectorBytes;
+  device.gpt = parseGpt(
+    start.subarray(sector, 2 * sector),
+    (at, length) => start.subarray(at, at + length),
+    sector,
+  );
+}
+
+/** The backup table at the end of a disk whose primary one is damaged. */
+async function readBackupGpt(
+  disk: BlockDevice,
+  read: Read,
+): Promise<Gpt | undefined> {
+  const areaBytes = GPT.entriesArea + disk.sectorBytes;
+  const areaAt = disk.sizeBytes - areaBytes;
+  if (areaAt < 0) return undefined;
+  const area = await read(areaAt, areaBytes);
+  const gpt = parseGpt(
+    area.subarray(GPT.entriesArea),
+    (at, length) => area.subarray(at - areaAt, at - areaAt + length),
+    disk.sectorBytes,
+  );
+  return gpt && { ...gpt, primaryDamaged: true, endBytes: disk.sizeBytes };
+}
+
+/**
+ * Partitions that are in the table but not in the kernel, because it has no
+ * GPT parser or because a power cut left only the backup table: read through
+ * the whole disk. Only those that bear one of our names are of interest.
+ */
+async function lookAtPartitionsWithoutNode(
+  devices: BlockDevice[],
+): Promise<BlockDevice[]> {
+  const known = new Set(devices.map((device) => device.path));
+  const found: BlockDevice[] = [];
+  for (const disk of devices) {
+    for (const entry of disk.gpt?.partitions ?? []) {
+      const path = partitionPath(disk, entry.number);
+      if (known.has(path) || ![DATA, SWAP, MAGIC].includes(entry.name)) {
+        continue;
+      }
+      found.push({
+        ...disk,
+        name: basename(path),
+        path,
+        kind: "partition",
+        number: entry.number,
+        startBytes: entry.startBytes,
+        sizeBytes: entry.sizeBytes,
+        hasNode: false,
+        partitionName: entry.name,
+        header: false,
+        gpt: undefined,
+        btrfs: undefined,
+        swapLabel: undefined,
+        mark: undefined,
+      });
+    }
+  }
+  await Promise.all(found.map(async (device) => {
+    try {
+      await withDevice(`/dev/${device.disk}`, async (read) => {
+        const bytes = BTRFS.superblockAt + BTRFS.bytes;
+        parseStart(device, await read(device.startBytes, bytes));
+      });
+    } catch (error) {
+      device.readError = messageOf(error);
+    }
+  }));
+  return found;
+}
+
+/** `/dev/sda2`, but `/dev/nvme0n1p2`, `/dev/mmcblk0p2`, `/dev/loop3p2`. */
+export function partitionPath(disk: { path: string }, number: number): string {
+  return `${disk.path}${/\d$/.test(disk.path) ? "p" : ""}${number}`;
+}
+
+/** Reads `length` bytes at a byte offset, less at the end of the device. */
+type Read = (at: number, length: number) => Promise<Uint8Array>;
+
+/**
+ * Opens a device for reading.
+ *
+ * @throws {Error} When it cannot be read or does not answer in time. (Buffered
+ * reads are killable in the kernel: a stuck one does not keep us from exiting.)
+ */
+async function withDevice(
+  path: string,
+  use: (read: Read) => Promise<void>,
+): Promise<void> {
+  const reading = (async () => {
+    const file = await open(path, "r");
+    try {
+      await use(async (at, length) => {
+        const buffer = new Uint8Array(length);
+        const { bytesRead } = await file.read(buffer, 0, length, at);
+        return buffer.subarray(0, bytesRead);
+      });
+    } finally {
+      await file.close();
+    }
+  })();
+  await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
+}
+
+/**
+ * Is a USB storage driver bound to an interface that has no disk yet?
+ * (It waits `delay_use` seconds before it even looks:
+ * Documentation/admin-guide/kernel-parameters.txt, usb-storage.delay_use.)
+ */
+function isDiskPending(): boolean {
+  return ["usb-storage", "uas"].some((driver) => {
+    const directory = `/sys/bus/usb/drivers/${driver}`;
+    return listDirectory(directory).some((name) =>
+      /^\d+-.*:/.test(name) && !hasBlockDevice(`${directory}/${name}`)
+    );
+  });
+}
+
+function hasBlockDevice(usbInterface: string): boolean {
+  const below = (directory: string, pattern: RegExp) =>
+    listDirectory(directory).filter((name) => pattern.test(name))
+      .map((name) => join(directory, name));
+  return below(usbInterface, /^host\d/)
+    .flatMap((host) => below(host, /^target/))
+    .flatMap((target) => below(target, /^\d+:/))
+    .some((unit) => listDirectory(join(unit, "block")).length > 0);
+}
+
+/** Mounts of this process (proc_pid_mountinfo(5)), oldest first. */
+function readMounts(): Mount[] {
+  return parseMountinfo(readText("/proc/self/mountinfo") ?? "");
+}
+
+/** Reads the text of `/proc/PID/mountinfo`. */
+export function parseMountinfo(mountinfo: string): Mount[] {
+  return mountinfo.split("\n").filter(Boolean).map((line) => {
+    const [before, after] = line.split(" - ");
+    const [, , deviceNumber, subtree, target, options] = before.split(" ");
+    const [type, source, superOptions] = after.split(" ");
+    return {
+      target: unescapeOctal(target),
+      type,
+      source: unescapeOctal(source),
+      deviceNumber,
+      subtree: unescapeOctal(subtree),
+      options: options.split(","),
+      superOptions: superOptions.split(","),
+    };
+  });
+}
+
+function unescapeOctal(field: string): string {
+  return field.replace(
+    /\\([0-7]{3})/g,
+    (_, code) => String.fromCharCode(parseInt(code, 8)),
+  );
+}
+
+// ---------------------------------------------------------------------------
+// Decide: facts in, plan out. Nothing below touches a device.
+// ---------------------------------------------------------------------------
+
+/** All that a boot would do. */
+export interface Plan {
+  /**
+   * Where the writable layer will be: on the data filesystem, on a tmpfs, as
+   * it already is (`mounted`), or on a tmpfs because it was asked for (`off`).
+   */
+  mode: "persistent" | "volatile" | "mounted" | "off";
+  /** Why, in one sentence. */
+  reason: string;
+  /** Headers and magic names to take away from devices that hold data. */
+  disarm: BlockDevice[];
+  /** Disks whose partitions have to be shown to the kernel. */
+  nodes: BlockDevice[];
+  create?: NewFilesystem;
+  mount?: DataFilesystem;
+  /** Magic devices that are to join the data filesystem. */
+  join: NewMember[];
+  warnings: string[];
+  errors: string[];
+}
+
+/** A data filesystem to be made. */
+export interface NewFilesystem {
+  members: NewMember[];
+  dataProfile: string;
+  metadataProfile: string;
+}
+
+/** A magic disk or partition, and what becomes of it. */
+export interface NewMember {
+  device: BlockDevice;
+  /** Size of its swap partition, 0 for none. */
+  swapBytes: number;
+  swapPath?: string;
+  dataPath: string;
+  dataBytes: number;
+}
+
+/** A data filesystem that is there. */
+export interface DataFilesystem {
+  fsid: string;
+  members: BlockDevice[];
+  /** How many devices are not there or must not be used. */
+  missing: number;
+  /** The device that an interrupted `btrfs replace` was writing to. */
+  replaceTarget?: BlockDevice;
+  /** Devices of this filesystem that were written without: to be rebuilt. */
+  stale: BlockDevice[];
+  /** Devices of this filesystem that the kernel must not see. */
+  excluded: BlockDevice[];
+  /** A device has missed writes, and no mark says which of it are stale. */
+  needsScrub: boolean;
+  /** Disks that became larger than their partition table knows. */
+  grow: BlockDevice[];
+  /** Disks whose primary table is to be restored from the backup. */
+  repair: BlockDevice[];
+}
+
+/**
+ * Decides what a boot does.
+ *
+ * @param facts What was found.
+ * @param settings What was asked for.
+ * @returns The plan. Whatever is wrong with a device is said in it.
+ */
+export function decide(facts: Facts, settings: Settings): Plan {
+  const plan: Plan = {
+    mode: "volatile",
+    reason: "no disk is enabled",
+    disarm: [],
+    nodes: [],
+    join: [],
+    warnings: [],
+    errors: [],
+  };
+  if (facts.mounted) {
+    plan.mode = "mounted";
+    plan.reason = `"${facts.mounted.target}" is already there, on ` +
+      `${facts.mounted.source} (${facts.mounted.type})`;
+  } else if (settings.off) {
+    plan.mode = "off";
+    plan.reason = "the kernel command line says lightwhale.persistence=off";
+    return plan;
+  }
+  const usable = facts.devices.filter((device) => !isHeld(device));
+  warnOfMisplacedHeaders(usable, plan);
+
+  const filesystems = findDataFilesystems(usable);
+  const isOurs = (device: BlockDevice) =>
+    filesystems.some((data) => allDevices(data).includes(device));
+  const chosen = facts.mounted
+    ? filesystems.find((data) => data.members.some((member) => member.inUse))
+    : chooseDataFilesystem(filesystems, settings, plan);
+  const magic = findMagicDevices(usable);
+  plan.disarm = magic.filter((device) => partsOf(device, usable).some(isOurs));
+  for (const device of plan.disarm) {
+    plan.warnings.push(
+      `${device.path} is marked to be formatted, but holds a data ` +
+        `filesystem: the data wins and the mark is taken away (to erase it ` +
+        `nevertheless: persistence.ts --enable --force ${device.path})`,
+    );
+  }
+  const candidates = magic.filter((device) => !plan.disarm.includes(device));
+  const damaged = findDamage(usable, isOurs, magic);
+  if (facts.mounted) {
+    plan.mount = chosen;
+    planJoining(candidates, damaged, facts, settings, plan);
+    return plan;
+  }
+  if (chosen) {
+    plan.mode = "persistent";
+    plan.mount = chosen;
+    plan.reason = `${chosen.members.map((m) => m.path).join(", ")} ` +
+      `hold${chosen.members.length > 1 ? "" : "s"} the data filesystem`;
+    plan.nodes = disksWithoutNodes(allDevices(chosen), facts.devices);
+    chosen.grow = findGrownDisks(chosen.members, facts.devices);
+    chosen.repair = findDamagedTables(chosen.members, facts.devices);
+    planJoining(candidates, damaged, facts, settings, plan);
+    return plan;
+  }
+  const unreadable = usable.filter((device) => device.readError);
+  for (const device of unreadable) {
+    plan.warnings.push(`${device.readError}: it is left alone`);
+  }
+  if (candidates.length > 0 && damaged.length + unreadable.length > 0) {
+    plan.errors.push(
+      `${pathsOf(candidates)} will not be formatted while ` +
+        `${pathsOf([...damaged, ...unreadable])} may be a data disk that has ` +
+        `a bad day: repair it, or unplug it to start anew`,
+    );
+    plan.reason = "a data disk may be damaged";
+  } else {
+    plan.create = planCreation(candidates, facts, settings, plan);
+    if (plan.create) {
+      plan.mode = "persistent";
+      plan.reason = `${pathsOf(candidates)} asked to be formatted`;
+    }
+  }
+  plan.errors.push(...damaged.map(describeDamage));
+  return plan;
+}
+
+/**
+ * Devices below an md array or a device mapper volume are not looked at for
+ * data: the volume is, and the same superblock would be found twice.
+ */
+function isHeld(device: BlockDevice): boolean {
+  return device.inUse?.startsWith("held by") ?? false;
+}
+
+function warnOfMisplacedHeaders(devices: BlockDevice[], plan: Plan): void {
+  for (const device of devices) {
+    if (!device.header || device.kind === "disk") continue;
+    plan.warnings.push(
+      `${device.path} begins with the magic header, which counts only at the ` +
+        `start of a whole disk: it is not obeyed (a partition is enabled ` +
+        `with persistence.ts --enable ${device.path})`,
+    );
+  }
+}
+
+/** Whole disks with the header, and partitions with the magic name. */
+function findMagicDevices(devices: BlockDevice[]): BlockDevice[] {
+  return devices.filter((device) =>
+    device.kind === "disk" ? device.header : device.partitionName === MAGIC
+  );
+}
+
+/** The device itself and, of a whole disk, its partitions. */
+function partsOf(device: BlockDevice, devices: BlockDevice[]): BlockDevice[] {
+  return device.kind === "partition"
+    ? [device]
+    : devices.filter((other) => other.disk === device.disk);
+}
+
+const pathsOf = (devices: BlockDevice[]) =>
+  devices.map((device) => device.path).join(", ");
+
+/** Groups devices by filesystem and sorts out who may be mounted together. */
+export function findDataFilesystems(devices: BlockDevice[]): DataFilesystem[] {
+  const groups = new Map<string, BlockDevice[]>();
+  for (const device of devices) {
+    if (!device.btrfs?.intact) continue;
+    const group = groups.get(device.btrfs.fsid) ?? [];
+    groups.set(device.btrfs.fsid, [...group, device]);
+  }
+  return [...groups.values()]
+    .filter((group) => newest(group).btrfs?.label === DATA)
+    .map(sortOutMembers);
+}
+
+const generationOf = (device: BlockDevice) => device.btrfs?.generation ?? 0;
+const epochOf = (device: BlockDevice) => device.mark?.epoch ?? 0;
+const devidOf = (device: BlockDevice) => device.btrfs?.devid ?? 0;
+
+function newest(devices: BlockDevice[]): BlockDevice {
+  return devices.reduce((best, device) =>
+    generationOf(device) > generationOf(best) ? device : best
+  );
+}
+
+/** Was `writer` mounted for writing while `other` was not there? */
+function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
+  return writer.mark !== undefined && other.mark !== undefined &&
+    !writer.mark.present.includes(other.mark.member);
+}
+
+/** Sorts the devices of one filesystem; the marks prove what is stale. */
+function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
+  const excluded: BlockDevice[] = [];
+  // Two devices with the same devid: a clone, or a member that came back after
+  // it was replaced. Marks tell; failing them the newer; then a fixed order.
+  const latest = devices.reduce((a, b) => epochOf(b) > epochOf(a) ? b : a);
+  const isCurrent = (device: BlockDevice) =>
+    device.mark && latest.mark?.present.includes(device.mark.member) ? 1 : 0;
+  const ranked = [...devices].sort((a, b) =>
+    isCurrent(b) - isCurrent(a) || epochOf(b) - epochOf(a) ||
+    generationOf(b) - generationOf(a) ||
+    naturalOrder.compare(a.name, b.name)
+  );
+  const byDevid = new Map<number, BlockDevice>();
+  for (const device of ranked) {
+    if (byDevid.has(devidOf(device))) excluded.push(device);
+    else byDevid.set(devidOf(device), device);
+  }
+  // A replace that has not finished has devid 0 on its target.
+  const replaceTarget = byDevid.get(0);
+  byDevid.delete(0);
+
+  let members = [...byDevid.values()];
+  const side = pickSide(members);
+  excluded.push(
+    ...members.filter((member) =>
+      side.some((other) =>
+        wroteWithout(member, other) && wroteWithout(other, member)
+      )
+    ),
+  );
+  members = members.filter((member) => !excluded.includes(member));
+  const stale = members.filter((member) =>
+    members.some((other) => wroteWithout(other, member))
+  );
+  members = members.filter((member) => !stale.includes(member))
+    .sort((a, b) => devidOf(a) - devidOf(b));
+  const top = newest(members.length > 0 ? members : devices);
+  return {
+    fsid: devices[0].btrfs!.fsid,
+    members,
+    missing: Math.max(0, (top.btrfs?.numDevices ?? 0) - members.length),
+    replaceTarget,
+    stale,
+    excluded,
+    needsScrub: members.some((member) =>
+      generationOf(member) < generationOf(top)
+    ),
+    grow: [],
+    repair: [],
+  };
+}
+
+/**
+ * Of a mirror whose halves were each written alone, the half to use: most
+ * members, then the higher epoch, then the lower devid. Without a split, all.
+ */
+function pickSide(members: BlockDevice[]): BlockDevice[] {
+  const sides = members.map((member) =>
+    members.filter((other) =>
+      !(wroteWithout(member, other) && wroteWithout(other, member))
+    )
+  );
+  const epoch = (side: BlockDevice[]) => Math.max(...side.map(epochOf));
+  const devid = (side: BlockDevice[]) => Math.min(...side.map(devidOf));
+  return sides.sort((a, b) =>
+    b.length - a.length || epoch(b) - epoch(a) || devid(a) - devid(b)
+  )[0] ?? [];
+}
+
+function allDevices(data: DataFilesystem): BlockDevice[] {
+  const target = data.replaceTarget ? [data.replaceTarget] : [];
+  return [...data.members, ...data.stale, ...target, ...data.excluded];
+}
+
+/**
+ * Chooses among several data filesystems by a rule that gives the same answer
+ * at the next boot: the one asked for; a whole one; the one mounted most often;
+ * the lower UUID.
+ */
+function chooseDataFilesystem(
+  filesystems: DataFilesystem[],
+  settings: Settings,
+  plan: Plan,
+): DataFilesystem | undefined {
+  const epoch = (data: DataFilesystem) =>
+    Math.max(0, ...data.members.map(epochOf));
+  const asked = (data: DataFilesystem) =>
+    data.fsid === settings.dataUuid ? 1 : 0;
+  const [chosen, ...others] = [...filesystems].sort((a, b) =>
+    asked(b) - asked(a) || Math.sign(a.missing) - Math.sign(b.missing) ||
+    epoch(b) - epoch(a) || (a.fsid < b.fsid ? -1 : 1)
+  );
+  if (settings.dataUuid && (!chosen || !asked(chosen))) {
+    plan.warnings.push(
+      `No data filesystem has the UUID ${settings.dataUuid} that the kernel ` +
+        `command line asks for (lightwhale.data): another one may be used`,
+    );
+  }
+  for (const other of others) {
+    plan.warnings.push(
+      `There is more than one data filesystem: ${chosen.fsid} on ` +
+        `${pathsOf(chosen.members)} is used, ${other.fsid} on ` +
+        `${pathsOf(allDevices(other))} is not touched (to use it instead: ` +
+        `lightwhale.data=${other.fsid} on the kernel command line)`,
+    );
+  }
+  if (!chosen) return undefined;
+  for (const device of chosen.excluded) {
+    const same = chosen.members.find((m) => devidOf(m) === devidOf(device));
+    plan.warnings.push(
+      same
+        ? `${device.path} is a copy of ${same.path} (same filesystem, same ` +
+          `devid): ${same.path} is used, ${device.path} is not touched (to ` +
+          `use it instead, unplug ${same.path})`
+        : `${device.path} and ${pathsOf(chosen.members)} were each written ` +
+          `without the other: ${pathsOf(chosen.members)} is used, ` +
+          `${device.path} is not touched (to use it instead, unplug ` +
+          `${pathsOf(chosen.members)}; to give it up and mirror anew: ` +
+          `persistence.ts --enable --force ${diskOf(device)})`,
+    );
+  }
+  if (chosen.missing > 0) {
+    plan.warnings.push(
+      `The data filesystem lacks ${chosen.missing} of ` +
+        `${chosen.missing + chosen.members.length} devices: it runs without ` +
+        `redundancy, degraded` +
+        (chosen.stale.length > 0
+          ? `; ${pathsOf(chosen.stale)} missed writes and is rebuilt`
+          : chosen.replaceTarget
+          ? `; ${chosen.replaceTarget.path} is taking the missing place`
+          : ` (plug in the missing disk, or a new one marked with ` +
+            `persistence.ts --enable)`),
+    );
+  }
+  return chosen;
+}
+
+/** The argument for `--enable` that marks a device or its whole disk. */
+function diskOf(device: BlockDevice): string {
+  return device.number === 0 ? device.path : `/dev/${device.disk}`;
+}
+
+function disksWithoutNodes(
+  devices: BlockDevice[],
+  all: BlockDevice[],
+): BlockDevice[] {
+  return all.filter((disk) =>
+    disk.kind === "disk" &&
+    devices.some((device) => !device.hasNode && device.disk === disk.name)
+  );
+}
+
+/**
+ * A disk is larger than before when the backup table is not at its end; free
+ * space behind the last partition alone may be there on purpose.
+ */
+function findGrownDisks(
+  members: BlockDevice[],
+  devices: BlockDevice[],
+): BlockDevice[] {
+  return members.filter((member) => {
+    const disk = devices.find((device) => device.name === member.disk);
+    if (member.kind !== "partition" || !disk?.gpt) return false;
+    if (disk.readOnly || disk.gpt.primaryDamaged) return false;
+    const ends = disk.gpt.partitions.map((p) => p.startBytes + p.sizeBytes);
+    const end = member.startBytes + member.sizeBytes;
+    return end === Math.max(...ends) &&
+      disk.sizeBytes - disk.gpt.endBytes >= MiB;
+  });
+}
+
+function findDamagedTables(
+  members: BlockDevice[],
+  devices: BlockDevice[],
+): BlockDevice[] {
+  return devices.filter((disk) =>
+    disk.gpt?.primaryDamaged && !disk.readOnly &&
+    members.some((member) => member.disk === disk.name)
+  );
+}
+
+/** Traces of a data disk that cannot be used: damage is not emptiness. */
+function findDamage(
+  devices: BlockDevice[],
+  isOurs: (device: BlockDevice) => boolean,
+  magic: BlockDevice[],
+): BlockDevice[] {
+  return devices.filter((device) => {
+    const parts = partsOf(device, devices);
+    const disk = devices.find((other) => other.name === device.disk);
+    if (isOurs(device) || magic.includes(device)) return false;
+    if (disk && magic.includes(disk)) return false;
+    if (device.btrfs && !device.btrfs.intact && device.btrfs.label === DATA) {
+      return true;
+    }
+    if (device.backupLabel === DATA && !device.btrfs) return true;
+    if (device.partitionName === DATA) return true;
+    // A disk of which only the swap partition is left.
+    return device.kind === "disk" && !parts.some(isOurs) &&
+      parts.some((part) => part.partitionName === SWAP) &&
+      !parts.some((part) => part.partitionName === DATA);
+  });
+}
+
+function describeDamage(device: BlockDevice): string {
+  const why = device.btrfs
+    ? `its superblock is damaged`
+    : device.backupLabel === DATA
+    ? `only a backup superblock is left`
+    : device.partitionName === DATA
+    ? `it has the partition name but no usable filesystem`
+    : `it has a "${SWAP}" partition but no data partition`;
+  return `${device.path} seems to have been a "${DATA}" disk, but ${why}: it ` +
+    `is not touched (try "btrfs rescue super-recover ${device.path}"; to give ` +
+    `it up: persistence.ts --enable --force ${diskOf(device)})`;
+}
+
+/** Plans a filesystem on all magic devices that fit, or says why none does. */
+function planCreation(
+  magic: BlockDevice[],
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): NewFilesystem | undefined {
+  const members = planMembers(magic, facts, settings, plan);
+  if (members.length === 0) return undefined;
+  return { members, ...profilesFor(members.length) };
+}
+
+/**
+ * The profiles for a number of devices (mkfs.btrfs(8), PROFILES). `raid1`
+ * survives the loss of one device; more copies of the metadata cost little.
+ */
+export function profilesFor(
+  devices: number,
+): { dataProfile: string; metadataProfile: string } {
+  if (devices === 1) return { dataProfile: "single", metadataProfile: "dup" };
+  const metadataProfile = ["raid1", "raid1c3"][devices - 2] ?? "raid1c4";
+  return { dataProfile: "raid1", metadataProfile };
+}
+
+/** Lays out each magic device, or leaves it out with its reason. */
+function planMembers(
+  magic: BlockDevice[],
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): NewMember[] {
+  const members: NewMember[] = [];
+  for (const device of magic) {
+    const member = layOut(device, facts.memoryBytes, settings.noSwap);
+    const parts = partsOf(device, facts.devices);
+    const user = parts.find((part) => part.inUse);
+    const why = device.readOnly
+      ? "it is read-only"
+      : user
+      ? `${user.path} is ${user.inUse}`
+      : member.dataBytes < MINIMUM_DATA_BYTES
+      ? `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
+        `${inMiB(MINIMUM_DATA_BYTES)} for data)`
+      : facts.tooSmall.has(device.path)
+      ? `it is too small beside the others (${inMiB(device.sizeBytes)})`
+      : magic.some((other) => other !== device && other.name === device.disk)
+      ? `its whole disk is marked too`
+      : undefined;
+    if (!why) members.push(member);
+    else plan.errors.push(`Cannot format ${device.path}: ${why}`);
+  }
+  return members;
+}
+
+/** Partition sizes of a new member; a magic partition is used as it is. */
+export function layOut(
+  device: BlockDevice,
+  memoryBytes: number,
+  noSwap: boolean,
+): NewMember {
+  if (device.kind === "partition") {
+    const dataBytes = device.sizeBytes;
+    return { device, swapBytes: 0, dataPath: device.path, dataBytes };
+  }
+  const largest = Math.min(memoryBytes, 4 * GiB, device.sizeBytes / 8);
+  const swapBytes = noSwap || device.sizeBytes < MINIMUM_DISK_FOR_SWAP_BYTES
+    ? 0
+    : Math.floor(largest / MiB) * MiB;
+  return {
+    device,
+    swapBytes,
+    swapPath: swapBytes > 0 ? partitionPath(device, 1) : undefined,
+    dataPath: partitionPath(device, swapBytes > 0 ? 2 : 1),
+    // 1 MiB before the first partition, at most 1 MiB behind the last one.
+    dataBytes: Math.floor(device.sizeBytes / MiB) * MiB - swapBytes - 2 * MiB,
+  };
+}
+
+const inMiB = (bytes: number) => `${Math.floor(bytes / MiB)} MiB`;
+
+/** Adds the magic devices that join the data filesystem in use. */
+function planJoining(
+  candidates: BlockDevice[],
+  damaged: BlockDevice[],
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): void {
+  plan.warnings.push(...damaged.map(describeDamage));
+  if (candidates.length === 0) return;
+  if (!plan.mount) {
+    plan.warnings.push(
+      `${pathsOf(candidates)} is marked to be formatted: that happens at the ` +
+        `next boot`,
+    );
+  } else if (damaged.length > 0) {
+    plan.warnings.push(
+      `${pathsOf(candidates)} does not join the data filesystem while ` +
+        `${pathsOf(damaged)} may be a data disk that has a bad day`,
+    );
+  } else {
+    plan.join = planMembers(candidates, facts, settings, plan);
+  }
+}
+
+/** The plan as `--dry-run` prints it, a line for each thing done. */
+export function describePlan(plan: Plan): string[] {
+  const lines = [`${plan.mode}: ${plan.reason}`];
+  for (const device of plan.disarm) {
+    lines.push(`take the mark away from ${device.path}`);
+  }
+  for (const { device, ...member } of plan.create?.members ?? []) {
+    if (device.kind === "partition") continue;
+    const swap = member.swapBytes > 0
+      ? `swap of ${inMiB(member.swapBytes)} on ${member.swapPath}, `
+      : "";
+    lines.push(
+      `partition ${device.path} (${inMiB(device.sizeBytes)}): ${swap}data on ` +
+        member.dataPath,
+    );
+  }
+  if (plan.create) {
+    const { members, dataProfile, metadataProfile } = plan.create;
+    lines.push(
+      `create "${DATA}" on ${members.map((m) => m.dataPath).join(", ")}: ` +
+        `data ${dataProfile}, metadata ${metadataProfile}`,
+    );
+  }
+  if (plan.mount && plan.mode === "persistent") {
+    const { members, missing, fsid } = plan.mount;
+    lines.push(
+      `mount "${DATA}" (${fsid}) from ${pathsOf(members)}` +
+        (missing > 0 ? `, degraded: ${missing} missing` : ""),
+    );
+  }
+  for (const device of plan.mount?.repair ?? []) {
+    lines.push(`restore the primary partition table of ${device.path}`);
+  }
+  for (const device of plan.mount?.grow ?? []) {
+    lines.push(`grow ${device.path} to the end of its disk`);
+  }
+  for (const device of plan.mount?.stale ?? []) {
+    lines.push(`wipe ${device.path}, which missed writes, and rebuild it`);
+  }
+  for (const { device } of plan.join) {
+    lines.push(`let ${device.path} join the data filesystem`);
+  }
+  if (plan.mode === "volatile" || plan.mode === "off") {
+    lines.push(`mount a tmpfs on /${DATA_MOUNT}`);
+  }
+  return lines;
+}
+
+// ---------------------------------------------------------------------------
+// Steps 3 to 5, do: partition, wait for nodes, create the data filesystem.
+// ---------------------------------------------------------------------------
+
+/**
+ * Takes the magic header (or partition name) away. Only these 27 bytes are
+ * written; boot code and the protective MBR around them stay.
+ */
+async function disarm(devices: BlockDevice[]): Promise<void> {
+  for (const device of devices) {
+    say("info", `Taking the mark away from ${device.path}`);
+    if (device.kind === "partition") {
+      await namePartition(device, device.disk, device.number, DATA);
+    } else {
+      await writeBytes(device.path, 0, new Uint8Array(MAGIC.length));
+    }
+  }
+}
+
+/** Sets a GPT partition name; works on a disk in use (sfdisk(8)). */
+async function namePartition(
+  device: BlockDevice,
+  disk: string,
+  number: number,
+  name: string,
+): Promise<void> {
+  await run(
+    ["sfdisk", "--quiet", "--part-label", `/dev/${disk}`, `${number}`, name],
+    { to: `name ${device.path} "${name}"` },
+  );
+}
+
+/**
+ * Writes a few bytes through to the medium. A child does it, because nothing
+ * ends a process that waits for a device which does not answer, and that must
+ * not be this one.
+ */
+async function writeBytes(
+  path: string,
+  at: number,
+  bytes: Uint8Array,
+): Promise<void> {
+  await run([
+    "dd",
+    `of=${path}`,
+    `bs=${bytes.length}`,
+    "count=1",
+    `seek=${at / bytes.length}`,
+    "conv=notrunc,fsync",
+  ], { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes });
+}
+
+/**
+ * Checks that mkfs.btrfs can make this filesystem, before any disk is wiped
+ * for it: with small or unequal sizes it is found out by doing it on sparse
+ * files of the same sizes.
+ *
+ * @returns The device that is too small, or undefined when all is well.
+ */
+async function rehearse(
+  create: NewFilesystem,
+  root: string,
+): Promise<BlockDevice | undefined> {
+  const smallest = create.members.reduce((a, b) =>
+    b.dataBytes < a.dataBytes ? b : a
+  );
+  if (create.members.length === 1) return undefined;
+  if (smallest.dataBytes >= SURELY_FITS_BYTES) return undefined;
+  const directory = fs.mkdtempSync(join(places(root).run, "rehearsal-"));
+  try {
+    const files = create.members.map(({ dataBytes }, index) => {
+      const file = join(directory, `${index}`);
+      fs.writeFileSync(file, "");
+      fs.truncateSync(file, dataBytes);
+      return file;
+    });
+    await run(mkfs(create, files), { to: "rehearse mkfs.btrfs" });
+  } catch (error) {
+    say("debug", messageOf(error));
+    return smallest.device;
+  } finally {
+    fs.rmSync(directory, { recursive: true });
+  }
+}
+
+function mkfs(create: NewFilesystem, paths: string[]): string[] {
+  return [
+    "mkfs.btrfs",
+    "--quiet",
+    "--force", // old contents are told to go; it would refuse ext4
+    "--label",
+    UNFINISHED,
+    "--data",
+    create.dataProfile,
+    "--metadata",
+    create.metadataProfile,
+    ...paths,
+  ];
+}
+
+/** Writes the new tables; the header stays at offset 0 through all of it. */
+async function partition(create: NewFilesystem): Promise<void> {
+  const missing = ["wipefs", "sfdisk", "partx", "mkfs.btrfs", "btrfs", "mount"]
+    .concat(create.members.some((m) => m.swapPath) ? ["mkswap"] : [])
+    .filter((program) => !findProgram(program));
+  if (missing.length > 0) {
+    throw new Error(
+      `Cannot format ${pathsOf(create.members.map((m) => m.device))}: ` +
+        `"${missing[0]}" is not installed (nothing was changed)`,
+    );
+  }
+  await Promise.all(create.members.map(partitionDisk));
+}
+
+async function partitionDisk(member: NewMember): Promise<void> {
+  const { device, swapBytes } = member;
+  if (device.kind === "partition") return;
+  say("info", `Partitioning ${device.path} (${inMiB(device.sizeBytes)})`);
+  // An old whole-disk signature (Btrfs at 64 KiB) would outlive a new table.
+  await run(["wipefs", "--quiet", "--all", device.path], {
+    to: `erase the old signatures on ${device.path}`,
+  });
+  const swap = `start=1MiB, size=${swapBytes / MiB}MiB, type=swap, ` +
+    `name=${SWAP}\n`;
+  const data = `${swapBytes > 0 ? "" : "start=1MiB, "}type=linux, name=${DATA}`;
+  // --wipe never: the header has to survive until the filesystem is complete.
+  // --wipe-partitions always: an old filesystem must not come back to life
+  // where a new partition happens to start at an old place; sfdisk does that,
+  // and an fsync, before it writes the table.
+  await run([
+    "sfdisk",
+    "--quiet",
+    "--no-tell-kernel",
+    ...["--wipe", "never", "--wipe-partitions", "always"],
+    device.path,
+  ], {
+    to: `write a partition table to ${device.path}`,
+    stdin: `label: gpt\n${swapBytes > 0 ? swap : ""}${data}\n`,
+  });
+}
+
+/** Shows new partitions to the kernel and waits for their device nodes. */
+async function waitForPartitions(create: NewFilesystem): Promise<void> {
+  for (const { device, swapPath, dataPath } of create.members) {
+    if (device.kind === "partition") continue;
+    await updatePartitions(device.path);
+    await waitForNode(dataPath);
+    if (swapPath) await waitForNode(swapPath);
+  }
+}
+
+/** Shows the partitions of disks that the kernel itself did not parse. */
+async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
+  for (const disk of disks) await updatePartitions(disk.path);
+}
+
+/** Tells the kernel what the table says: BLKPG, partition by partition. */
+async function updatePartitions(disk: string): Promise<void> {
+  await run(["partx", "--update", disk], {
+    to: `show the partitions of ${disk} to the kernel`,
+  });
+}
+
+async function waitForNode(path: string): Promise<void> {
+  const giveUpAt = Date.now() + TIMEOUT.nodeMs;
+  while (!fs.existsSync(path)) {
+    if (Date.now() > giveUpAt) {
+      throw new Error(
+        `Cannot find ${path}: its node did not appear in ` +
+          `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
+      );
+    }
+    await sleep(20);
+  }
+}
+
+/** Makes swap and the data filesystem, and commits it by its label. */
+async function createDataFilesystem(
+  create: NewFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const paths = create.members.map((member) => member.dataPath);
+  say(
+    "info",
+    `Creating "${DATA}" on ${paths.join(", ")}: data ${create.dataProfile}, ` +
+      `metadata ${create.metadataProfile}`,
+  );
+  await Promise.all([
+    run(mkfs(create, paths), {
+      to: `create the data filesystem on ${paths.join(", ")}`,
+      timeoutMs: TIMEOUT.mkfsMs,
+    }),
+    ...create.members.map(({ swapPath }) => swapPath && makeSwap(swapPath)),
+  ]);
+  await verifySuperblocks(paths, UNFINISHED);
+
+  await withTopLevel(paths, [], place, async (top) => {
+    for (const subvolume of Object.values(SUBVOLUMES)) {
+      await createSubvolume(join(top, subvolume));
+    }
+    await run(["btrfs", "filesystem", "sync", top], {
+      to: `write the subvolumes to ${paths.join(", ")}`,
+    });
+    await run(["btrfs", "filesystem", "label", top, DATA], {
+      to: `label the data filesystem on ${paths.join(", ")}`,
+    });
+  });
+  await verifySuperblocks(paths, DATA);
+  await disarm(create.members.map((member) => member.device));
+}
+
+async function makeSwap(path: string): Promise<void> {
+  await run(["mkswap", "--label", SWAP, path], { to: `make swap on ${path}` });
+}
+
+async function createSubvolume(path: string): Promise<void> {
+  await run(["btrfs", "subvolume", "create", path], {
+    to: `create the subvolume ${basename(path)}`,
+  });
+}
+
+/** Reads back what mkfs or a label was to achieve, on every member. */
+async function verifySuperblocks(
+  paths: string[],
+  label: string,
+): Promise<void> {
+  for (const path of paths) {
+    await withDevice(path, async (read) => {
+      const found = parseSuperblock(
+        await read(BTRFS.superblockAt, BTRFS.bytes),
+      );
+      if (
+        !found?.intact || found.label !== label ||
+        found.numDevices !== paths.length
+      ) {
+        throw new Error(
+          `Cannot find a Btrfs of ${paths.length} device(s) labelled ` +
+            `"${label}" on ${path} after making it: the disk may be broken`,
+        );
+      }
+    });
+  }
+}
+
+/** Mounts the top level of a filesystem for the time of a function. */
+async function withTopLevel(
+  paths: string[],
+  options: string[],
+  place: ReturnType<typeof places>,
+  use: (directory: string) => Promise<void>,
+): Promise<void> {
+  fs.mkdirSync(place.topLevel, { recursive: true });
+  await mountBtrfs(paths, ["subvolid=5", ...options], place.topLevel);
+  try {
+    await use(place.topLevel);
+  } finally {
+    await unmount(place.topLevel);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Step 6: mount the data filesystem, or a tmpfs.
+// ---------------------------------------------------------------------------
+
+async function mountDataFilesystem(
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  if (!mountedOn(place.data)) {
+    await leaveNoTopLevel(place);
+    await repairTables(data);
+    await growPartitions(data);
+    await markMembers(data.members, data.fsid);
+    await mountMembers(data, place);
+    await growFilesystem(data, place);
+  }
+  await mountSubvolume("state", place.state, data, place);
+  await mountSubvolume("snapshots", place.snapshots, data, place);
+}
+
+/** A run that was killed may have left the top level mounted. */
+async function leaveNoTopLevel(place: ReturnType<typeof places>) {
+  while (mountedOn(place.topLevel)) await unmount(place.topLevel);
+}
+
+/** Restores primary partition tables: sfdisk falls back to the backup. */
+async function repairTables(data: DataFilesystem): Promise<void> {
+  for (const disk of data.repair) {
+    say("warning", `Restoring the primary partition table of ${disk.path}`);
+    const dump = await run(["sfdisk", "--dump", disk.path], {
+      to: `read the backup partition table of ${disk.path}`,
+    });
+    await run([
+      "sfdisk",
+      "--quiet",
+      "--no-reread",
+      "--no-tell-kernel",
+      ...["--wipe", "never", "--wipe-partitions", "never"],
+      disk.path,
+    ], { to: `restore the partition table of ${disk.path}`, stdin: dump });
+  }
+}
+
+/** Lets a partition follow its enlarged disk; moves the backup table too. */
+async function growPartitions(data: DataFilesystem): Promise<void> {
+  for (const member of data.grow) {
+    say("info", `Growing ${member.path} to the end of its disk`);
+    const disk = `/dev/${member.disk}`;
+    await run([
+      "sfdisk",
+      "--quiet",
+      "--no-reread",
+      "--no-tell-kernel",
+      ...["-N", `${member.number}`],
+      disk,
+    ], { to: `grow ${member.path}`, stdin: ", +\n" });
+    await run(["partx", "--update", "--nr", `${member.number}`, disk], {
+      to: `tell the kernel the new size of ${member.path}`,
+    });
+  }
+}
+
+/** Lets the filesystem follow partitions that are larger than it knows. */
+async function growFilesystem(
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  for (const member of data.members) {
+    const sizeBytes = 512 *
+      Number(readText(`/sys/class/block/${member.name}/size`) ?? 0);
+    if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
+    const id = devidOf(member);
+    await attempt(() =>
+      run(["btrfs", "filesystem", "resize", `${id}:max`, place.data], {
+        to: `grow the data filesystem on ${member.path}`,
+      })
+    );
+  }
+}
+
+/**
+ * Marks the members that are present, before a read-write mount. Called with
+ * all members that will be written to, and no others.
+ */
+async function markMembers(
+  members: BlockDevice[],
+  fsid: string,
+): Promise<void> {
+  const epoch = Math.max(...members.map(epochOf)) + 1;
+  const marks = members.map((device) => ({
+    device,
+    member: device.mark?.member ?? randomUUID(),
+  }));
+  const present = marks.map(({ member }) => member);
+  await Promise.all(marks.map(async ({ device, member }) => {
+    const mark = { fsid, member, epoch, present };
+    const slot = MARK.slotsAt[epoch % MARK.slotsAt.length];
+    await writeBytes(device.path, slot, formatMark(mark));
+    device.mark = mark;
+  }));
+}
+
+async function mountMembers(
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const target = data.replaceTarget && data.missing > 0
+    ? [data.replaceTarget.path]
+    : [];
+  const paths = data.members.map((member) => member.path);
+  const options = data.missing > 0 ? ["degraded"] : [];
+  if (data.excluded.length + data.stale.length > 0) {
+    // The kernel must not bring in what it may have scanned already.
+    await run(["btrfs", "device", "scan", "--forget"], {
+      to: `make the kernel forget ${
+        pathsOf([...data.excluded, ...data.stale])
+      }`,
+    });
+  }
+  makeMountPoint(place.data);
+  try {
+    await mountDataSubvolume([...paths, ...target], options, place);
+  } catch (error) {
+    if (target.length === 0) throw error;
+    // A target that no replace knows any more: without it (it is wiped later).
+    say("warning", messageOf(error));
+    await mountDataSubvolume(paths, options, place);
+  }
+  if (mountedOn(place.data)?.superOptions.includes("ro")) {
+    throw new Error(
+      `Cannot write to the data filesystem on ${
+        paths.join(", ")
+      }: the kernel ` +
+        `mounted it read-only (see dmesg, and "btrfs check ${paths[0]}")`,
+    );
+  }
+}
+
+/**
+ * Mounts `@lightwhale-data`, or the top level of a disk made by hand that
+ * keeps its state there; makes the subvolume where there is neither.
+ */
+async function mountDataSubvolume(
+  paths: string[],
+  options: string[],
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const subvolume = [`subvol=/${SUBVOLUMES.data}`, ...options];
+  let atTopLevel = false;
+  try {
+    return await mountBtrfs(paths, subvolume, place.data);
+  } catch (error) {
+    // Is it the filesystem, or only the subvolume that is not there?
+    await withTopLevel(paths, options, place, async (top) => {
+      if (fs.existsSync(join(top, SUBVOLUMES.data))) throw error;
+      atTopLevel = fs.existsSync(join(top, basename(place.state)));
+      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data));
+    });
+  }
+  if (atTopLevel) subvolume[0] = "subvolid=5";
+  await mountBtrfs(paths, subvolume, place.data);
+}
+
+/**
+ * Mounts the state or the snapshots, unless a plain directory that holds data
+ * stands in their place: then that is used as it is.
+ */
+async function mountSubvolume(
+  which: "state" | "snapshots",
+  target: string,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  if (mountedOn(target)) return;
+  if (listDirectory(target).length > 0) return;
+  if (isSubvolume(target)) return;
+  const name = SUBVOLUMES[which];
+  const paths = data.members.map((member) => member.path);
+  const options = [`subvol=/${name}`];
+  makeMountPoint(target);
+  try {
+    await mountBtrfs(paths, options, target);
+  } catch (error) {
+    await withTopLevel(paths, [], place, async (top) => {
+      if (fs.existsSync(join(top, name))) throw error;
+      await createSubvolume(join(top, name));
+    });
+    await mountBtrfs(paths, options, target);
+  }
+}
+
+/** The root of every Btrfs subvolume has the inode number 256 (btrfs(5)). */
+function isSubvolume(path: string): boolean {
+  return attemptNow(() => fs.statSync(path).ino) === 256;
+}
+
+/** Mounts a Btrfs, naming all members, for nobody else may have scanned it. */
+async function mountBtrfs(
+  [first, ...others]: string[],
+  options: string[],
+  target: string,
+): Promise<void> {
+  const all = [...options, ...others.map((path) => `device=${path}`)];
+  await run(["mount", "-t", "btrfs", "-o", all.join(), first, target], {
+    to: `mount ${[first, ...others].join(", ")} on "${target}"`,
+    timeoutMs: TIMEOUT.mountMs,
+  });
+  if (!mountedOn(target)) {
+    throw new Error(`Cannot find a mount on "${target}" after mounting it`);
+  }
+}
+
+async function unmount(target: string): Promise<void> {
+  await run(["umount", target], { to: `unmount "${target}"` });
+}
+
+/** The topmost mount on a directory. */
+function mountedOn(target: string): Mount | undefined {
+  return readMounts().findLast((mount) => mount.target === target);
+}
+
+function makeMountPoint(path: string): void {
+  fs.mkdirSync(path, { recursive: true });
+}
+
+/** Without a data filesystem: a tmpfs in its place, or what is there. */
+async function mountVolatile(
+  plan: Plan,
+  place: ReturnType<typeof places>,
+): Promise<Outcome["mode"]> {
+  if (plan.mode !== "mounted") await mountTmpfs(place);
+  return plan.errors.length > 0 ? "fallback" : "volatile";
+}
+
+/** tmpfs(5): half of the memory, and said so, that Docker may not take all. */
+async function mountTmpfs(place: ReturnType<typeof places>): Promise<void> {
+  makeMountPoint(place.data);
+  const sizeBytes = Math.floor(totalmem() / 2 / MiB) * MiB;
+  await run([
+    "mount",
+    "-t",
+    "tmpfs",
+    "-o",
+    `mode=0755,size=${sizeBytes}`,
+    DATA,
+    place.data,
+  ], { to: `mount a tmpfs on "${place.data}"` });
+  fs.mkdirSync(place.state, { recursive: true });
+  say(
+    "info",
+    `Volatile: "${place.data}" is a tmpfs of at most ${inMiB(sizeBytes)}; ` +
+      `what is written there is lost at shutdown`,
+  );
+}
+
+/** The last resort: whatever failed, the system gets writable. */
+async function fallBack(place: ReturnType<typeof places>): Promise<void> {
+  try {
+    const targets = [...OVERLAYS.map((name) => join(place.root, name))]
+      .filter((target) => mountedOn(target)?.type === "overlay")
+      .concat(place.snapshots, place.state, place.data, place.topLevel);
+    for (const target of targets) {
+      if (mountedOn(target)) await attempt(() => unmount(target));
+    }
+    if (!mountedOn(place.data)) await mountTmpfs(place);
+    await mountOverlays(place);
+    say("warning", "The system runs volatile until this is repaired");
+  } catch (error) {
+    sayError(error);
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Step 7: overlays.
+// ---------------------------------------------------------------------------
+
+/** Puts an overlay on each key directory. */
+async function mountOverlays(place: ReturnType<typeof places>): Promise<void> {
+  const names = OVERLAYS.filter((name) => !isOverlaid(name, place));
+  if (names.length === 0) return;
+  for (const name of names) {
+    fs.mkdirSync(join(place.lower, name), { recursive: true });
+    fs.mkdirSync(join(place.work, name), { recursive: true });
+  }
+  await makeUppers(names, place);
+  await mountFromTable(
+    names.flatMap((name) => overlayEntries(name, place)),
+    place,
+  );
+  for (const name of names) {
+    if (!isOverlaid(name, place)) await mountOverlayAnew(name, place);
+  }
+}
+
+function isOverlaid(name: string, place: ReturnType<typeof places>): boolean {
+  const mount = mountedOn(join(place.root, name));
+  return mount?.type === "overlay" && !mount.superOptions.includes("ro") &&
+    mount.superOptions.includes(`upperdir=${join(place.upper, name)}`);
+}
+
+/** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
+function overlayEntries(
+  name: string,
+  place: ReturnType<typeof places>,
+): string[][] {
+  const directory = join(place.root, name);
+  const lower = join(place.lower, name);
+  const options = [
+    `lowerdir=${lower}`,
+    `upperdir=${join(place.upper, name)}`,
+    `workdir=${join(place.work, name)}`,
+    // These break, or show wrong files, when a new system image brings another
+    // lower layer (Documentation/filesystems/overlayfs.rst, "Changes to
+    // underlying filesystems"); a kernel may have them on by default.
+    ...["index=off", "redirect_dir=off", "metacopy=off", "xino=off"],
+  ];
+  // private: what is mounted on the directory must not appear in its lower.
+  const bind = [directory, lower, "none", "bind,private"];
+  const overlay = ["overlay", directory, "overlay", options.join()];
+  return mountedOn(lower) ? [overlay] : [bind, overlay];
+}
+
+/** Many mounts by one process; which of them exist is seen afterwards. */
+async function mountFromTable(
+  entries: string[][],
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const escape = (field: string) =>
+    field.replace(
+      /[\s\\#]/g,
+      (char) => "\\" + char.charCodeAt(0).toString(8).padStart(3, "0"),
+    );
+  const lines = entries.map((entry) => `${entry.map(escape).join(" ")} 0 0\n`);
+  fs.writeFileSync(place.fstab, lines.join(""));
+  try {
+    await run(["mount", "--all", "--fstab", place.fstab], {
+      to: `mount what "${place.fstab}" lists`,
+      timeoutMs: TIMEOUT.mountMs,
+    });
+  } catch (error) {
+    say("warning", messageOf(error));
+  }
+}
+
+/**
+ * Mounts an overlay again whose mount failed or came out read-only, as it does
+ * when a crash left something in `work` that the kernel cannot remove.
+ */
+async function mountOverlayAnew(
+  name: string,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const target = join(place.root, name);
+  const work = join(place.work, name);
+  say("warning", `Clearing "${work}" and mounting "${target}" again`);
+  if (mountedOn(target)?.type === "overlay") await unmount(target);
+  fs.rmSync(work, { recursive: true, force: true });
+  fs.mkdirSync(work, { recursive: true });
+  await mountFromTable(overlayEntries(name, place), place);
+  if (!isOverlaid(name, place)) {
+    throw new Error(`Cannot make "${target}" writable: its overlay failed`);
+  }
+}
+
+/**
+ * Makes the uppers that are not there yet. The root of an overlay shows the
+ * mode, owner, times and extended attributes of its upper, so that these must
+ * be the lower's. The kernel copies them best: an overlay of the whole root,
+ * with `upper` as its upper, makes `upper/etc` when `etc` is changed in it.
+ */
+async function makeUppers(
+  names: string[],
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  fs.mkdirSync(place.upper, { recursive: true });
+  const missing = names.filter((name) =>
+    !fs.existsSync(join(place.upper, name))
+  );
+  if (missing.length === 0) return;
+  const work = join(place.work, ".copy-up");
+  fs.rmSync(work, { recursive: true, force: true });
+  fs.mkdirSync(work);
+  fs.mkdirSync(place.copyUp, { recursive: true });
+  const options = [
+    `lowerdir=${place.root}`,
+    `upperdir=${place.upper}`,
+    `workdir=${work}`,
+    ...["index=off", "redirect_dir=off", "metacopy=off", "xino=off"],
+  ];
+  await run(
+    ["mount", "-t", "overlay", "-o", options.join(), "overlay", place.copyUp],
+    { to: `make the uppers in "${place.upper}"` },
+  );
+  try {
+    for (const name of missing) {
+      const directory = join(place.copyUp, name);
+      const { mode } = fs.statSync(directory);
+      fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
+    }
+  } finally {
+    await unmount(place.copyUp);
+    fs.rmSync(work, { recursive: true, force: true });
+  }
+}
+
+// ---------------------------------------------------------------------------
+// Steps 8 and 9: Docker, swap, the status file.
+// ---------------------------------------------------------------------------
+
+/**
+ * Points Docker at its data root (dockerd(8), daemon.json); every other key is
+ * kept.
+ *
+ * @throws {Error} When `daemon.json` is not a JSON object: it is never
+ * replaced.
+ */
+function configureDocker(place: ReturnType<typeof places>): void {
+  // As dockerd makes it: others may pass through, but not look.
+  fs.mkdirSync(place.docker, { recursive: true, mode: 0o710 });
+  const before = readFile(place.daemonJson);
+  const after = setDataRoot(before, place.daemonJson);
+  if (after === before) return;
+  fs.mkdirSync(dirname(place.daemonJson), { recursive: true });
+  const path = before === undefined
+    ? place.daemonJson
+    : fs.realpathSync(place.daemonJson); // through a symbolic link
+  replaceFile(path, after);
+  say("info", `Docker keeps its data in "${DOCKER_DATA_ROOT}"`);
+}
+
+/** Sets `data-root` in the text of `daemon.json`, if it is not set so. */
+export function setDataRoot(before: string | undefined, path: string): string {
+  let config: Record<string, unknown> = {};
+  if (before?.trim()) {
+    try {
+      config = JSON.parse(before);
+    } catch (error) {
+      throw new Error(
+        `Cannot point Docker at its data: "${path}" is not JSON ` +
+          `(${messageOf(error)}): it is left as it is, repair it by hand`,
+      );
+    }
+    if (typeof config !== "object" || !config || Array.isArray(config)) {
+      throw new Error(
+        `Cannot point Docker at its data: "${path}" is not a JSON object: it ` +
+          `is left as it is, repair it by hand`,
+      );
+    }
+  }
+  if (before && config["data-root"] === DOCKER_DATA_ROOT) return before;
+  config["data-root"] = DOCKER_DATA_ROOT;
+  return JSON.stringify(config, null, 2) + "\n";
+}
+
+/** Replaces a file in one step; mode and owner stay. */
+function replaceFile(path: string, contents: string): void {
+  const old = attemptNow(() => fs.statSync(path));
+  const temporary = `${path}.new`;
+  fs.rmSync(temporary, { force: true });
+  const file = fs.openSync(temporary, "wx", old?.mode ?? 0o644);
+  try {
+    if (old) fs.fchmodSync(file, old.mode & 0o7777);
+    if (old) fs.fchownSync(file, old.uid, old.gid);
+    fs.writeSync(file, contents);
+    fs.fsyncSync(file);
+  } finally {
+    fs.closeSync(file);
+  }
+  fs.renameSync(temporary, path);
+}
+
+/** Turns on the swap partitions that lie beside members; no others are ours. */
+async function swapOn(
+  members: BlockDevice[],
+  settings: Settings,
+): Promise<void> {
+  if (settings.noSwap) return;
+  const active = readSwaps();
+  const disks = new Set(
+    members.filter((m) => m.kind === "partition").map((m) => m.disk),
+  );
+  const areas = (await look(settings)).devices.filter((device) =>
+    disks.has(device.disk) && device.swapLabel === SWAP && device.hasNode &&
+    !active.includes(device.path)
+  );
+  if (areas.length === 0) return;
+  await run(["swapon", ...areas.map((area) => area.path)], {
+    to: `turn on swap on ${pathsOf(areas)}`,
+  });
+}
+
+/** Writes `/run/lightwhale/persistence.json`: what this boot did. */
+function writeReport(
+  { mode, plan, status, started }: Outcome,
+  place: ReturnType<typeof places>,
+): void {
+  const data = plan?.mount;
+  const report = {
+    version: VERSION,
+    mode,
+    reason: plan?.reason ?? messages.errors[0],
+    exitStatus: status,
+    uuid: data?.fsid ?? null,
+    devices: data?.members.map((member) => member.path) ?? [],
+    missing: data?.missing ?? 0,
+    degraded: (data?.missing ?? 0) > 0,
+    plan: plan ? describePlan(plan) : [],
+    ...messages,
+    durationMs: Date.now() - started,
+  };
+  replaceFile(place.report, JSON.stringify(report, null, 2) + "\n");
+}
+
+// ---------------------------------------------------------------------------
+// The disks' life: long work in the background, after the boot.
+// ---------------------------------------------------------------------------
+
+/** What sysfs says of a mounted Btrfs (btrfs(5), /sys/fs/btrfs/UUID). */
+export interface FilesystemState {
+  /** The exclusive operation that runs: `none`, `balance`, `device replace`. */
+  operation: string;
+  devids: number[];
+  missing: number[];
+  /** Profiles that have chunks. */
+  profiles: { data: string[]; metadata: string[]; system: string[] };
+  /** Error counters by devid, those that are not zero. */
+  errors: Record<number, Record<string, number>>;
+}
+
+function readFilesystemState(fsid: string): FilesystemState | undefined {
+  const directory = `/sys/fs/btrfs/${fsid}`;
+  if (!fs.existsSync(directory)) return undefined;
+  const profiles = (type: string) =>
+    listDirectory(`${directory}/allocation/${type}`)
+      .filter((name) => name === "single" || /^(dup|raid)/.test(name));
+  const devids = listDirectory(`${directory}/devinfo`).map(Number)
+    .filter((devid) => devid > 0).sort((a, b) => a - b);
+  const errors: FilesystemState["errors"] = {};
+  for (const devid of devids) {
+    const stats = readText(`${directory}/devinfo/${devid}/error_stats`) ?? "";
+    for (const [, name, count] of stats.matchAll(/^(\w+) (\d+)$/gm)) {
+      if (count !== "0") (errors[devid] ??= {})[name] = Number(count);
+    }
+  }
+  return {
+    operation: readText(`${directory}/exclusive_operation`) ?? "none",
+    devids,
+    missing: devids.filter((devid) =>
+      readText(`${directory}/devinfo/${devid}/missing`) === "1"
+    ),
+    profiles: {
+      data: profiles("data"),
+      metadata: profiles("metadata"),
+      system: profiles("system"),
+    },
+    errors,
+  };
+}
+
+/** A piece of long work. */
+export type Job =
+  | { kind: "wait"; operation: string }
+  | { kind: "rebuild"; device: BlockDevice; devid: number }
+  | { kind: "replace"; member: NewMember; devid: number }
+  | { kind: "add"; member: NewMember }
+  | { kind: "release"; device: BlockDevice }
+  | { kind: "balance"; filters: string[] }
+  | { kind: "scrub" };
+
+/**
+ * Decides what to do next for a mounted data filesystem. All of it follows
+ * from what is on the disks, so that it goes on by itself after a power cut.
+ */
+export function decideJob(
+  plan: Plan,
+  state: FilesystemState,
+  scrubWanted: boolean,
+): Job | undefined {
+  const data = plan.mount;
+  if (!data) return undefined;
+  if (state.operation !== "none") {
+    return { kind: "wait", operation: state.operation };
+  }
+  if (data.replaceTarget) {
+    return { kind: "release", device: data.replaceTarget };
+  }
+  const [stale] = data.stale;
+  if (stale && state.missing.includes(devidOf(stale))) {
+    return { kind: "rebuild", device: stale, devid: devidOf(stale) };
+  }
+  const [member] = plan.join;
+  if (member && state.missing.length > 0) {
+    return { kind: "replace", member, devid: state.missing[0] };
+  }
+  if (member) return { kind: "add", member };
+  const filters = balanceFilters(state);
+  if (filters.length > 0) return { kind: "balance", filters };
+  if (scrubWanted) return { kind: "scrub" };
+}
+
+/** Profiles by the number of losses that they survive, and more. */
+const RANK = ["single", "dup", "raid1", "raid1c3", "raid1c4"];
+
+/**
+ * The filters of the balance that gives every chunk its profile (btrfs-balance
+ * (8)), none when all have it. Chunks written while a member was missing are
+ * `single`; a device added just before a power cut has left all as it was.
+ */
+export function balanceFilters(state: FilesystemState): string[] {
+  const present = state.devids.length - state.missing.length;
+  const { data, metadata, system } = state.profiles;
+  const all = [...data, ...metadata, ...system];
+  if (present < 2 || all.some((profile) => !RANK.includes(profile))) return [];
+  const { dataProfile, metadataProfile } = profilesFor(present);
+  // While a member is missing nothing but what has no mirror is touched.
+  const below = (profile: string, target: string) =>
+    RANK.indexOf(profile) <
+      RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
+  const filter = (type: "d" | "m", present: string[], target: string) => {
+    const old = [...new Set(present)].filter((p) => below(p, target));
+    if (old.length === 0) return [];
+    return [`-${type}profiles=${old.join("|")},convert=${target},soft`];
+  };
+  return [
+    ...filter("d", data, dataProfile),
+    ...filter("m", [...metadata, ...system], metadataProfile),
+  ];
+}
+
+/** Where it is remembered, over a power cut too, that a scrub is wanted. */
+const scrubWish = (place: ReturnType<typeof places>) =>
+  join(place.state, "scrub-wanted");
+
+/** Starts {@linkcode maintain} in the background if there is work for it. */
+function startMaintenance(
+  plan: Plan | undefined,
+  settings: Settings,
+  place: ReturnType<typeof places>,
+): void {
+  if (!plan?.mount) return;
+  if (plan.mount.needsScrub) fs.writeFileSync(scrubWish(place), "");
+  const state = readFilesystemState(plan.mount.fsid);
+  const job = state &&
+    decideJob(plan, state, fs.existsSync(scrubWish(place)));
+  if (!job) return;
+  say("info", `In the background: ${describeJob(job)}`);
+  // This very program, whatever runs it, with the same options.
+  const own = (readText("/proc/self/cmdline") ?? "").split("\0");
+  const given = process.argv.slice(2);
+  const program = own.slice(1, own.lastIndexOf("") - given.length);
+  const options = ["--maintain", "--root", settings.root];
+  if (settings.only) {
+    options.push("--devices", settings.only.map((n) => `/dev/${n}`).join());
+  }
+  spawn("setsid", [process.execPath, ...program, ...options], {
+    stdio: "ignore",
+    detached: true,
+  }).unref();
+}
+
+function describeJob(job: Job): string {
+  switch (job.kind) {
+    case "wait":
+      return `the ${job.operation} goes on`;
+    case "rebuild":
+      return `${job.device.path} is wiped and rebuilt`;
+    case "replace":
+      return `${job.member.device.path} takes the place of device ${job.devid}`;
+    case "add":
+      return `${job.member.device.path} joins the data filesystem`;
+    case "release":
+      return `${job.device.path}, left over from a replace, is freed`;
+    case "balance":
+      return `chunks are given their profile (${job.filters.join(" ")})`;
+    case "scrub":
+      return `all checksums are verified`;
+  }
+}
+
+/** Does the long work, piece by piece, until nothing is left to do. */
+export async function maintain(settings: Settings): Promise<number> {
+  const place = places(settings.root);
+  const only = await takeLock(join(place.run, "maintenance.lock"), 0);
+  const failed = new Set<string>();
+  try {
+    for (;;) {
+      const lock = await takeLock(join(place.run, "lock"));
+      let job: Job | undefined;
+      try {
+        const plan = decide(await look(settings), settings);
+        const data = plan.mount;
+        const state = data && readFilesystemState(data.fsid);
+        if (!data || !state) return 0;
+        job = decideJob(plan, state, fs.existsSync(scrubWish(place)));
+        if (!job || failed.has(describeJob(job))) break;
+        if (job.kind !== "wait") say("info", `Now ${describeJob(job)}`);
+        await startJob(job, data, place);
+      } catch (error) {
+        sayError(error);
+        failed.add(job ? describeJob(job) : "");
+        if (!job) break;
+        continue;
+      } finally {
+        lock.release();
+      }
+      await attempt(() => finishJob(job, settings, place));
+      if (job.kind !== "wait") failed.add(describeJob(job)); // once only
+    }
+  } finally {
+    only.release();
+  }
+  return messages.errors.length > 0 ? 1 : 0;
+}
+
+/** The part of a job that changes which disks belong to the filesystem. */
+async function startJob(
+  job: Job,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  switch (job.kind) {
+    case "release":
+      await cancelReplace(place);
+      await wipe(job.device);
+      return;
+    case "rebuild":
+      await wipe(job.device);
+      await startReplace(job.devid, job.device, data, place);
+      return;
+    case "replace":
+    case "add": {
+      const { member } = job;
+      await partitionDisk(member);
+      await waitForPartitions({ members: [member], ...profilesFor(1) });
+      if (member.swapPath) await makeSwap(member.swapPath);
+      const device = { ...member.device, path: member.dataPath };
+      device.mark = undefined;
+      if (job.kind === "replace") {
+        await startReplace(job.devid, device, data, place);
+      } else {
+        await addDevice(device, data, place);
+      }
+      await disarm([member.device]);
+      if (member.swapPath) {
+        await attempt(() =>
+          run(["swapon", member.swapPath!], {
+            to: `turn on swap on ${member.swapPath}`,
+          })
+        );
+      }
+    }
+  }
+}
+
+/** The long part of a job, during which a boot or `--enable` may run. */
+async function finishJob(
+  job: Job,
+  settings: Settings,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  switch (job.kind) {
+    case "balance":
+      await run(["btrfs", "balance", "start", ...job.filters, place.data], {
+        to: `give every chunk its profile on "${place.data}"`,
+        timeoutMs: Infinity,
+      });
+      break;
+    case "scrub":
+      await run(["btrfs", "scrub", "start", "-B", place.data], {
+        to: `verify the checksums on "${place.data}"`,
+        timeoutMs: Infinity,
+      });
+      fs.rmSync(scrubWish(place));
+      break;
+    case "wait":
+    case "replace":
+    case "rebuild":
+      await waitForOperation(settings, place);
+  }
+}
+
+/** Waits until no exclusive operation runs, then lets Btrfs use all space. */
+async function waitForOperation(
+  settings: Settings,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const data = decide(await look(settings), settings).mount;
+  if (!data) return;
+  while (readFilesystemState(data.fsid)?.operation !== "none") {
+    if (!mountedOn(place.data)) return;
+    await sleep(1000);
+  }
+  const grown = decide(await look(settings), settings).mount;
+  if (grown) await growFilesystem(grown, place);
+}
+
+async function wipe(device: BlockDevice): Promise<void> {
+  for (const slot of MARK.slotsAt) {
+    await writeBytes(device.path, slot, new Uint8Array(MARK.bytes));
+  }
+  await run(["wipefs", "--quiet", "--all", device.path], {
+    to: `wipe ${device.path}`,
+  });
+}
+
+async function cancelReplace(place: ReturnType<typeof places>): Promise<void> {
+  // Its status 2: there was none to cancel (btrfs-replace(8)).
+  await run(["btrfs", "replace", "cancel", place.data], {
+    to: "give up a replace that lost its target",
+    accept: [0, 2],
+  });
+}
+
+async function startReplace(
+  devid: number,
+  device: BlockDevice,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  await run(
+    ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
+    { to: `let ${device.path} take the place of device ${devid}` },
+  );
+  // It has gone to the background before the kernel began.
+  const giveUpAt = Date.now() + TIMEOUT.nodeMs;
+  const target = () =>
+    readFilesystemState(data.fsid)?.operation === "device replace" ||
+    !readFilesystemState(data.fsid)?.missing.includes(devid);
+  while (!target()) {
+    if (Date.now() > giveUpAt) {
+      throw new Error(`Cannot let ${device.path} replace device ${devid}`);
+    }
+    await sleep(50);
+  }
+  const fresh = { ...device, mark: undefined };
+  await markMembers([...data.members, fresh], data.fsid);
+}
+
+async function addDevice(
+  device: BlockDevice,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  await run(["btrfs", "device", "add", "-f", device.path, place.data], {
+    to: `let ${device.path} join the data filesystem`,
+    timeoutMs: TIMEOUT.mkfsMs,
+  });
+  await markMembers([...data.members, device], data.fsid);
+}
+
+// ---------------------------------------------------------------------------
+// --enable and --disable.
+// ---------------------------------------------------------------------------
+
+/** Marks devices to be formatted at the next boot. */
+async function enable(
+  paths: string[],
+  force: boolean,
+  settings: Settings,
+): Promise<void> {
+  for (const path of paths) {
+    if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
+      await enableImage(path, force);
+      continue;
+    }
+    const { device, facts } = await lookAtOne(path, settings);
+    const holds = await describeContents(device.path);
+    print(`${device.path}: ${describeDevice(device)}, ${holds ?? "empty"}`);
+    const refusal = refuseToEnable(device, facts) ??
+      (holds && !force && !isMarked(device)
+        ? `it holds ${holds}: use --force to give that up`
+        : undefined);
+    if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+    if (isMarked(device) && !isDataDisk(device, facts)) {
+      print(`${path} is enabled already`);
+    } else {
+      await mark(device, facts);
+      print(`${path} is enabled`);
+    }
+  }
+  await foretell(settings);
+}
+
+function isMarked(device: BlockDevice): boolean {
+  return device.kind === "partition"
+    ? device.partitionName === MAGIC
+    : device.header;
+}
+
+/** Data that would win over the mark at the next boot. */
+function isDataDisk(device: BlockDevice, facts: Facts): boolean {
+  return partsOf(device, facts.devices)
+    .some((part) => part.btrfs?.label === DATA);
+}
+
+async function mark(device: BlockDevice, facts: Facts): Promise<void> {
+  if (device.kind === "partition") {
+    await namePartition(device, device.disk, device.number, MAGIC);
+  } else {
+    const header = new TextEncoder().encode(MAGIC);
+    await writeBytes(device.path, 0, header);
+  }
+  // The data would win over the mark: it is given up here, on purpose.
+  for (const part of partsOf(device, facts.devices)) {
+    if (part.btrfs?.label === DATA && part.hasNode) await wipe(part);
+  }
+  const again = await lookAgain(device);
+  if (!isMarked(again)) {
+    throw new Error(
+      `Cannot read the mark back from ${device.path}: the disk may be broken`,
+    );
+  }
+}
+
+/** Reads a device anew, its partition name from the table. */
+async function lookAgain(device: BlockDevice): Promise<BlockDevice> {
+  const settings = { ...defaultSettings, only: [device.disk] };
+  const facts = await look(settings);
+  const found = facts.devices.find((other) => other.path === device.path);
+  if (!found) throw new Error(`Cannot find ${device.path} any more`);
+  return found;
+}
+
+async function enableImage(path: string, force: boolean): Promise<void> {
+  const user = fs.readdirSync("/sys/class/block").find((name) =>
+    readText(`/sys/class/block/${name}/loop/backing_file`) ===
+      fs.realpathSync(path)
+  );
+  if (user) {
+    throw new UsageError(`Cannot enable ${path}: it is in use by /dev/${user}`);
+  }
+  const holds = await describeContents(path);
+  const size = fs.statSync(path).size;
+  print(`${path}: image file, ${inMiB(size)}, ${holds ?? "empty"}`);
+  const start = new Uint8Array(MAGIC.length);
+  const file = fs.openSync(path, "r+");
+  try {
+    fs.readSync(file, start, 0, start.length, 0);
+    if (text(start, 0, start.length) === MAGIC) {
+      return print(`${path} is enabled already`);
+    }
+    if (holds && !force) {
+      throw new UsageError(
+        `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
+      );
+    }
+    fs.writeSync(file, new TextEncoder().encode(MAGIC), 0, MAGIC.length, 0);
+    fs.fsyncSync(file);
+    fs.readSync(file, start, 0, start.length, 0);
+  } finally {
+    fs.closeSync(file);
+  }
+  if (text(start, 0, start.length) !== MAGIC) {
+    throw new Error(`Cannot read the mark back from ${path}`);
+  }
+  print(
+    `${path} is enabled: a machine that boots with it as a disk formats it`,
+  );
+}
+
+/** Takes the marks away again. */
+async function disable(paths: string[], settings: Settings): Promise<void> {
+  for (const path of paths) {
+    if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
+      const file = fs.readFileSync(path).subarray(0, MAGIC.length);
+      if (text(file, 0, MAGIC.length) !== MAGIC) {
+        print(`${path} is not enabled`);
+        continue;
+      }
+      await writeBytes(path, 0, new Uint8Array(MAGIC.length));
+      print(`${path} is disabled`);
+      continue;
+    }
+    const { device } = await lookAtOne(path, settings);
+    if (!isMarked(device)) {
+      print(`${path} is not enabled`);
+      continue;
+    }
+    if (device.readOnly) {
+      throw new UsageError(`Cannot disable ${path}: it is read-only`);
+    }
+    if (device.kind === "partition") {
+      const name = device.btrfs?.label === DATA ? DATA : "";
+      await namePartition(device, device.disk, device.number, name);
+    } else {
+      await writeBytes(path, 0, new Uint8Array(MAGIC.length));
+    }
+    if (isMarked(await lookAgain(device))) {
+      throw new Error(
+        `Cannot take the mark away from ${path}: it is still there`,
+      );
+    }
+    print(`${path} is disabled`);
+  }
+}
+
+/** The facts about one device, by any path that leads to it. */
+async function lookAtOne(
+  path: string,
+  settings: Settings,
+): Promise<{ device: BlockDevice; facts: Facts }> {
+  const stat = fs.statSync(path, { throwIfNoEntry: false });
+  if (!stat) {
+    throw new UsageError(`Cannot find "${path}": there is no such device`);
+  }
+  if (!stat.isBlockDevice()) {
+    throw new UsageError(
+      `Cannot use "${path}": it is neither a block device nor an image file`,
+    );
+  }
+  const real = fs.realpathSync(path);
+  const name = basename(real);
+  const directory = attemptNow(() =>
+    fs.realpathSync(`/sys/class/block/${name}`)
+  );
+  const disk = directory && fs.existsSync(`${directory}/partition`)
+    ? basename(dirname(directory))
+    : name;
+  const facts = await look({ ...settings, only: [disk] });
+  const device = facts.devices.find((device) => device.path === real);
+  if (!device) {
+    throw new UsageError(
+      `Cannot use "${path}": it has no medium, or is no disk or partition`,
+    );
+  }
+  return { device, facts };
+}
+
+/** Why a device must not be marked, whatever is forced; undefined if it may. */
+function refuseToEnable(
+  device: BlockDevice,
+  facts: Facts,
+): string | undefined {
+  const user = partsOf(device, facts.devices).find((part) => part.inUse);
+  const whole = facts.devices.find((other) => other.name === device.disk);
+  if (user) return `${user.path} is ${user.inUse}`;
+  if (whole?.inUse) return `${whole.path} is ${whole.inUse}`;
+  if (device.readError) return device.readError;
+  if (device.readOnly) return "it is read-only";
+  if (device.kind === "volume") {
+    return "the magic header counts on whole disks only, not on md or " +
+      "device-mapper volumes";
+  }
+  if (isSystemSource(device, facts)) {
+    return "the running system came from it";
+  }
+  const dataBytes = layOut(device, facts.memoryBytes, true).dataBytes;
+  if (dataBytes < MINIMUM_DATA_BYTES) {
+    return `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
+      `${inMiB(MINIMUM_DATA_BYTES)} for data)`;
+  }
+  if (device.kind === "partition" && !whole?.gpt) {
+    return `the magic partition name needs a GPT, and ${whole?.path} has ` +
+      `another partition table`;
+  }
+}
+
+/** Does the kernel command line (`root=`) or an image name this device? */
+function isSystemSource(device: BlockDevice, facts: Facts): boolean {
+  const root = /(?:^|\s)root=(\S+)/.exec(readText("/proc/cmdline") ?? "")?.[1];
+  const path = root && attemptNow(() => fs.realpathSync(root));
+  return partsOf(device, facts.devices).some((part) => part.path === path);
+}
+
+/** What is on it, in words (blkid(8), low-level probing), if anything. */
+async function describeContents(path: string): Promise<string | undefined> {
+  const found = await run(["blkid", "--probe", "--output", "export", path], {
+    to: `see what is on ${path}`,
+    accept: [0, 2, 8], // 2: nothing found; 8: ambivalent, several things found
+  });
+  const value = (key: string) =>
+    new RegExp(`^${key}=(.*)$`, "m").exec(found)?.[1];
+  const [type, table, label] = [value("TYPE"), value("PTTYPE"), value("LABEL")];
+  const name = label ? ` "${label}"` : "";
+  if (type) return `a filesystem or signature of type ${type}${name}`;
+  if (table) return `a partition table of type ${table}`;
+}
+
+function describeDevice(device: BlockDevice): string {
+  const directory = `/sys/class/block/${device.disk}/device`;
+  const model = ["vendor", "model"]
+    .map((name) => readText(`${directory}/${name}`)).filter(Boolean).join(" ");
+  return `${device.kind}${model && ` ${model}`}, ${inMiB(device.sizeBytes)}`;
+}
+
+/** Says what the next boot would make of the marks. */
+async function foretell(settings: Settings): Promise<void> {
+  const facts = await look(settings);
+  const plan = decide({ ...facts, mounted: undefined }, settings);
+  print("At the next boot:");
+  for (const line of describePlan(plan)) print(`  ${line}`);
+  for (const line of [...plan.warnings, ...plan.errors]) print(`  ${line}`);
+}
+
+// ---------------------------------------------------------------------------
+// --status and --dry-run.
+// ---------------------------------------------------------------------------
+
+/** What `--status --json` prints. */
+export interface Status {
+  mode: "persistent" | "volatile" | "none";
+  uuid: string | null;
+  label: string | null;
+  profiles: FilesystemState["profiles"] | null;
+  devices: {
+    path: string | null;
+    devid: number;
+    sizeBytes: number | null;
+    missing: boolean;
+    errors: Record<string, number>;
+  }[];
+  mounts: { target: string; source: string; type: string }[];
+  space: { sizeBytes: number; freeBytes: number } | null;
+  swap: string[];
+  work: { kind: string; progress: string }[];
+  /** Sentences on what is wrong; empty when all is well. */
+  health: string[];
+  lastBoot: unknown;
+}
+
+/** Collects what is mounted where, from what, and how healthy it is. */
+async function readStatus(settings: Settings): Promise<Status> {
+  const place = places(settings.root);
+  const base = mountedOn(place.data);
+  const fsid = base?.type === "btrfs" ? fsidOf(base) : undefined;
+  const state = fsid ? readFilesystemState(fsid) : undefined;
+  const devices = state && fsid ? await readMembers(fsid, state) : [];
+  const targets = [
+    place.data,
+    place.state,
+    place.snapshots,
+    ...OVERLAYS.map((name) => join(place.root, name)),
+  ];
+  const mounts = readMounts().filter(({ target }) => targets.includes(target));
+  const statfs = base && attemptNow(() => fs.statfsSync(place.data));
+  const space = statfs
+    ? {
+      sizeBytes: statfs.blocks * statfs.bsize,
+      freeBytes: statfs.bavail * statfs.bsize,
+    }
+    : null;
+  const report = readText(place.report);
+  const status: Status = {
+    mode: !base ? "none" : fsid ? "persistent" : "volatile",
+    uuid: fsid ?? null,
+    label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
+    profiles: state?.profiles ?? null,
+    devices,
+    mounts: mounts.map(({ target, source, type }) => ({
+      target,
+      source,
+      type,
+    })),
+    space,
+    swap: readSwaps(),
+    work: state ? await readWork(state, place) : [],
+    health: [],
+    lastBoot: attemptNow(() => JSON.parse(report ?? "null")) ?? null,
+  };
+  status.health = judgeHealth(status, state);
+  return status;
+}
+
+/** The UUID of a mounted Btrfs, from the device that stands for it. */
+function fsidOf(mount: Mount): string | undefined {
+  const device = attemptNow(() => basename(fs.realpathSync(mount.source)));
+  return listDirectory("/sys/fs/btrfs").find((fsid) =>
+    device && fs.existsSync(`/sys/fs/btrfs/${fsid}/devices/${device}`)
+  );
+}
+
+/** Which device is which devid: sysfs does not say, superblocks do. */
+async function readMembers(
+  fsid: string,
+  state: FilesystemState,
+): Promise<Status["devices"]> {
+  const present = await Promise.all(
+    listDirectory(`/sys/fs/btrfs/${fsid}/devices`).map(async (name) => {
+      const path = `/dev/${name}`;
+      let devid = 0;
+      await attempt(() =>
+        withDevice(path, async (read) => {
+          const block = await read(BTRFS.superblockAt, BTRFS.bytes);
+          devid = parseSuperblock(block)?.devid ?? 0;
+        })
+      );
+      const sectors = readText(`/sys/class/block/${name}/size`) ?? 0;
+      return { path, devid, sizeBytes: 512 * Number(sectors) };
+    }),
+  );
+  return state.devids.map((devid) => {
+    const device = present.find((device) => device.devid === devid);
+    return {
+      path: device?.path ?? null,
+      devid,
+      sizeBytes: device?.sizeBytes ?? null,
+      missing: state.missing.includes(devid),
+      errors: state.errors[devid] ?? {},
+    };
+  });
+}
+
+/** What runs in the background, in the words of btrfs(8). */
+async function readWork(
+  state: FilesystemState,
+  place: ReturnType<typeof places>,
+): Promise<Status["work"]> {
+  const ask = async (kind: string, command: string[]) => {
+    const output = await run(["btrfs", ...command, place.data], {
+      to: `ask how far the ${kind} is`,
+      accept: [0, 1], // 1: a balance runs
+    });
+    return { kind, progress: output.trim().replaceAll(/\s*\n\s*/g, ", ") };
+  };
+  const work: Status["work"] = [];
+  if (state.operation === "device replace") {
+    work.push(await ask("replace", ["replace", "status", "-1"]));
+  } else if (state.operation.startsWith("balance")) {
+    work.push(await ask("balance", ["balance", "status"]));
+  } else if (state.operation !== "none") {
+    work.push({ kind: state.operation, progress: "running" });
+  }
+  if (fs.existsSync(scrubWish(place))) {
+    work.push(await ask("scrub", ["scrub", "status"]));
+  }
+  return work;
+}
+
+/** Says what is wrong, in sentences with a remedy. */
+function judgeHealth(
+  status: Status,
+  state: FilesystemState | undefined,
+): string[] {
+  const health: string[] = [];
+  for (const device of status.devices) {
+    const name = device.path ?? `device ${device.devid}`;
+    if (device.missing) {
+      health.push(
+        `Device ${device.devid} is missing: there is no redundancy until it ` +
+          `is back, or a new disk is marked with persistence.ts --enable`,
+      );
+    }
+    const errors = Object.entries(device.errors)
+      .map(([kind, count]) => `${count} ${kind.replace("_errs", "")}`);
+    if (errors.length > 0) {
+      health.push(
+        `${name} had errors (${errors.join(", ")}): replace the disk; if it ` +
+          `was the cable, "btrfs device stats --reset" forgets them`,
+      );
+    }
+  }
+  if (state && balanceFilters(state).length > 0) {
+    health.push("Not all chunks are mirrored yet");
+  }
+  const { space } = status;
+  if (space && space.freeBytes < space.sizeBytes / 20) {
+    health.push(
+      `"/${DATA_MOUNT}" is nearly full: ${inMiB(space.freeBytes)} of ` +
+        `${inMiB(space.sizeBytes)} are free`,
+    );
+  }
+  return health;
+}
+
+/** The status for people. */
+function describeStatus(status: Status): string {
+  const lines = [
+    status.mode === "persistent"
+      ? `Persistent: "${status.label}" ${status.uuid}`
+      : status.mode === "volatile"
+      ? "Volatile: what is written is lost at shutdown"
+      : "Not set up: persistence.ts has not run in this system",
+  ];
+  for (const device of status.devices) {
+    const state = device.missing
+      ? "missing"
+      : `${device.path}, ${inMiB(device.sizeBytes ?? 0)}`;
+    lines.push(`  device ${device.devid}: ${state}`);
+  }
+  if (status.profiles) {
+    const { data, metadata, system } = status.profiles;
+    lines.push(
+      `  profiles: data ${data.join("+")}, metadata ${metadata.join("+")}, ` +
+        `system ${system.join("+")}`,
+    );
+  }
+  if (status.space) {
+    const { freeBytes, sizeBytes } = status.space;
+    lines.push(`  space: ${inMiB(freeBytes)} of ${inMiB(sizeBytes)} free`);
+  }
+  for (const mount of status.mounts) {
+    lines.push(`  ${mount.target}: ${mount.type} from ${mount.source}`);
+  }
+  if (status.swap.length > 0) lines.push(`  swap: ${status.swap.join(", ")}`);
+  for (const work of status.work) {
+    lines.push(`In the background: ${work.kind}: ${work.progress}`);
+  }
+  for (const problem of status.health) lines.push(`Attention: ${problem}`);
+  if (status.mode !== "none" && status.health.length === 0) {
+    lines.push("Healthy");
+  }
+  return lines.join("\n");
+}
+
+async function showStatus(settings: Settings, json: boolean): Promise<void> {
+  let status = await readStatus(settings);
+  if (json) return print(JSON.stringify(status, null, 2));
+  print(describeStatus(status));
+  // On a terminal the progress moves, until the work ends or ^C.
+  while (process.stdout.isTTY && status.work.length > 0) {
+    await sleep(1000);
+    status = await readStatus(settings);
+    process.stdout.write("\x1b[H\x1b[2J"); // home, clear the screen
+    print(describeStatus(status));
+  }
+}
+
+async function dryRun(settings: Settings, json: boolean): Promise<void> {
+  fs.mkdirSync(places(settings.root).run, { recursive: true });
+  const plan = await makePlan(settings, 0);
+  if (json) return print(JSON.stringify(plan, null, 2));
+  for (const line of describePlan(plan)) print(line);
+  for (const line of plan.warnings) print(`warning: ${line}`);
+  for (const line of plan.errors) print(`error: ${line}`);
+}
+
+// ---------------------------------------------------------------------------
+// Commands, messages, and other small things.
+// ---------------------------------------------------------------------------
+
+interface RunOptions {
+  /** What the command is to achieve: "Cannot {to}: ...". */
+  to: string;
+  stdin?: string | Uint8Array;
+  /** Statuses that are no failure. */
+  accept?: number[];
+  timeoutMs?: number;
+}
+
+/**
+ * Runs a command and gives its output. dax reports a child that was killed by a
+ * signal as a success, so that a shell between them turns the signal into a
+ * status; it also passes the end on when time is up.
+ *
+ * @throws {Error} A sentence that tells apart: not installed, failed, killed,
+ * no answer in time; with the end of what it wrote to stderr.
+ */
+async function run(command: string[], options: RunOptions): Promise<string> {
+  const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
+  const [name, ...args] = command;
+  const program = findProgram(name);
+  if (!program) throw new Error(`Cannot ${to}: "${name}" is not installed`);
+  say("debug", [name, ...args].join(" "));
+  const { $, KillController } = await import("dax");
+  const killer = new KillController();
+  const script = 'exec 3<&0; trap "kill -KILL \\$!" TERM; ' +
+    '"$@" <&3 3<&- & exec 3<&-; wait $!';
+  const running = $`/bin/sh -c ${script} sh ${[program, ...args]}`
+    .env("LC_ALL", "C").signal(killer.signal).noThrow()
+    .stdin(
+      typeof stdin === "string"
+        ? new TextEncoder().encode(stdin)
+        : stdin ?? "null",
+    )
+    .stdout("piped").stderr("piped");
+  const result = await withTimeout(
+    running,
+    timeoutMs,
+    `Cannot ${to}: "${name}"`,
+  )
+    .catch((error) => {
+      killer.kill("SIGTERM");
+      throw error;
+    });
+  if (accept.includes(result.code)) return result.stdout;
+  const end = result.code > 128
+    ? `was killed by signal ${result.code - 128}`
+    : `failed with status ${result.code}`;
+  const said = result.stderr.trim().split("\n").slice(-3).join("; ");
+  throw new Error(`Cannot ${to}: "${command.join(" ")}" ${end}: ${said}`);
+}
+
+/** Where a program is, or undefined where it is not installed. */
+function findProgram(name: string): string | undefined {
+  return (process.env.PATH ?? "").split(":").filter(Boolean)
+    .map((directory) => join(directory, name))
+    .find((path) => fs.existsSync(path));
+}
+
+/** Set when something was given up that may keep this process from ending. */
+let abandoned = false;
+
+/** Gives up on something that does not answer. */
+async function withTimeout<T>(
+  promise: PromiseLike<T>,
+  timeoutMs: number,
+  what: string,
+): Promise<T> {
+  if (timeoutMs === Infinity) return await promise;
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const timeout = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => {
+      abandoned = true;
+      reject(new Error(`${what}: no answer in ${timeoutMs / 1000} s`));
+    }, timeoutMs);
+  });
+  try {
+    return await Promise.race([promise, timeout]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/**
+ * Keeps others from working at the same time. The kernel's lock (flock(2)) is
+ * held by a child that ends when this process does, however it ends.
+ *
+ * @throws {Error} When another one holds it for longer than `timeoutMs`.
+ */
+async function takeLock(
+  path: string,
+  timeoutMs = TIMEOUT.lockMs,
+): Promise<{ release: () => void }> {
+  const flock = findProgram("flock");
+  if (!flock) {
+    say("warning", `Working without a lock: "flock" is not installed`);
+    return { release: () => {} };
+  }
+  const wait = ["--timeout", `${timeoutMs / 1000}`];
+  const child = spawn(
+    flock,
+    [...wait, path, "/bin/sh", "-c", "echo locked; exec cat"],
+    { stdio: ["pipe", "pipe", "ignore"] },
+  );
+  const locked = await new Promise<boolean>((resolve) => {
+    child.stdout.once("data", () => resolve(true));
+    child.once("error", () => resolve(false));
+    child.once("exit", () => resolve(false));
+  });
+  if (!locked) {
+    throw new Error(
+      `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
+    );
+  }
+  return { release: () => child.stdin.end() };
+}
+
+type Level = "error" | "warning" | "info" | "debug";
+
+/** How much is said on stderr; the kernel log gets all but debug messages. */
+const speech = { level: 2, toKernelLog: false };
+const LEVELS: Level[] = ["error", "warning", "info", "debug"];
+/** Priorities of syslog(2). */
+const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
+
+/** What was said that matters, for the status file. */
+const messages = { warnings: [] as string[], errors: [] as string[] };
+
+function say(level: Level, message: string): void {
+  if (level === "error") messages.errors.push(message);
+  if (level === "warning") messages.warnings.push(message);
+  const line = `persistence: ${message.replaceAll(/\p{Cc}+/gu, " ")}`;
+  if (LEVELS.indexOf(level) <= speech.level) console.error(line);
+  if (!speech.toKernelLog || level === "debug") return;
+  attemptNow(() =>
+    fs.writeFileSync("/dev/kmsg", `<${PRIORITY[level]}>${line}\n`)
+  );
+}
+
+function sayError(error: unknown): void {
+  say("error", messageOf(error));
+}
+
+function sayPlan(plan: Plan): void {
+  for (const line of describePlan(plan)) say("info", line);
+  for (const warning of plan.warnings) say("warning", warning);
+  for (const error of plan.errors) say("error", error);
+}
+
+/** Results go to stdout. */
+function print(line: string): void {
+  console.log(line);
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
+/** Does something that may fail without ending the boot, and says so. */
+async function attempt(step: () => unknown): Promise<void> {
+  try {
+    await step();
+  } catch (error) {
+    sayError(error);
+  }
+}
+
+/** The value of an expression, or undefined where it throws. */
+function attemptNow<T>(step: () => T): T | undefined {
+  try {
+    return step();
+  } catch {
+    return undefined;
+  }
+}
+
+/** Text of a small file without the newline at its end, if it can be read. */
+function readText(path: string): string | undefined {
+  return attemptNow(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
+}
+
+/**
+ * Text of a file, or undefined where there is none.
+ *
+ * @throws {Error} When it is there but cannot be read.
+ */
+function readFile(path: string): string | undefined {
+  return fs.existsSync(path) ? fs.readFileSync(path, "utf8") : undefined;
+}
+
+function listDirectory(path: string): string[] {
+  return attemptNow(() => fs.readdirSync(path)) ?? [];
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+function assert(condition: boolean, message: string): void {
+  if (!condition) throw new Error(message);
+}
+
+// ---------------------------------------------------------------------------
+// The command line.
+// ---------------------------------------------------------------------------
+
+/** Bad input: exit status 2. */
+class UsageError extends Error {}
+
+const HELP = `Usage:
+  persistence.ts                       set up persistence (done at every boot)
+  persistence.ts --enable DEVICE...    mark whole disks, GPT partitions or
+                                       image files: the next boot formats them
+  persistence.ts --disable DEVICE...   take the mark away again
+  persistence.ts --status [--json]     what is mounted, from what, how healthy
+  persistence.ts --dry-run [--json]    what the next boot would do
+
+Options:
+  --force           with --enable: also a device that holds data
+  --wait SECONDS    how long to wait for missing devices (default: 10)
+  --devices LIST    look at these devices only, comma separated; loop devices
+                    are looked at only when they are listed
+  --root DIR        the system root to work on (default: /)
+  --quiet           say only what is wrong
+  --verbose         say every command
+  --help            show this help
+  --version         show the version
+
+The boot itself starts "persistence.ts --maintain" for long work (replace,
+balance, scrub). On the kernel command line: lightwhale.persistence=off,
+lightwhale.wait=SECONDS, lightwhale.swap=off, lightwhale.data=UUID.
+
+Exit status: 0 as configured; 1 something failed and the fallback is in place;
+2 the command line is wrong.`;
+
+const defaultSettings: Settings = {
+  root: "/",
+  waitMs: 10_000,
+  off: false,
+  noSwap: false,
+};
+
+const FLAGS = [
+  ...["enable", "disable", "status", "dry-run", "maintain", "help", "version"],
+  ...["force", "json", "quiet", "verbose"],
+];
+const MODES = FLAGS.slice(0, 7);
+
+/** Reads the command line and the kernel's. */
+function parseCommandLine(args: string[], kernel: string) {
+  const parsed = parseArgs(args, {
+    boolean: FLAGS,
+    string: ["wait", "devices", "root"],
+    unknown: (arg: string, key?: string) => {
+      if (key) throw new UsageError(`Unknown option "${arg}": see --help`);
+    },
+  });
+  const operands = parsed._.map(String);
+  const modes = MODES.filter((mode) => parsed[mode]);
+  const [mode = "boot"] = modes;
+  if (modes.length > 1) {
+    throw new UsageError(
+      `Options --${modes[0]} and --${modes[1]} exclude each other`,
+    );
+  }
+  const takesDevices = mode === "enable" || mode === "disable";
+  if (takesDevices && operands.length === 0) {
+    throw new UsageError(`Option --${mode} needs a DEVICE: see --help`);
+  }
+  if (!takesDevices && operands.length > 0) {
+    throw new UsageError(`Unexpected argument "${operands[0]}": see --help`);
+  }
+  if (parsed.force && mode !== "enable") {
+    throw new UsageError("Option --force goes with --enable only");
+  }
+  if (parsed.json && mode !== "status" && mode !== "dry-run") {
+    throw new UsageError("Option --json goes with --status or --dry-run only");
+  }
+  const settings = { ...defaultSettings };
+  if (parsed.root !== undefined) {
+    if (!attemptNow(() => fs.statSync(parsed.root).isDirectory())) {
+      throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
+    }
+    settings.root = fs.realpathSync(parsed.root);
+  }
+  if (parsed.devices !== undefined) {
+    settings.only = parsed.devices.split(",").filter(Boolean).map(nameOfDisk);
+    if (settings.only?.length === 0) {
+      throw new UsageError("Option --devices needs a list of devices");
+    }
+  }
+  const wait = parsed.wait ?? kernelOption(kernel, "lightwhale.wait");
+  if (wait !== undefined) {
+    if (!/^\d{1,5}(\.\d+)?$/.test(wait)) {
+      const where = parsed.wait === undefined ? "lightwhale.wait" : "--wait";
+      const message = `Cannot wait "${wait}" seconds (${where}): no number`;
+      if (parsed.wait !== undefined) throw new UsageError(message);
+      say("warning", message);
+    } else settings.waitMs = 1000 * Number(wait);
+  }
+  const words = kernel.split(/\s+/);
+  settings.off = kernelOption(kernel, "lightwhale.persistence") === "off";
+  settings.noSwap = words.includes("noswap") ||
+    kernelOption(kernel, "lightwhale.swap") === "off";
+  settings.dataUuid = kernelOption(kernel, "lightwhale.data")?.toLowerCase();
+  return { mode, operands, settings, parsed };
+}
+
+function kernelOption(kernel: string, name: string): string | undefined {
+  const words = kernel.split(/\s+/).filter((word) =>
+    word.startsWith(name + "=")
+  );
+  return words.at(-1)?.slice(name.length + 1);
+}
+
+/** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
+function nameOfDisk(path: string): string {
+  const name = attemptNow(() => basename(fs.realpathSync(path)));
+  const directory = attemptNow(() =>
+    fs.realpathSync(`/sys/class/block/${name}`)
+  );
+  if (!name || !directory) {
+    throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
+  }
+  return fs.existsSync(`${directory}/partition`)
+    ? basename(dirname(directory))
+    : name;
+}
+
+/** Runs what the command line asks for. Returns the exit status. */
+async function main(args: string[]): Promise<number> {
+  try {
+    const { mode, operands, settings, parsed } = parseCommandLine(
+      args,
+      readText("/proc/cmdline") ?? "",
+    );
+    if (parsed.quiet) speech.level = 1;
+    if (parsed.verbose) speech.level = 3;
+    // What init gives may lack the places of mkfs.btrfs and sfdisk.
+    process.env.PATH = `${
+      process.env.PATH ?? ""
+    }:/usr/sbin:/usr/bin:/sbin:/bin`;
+    speech.toKernelLog = mode === "boot" || mode === "maintain";
+    switch (mode) {
+      case "help":
+        print(HELP);
+        return 0;
+      case "version":
+        print(`persistence.ts ${VERSION}`);
+        return 0;
+      case "status":
+        await showStatus(settings, parsed.json);
+        return 0;
+      case "dry-run":
+        await dryRun(settings, parsed.json);
+        return 0;
+      case "enable":
+        await enable(operands, parsed.force, settings);
+        return 0;
+      case "disable":
+        await disable(operands, settings);
+        return 0;
+      case "maintain":
+        return await maintain(settings);
+      default:
+        return await boot(settings);
+    }
+  } catch (error) {
+    sayError(error);
+    return error instanceof UsageError ? 2 : 1;
+  }
+}
+
+if (import.meta.main) {
+  process.exitCode = await main(process.argv.slice(2));
+  // Something that never answered must not keep init waiting.
+  if (abandoned) process.exit();
+}
