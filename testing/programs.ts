@@ -9,6 +9,8 @@
 const packages: Record<string, string> = {
   "btrfs": "btrfs-progs",
   "busybox": "busybox-static",
+  "cpio": "cpio",
+  "depmod": "kmod",
   "dockerd": "docker.io",
   "losetup": "mount",
   "lvm": "lvm2",
@@ -20,6 +22,7 @@ const packages: Record<string, string> = {
   "mksquashfs": "squashfs-tools",
   "nsenter": "util-linux",
   "partx": "util-linux",
+  "qemu-system-x86_64": "qemu-system-x86",
   "setfattr": "attr",
   "sfdisk": "fdisk",
   "shellcheck": "shellcheck",

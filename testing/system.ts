@@ -105,6 +105,10 @@ export interface System {
   sh(script: string): Promise<string>;
   /** Ends the system as a reset does, and starts it anew with cold disks. */
   reboot(options?: { root?: string; cmdline?: string }): Promise<void>;
+  /** Reboots with the disks as they were when the test began. */
+  renew(): Promise<void>;
+  /** Waits until no process of the system is left. */
+  settle(): Promise<void>;
   /** Attaches one more disk to the running system. */
   plug(spec: DiskSpec): Promise<Disk>;
   /** The whole disk's checksum. */
@@ -225,17 +229,15 @@ export async function withSystem<T>(
     return ["--root", root, "--devices", devices];
   }
 
-  async function plug({ sizeBytes, sectorBytes = 512, contents }: DiskSpec) {
+  async function plug(spec: DiskSpec) {
     const image = `${folder}/disk${disks.length}.img`;
-    await Deno.writeFile(image, new Uint8Array());
-    await Deno.truncate(image, sizeBytes);
-    const disk: Disk = { path: "", image, sectorBytes };
+    const disk: Disk = {
+      path: "",
+      image,
+      sectorBytes: spec.sectorBytes ?? 512,
+    };
     disks.push(disk);
-    await attach(disk);
-    if (contents) {
-      await command(["sh", "-euc", contents], { DISK: disk.path });
-      await command(["blockdev", "--flushbufs", disk.path]);
-    }
+    await fill(disk, spec);
     return disk;
   }
 
@@ -258,6 +260,17 @@ export async function withSystem<T>(
         next.root ?? options.root ?? "",
         next.cmdline ?? options.cmdline,
       );
+    },
+    async renew() {
+      await stop();
+      for (const [n, spec] of options.disks.entries()) {
+        await fill(disks[n], spec);
+        await detach(disks[n]);
+      }
+      await start(options.root ?? "", options.cmdline);
+    },
+    async settle() {
+      await namespace?.settle();
     },
     plug,
     async checksum({ path, image }) {
@@ -341,6 +354,8 @@ async function output(
 interface Namespace {
   /** The words before a command that put it there. */
   enter: string[];
+  /** Waits until all that runs in it has ended. */
+  settle(): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -357,19 +372,28 @@ async function openNamespace(): Promise<Namespace> {
   const id = await Deno.readLink(`/proc/${holder.pid}/ns/mnt`);
   return {
     enter: ["nsenter", `--mount=/proc/${holder.pid}/ns/mnt`, "--"],
+    settle: () => waitUntilEmpty(id, { besides: holder.pid }),
     async close() {
       await holder.stdin.close();
       await holder.status;
       // The mounts go with the last process in the namespace.
-      for (let tries = 0; tries < 100; tries++) {
-        const pids = await processesIn(id);
-        if (pids.length === 0) return;
-        for (const pid of pids) killProcess(pid);
-        await sleep(20);
-      }
-      throw new Error(`Cannot end the processes in ${id}`);
+      await waitUntilEmpty(id, { endWith: "SIGKILL" });
     },
   };
+}
+
+async function waitUntilEmpty(
+  namespace: string,
+  { besides, endWith }: { besides?: number; endWith?: Deno.Signal },
+): Promise<void> {
+  for (let tries = 0; tries < 1000; tries++) {
+    const all = await processesIn(namespace);
+    const pids = all.filter((pid) => pid !== besides);
+    if (pids.length === 0) return;
+    if (endWith) pids.forEach((pid) => signalProcess(pid, endWith));
+    await sleep(20);
+  }
+  throw new Error(`The processes in ${namespace} do not end`);
 }
 
 async function processesIn(namespace: string): Promise<number[]> {
@@ -382,11 +406,22 @@ async function processesIn(namespace: string): Promise<number[]> {
   return pids;
 }
 
-function killProcess(pid: number): void {
+function signalProcess(pid: number, signal: Deno.Signal): void {
   try {
-    Deno.kill(pid, "SIGKILL");
+    Deno.kill(pid, signal);
   } catch (error) {
     if (!(error instanceof Deno.errors.NotFound)) throw error; // it has ended
+  }
+}
+
+/** Makes the disk's image anew, leaves it attached. */
+async function fill(disk: Disk, spec: DiskSpec): Promise<void> {
+  await Deno.writeFile(disk.image, new Uint8Array());
+  await Deno.truncate(disk.image, spec.sizeBytes);
+  await attach(disk);
+  if (spec.contents) {
+    await command(["sh", "-euc", spec.contents], { DISK: disk.path });
+    await command(["blockdev", "--flushbufs", disk.path]);
   }
 }
 
@@ -413,6 +448,8 @@ async function detach(disk: Disk): Promise<void> {
     if (tries === 100) throw new Error(`Cannot free ${path}: ${stderr}`);
     if (tries > 0) await sleep(50);
   }
+  // The next user of the loop device would find it as a test left it.
+  await command(["blockdev", "--setrw", path]);
   await command(["losetup", "--detach", path]);
   for (let tries = 0; await exists(`/sys/block/${name}/loop`); tries++) {
     if (tries === 100) throw new Error(`Cannot detach ${path}: it is in use`);

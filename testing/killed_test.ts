@@ -1,0 +1,159 @@
+/**
+ * SIGKILL before any command that the tool runs: what was left behind must
+ * always become a complete system by itself.
+ */
+import { assert, assertEquals } from "@std/assert";
+import { systemPath } from "./programs.ts";
+import {
+  command,
+  GiB,
+  header,
+  onDisks,
+  type System,
+  type SystemOptions,
+} from "./system.ts";
+
+const magicDisk = { sizeBytes: 3 * GiB, contents: header };
+
+const setUps: Record<string, SystemOptions["disks"]> = {
+  "a single disk": [magicDisk],
+  "two disks": [magicDisk, magicDisk],
+};
+
+const recoveries: Record<string, (system: System) => Promise<void>> = {
+  "at once": async () => {},
+  "after a reboot": (system) => system.reboot(),
+};
+
+for (const [setUp, disks] of Object.entries(setUps)) {
+  for (const [when, recover] of Object.entries(recoveries)) {
+    onDisks(
+      `killed before any command on ${setUp}, run again ${when}: persistent`,
+      { disks },
+      async (system) => {
+        const traps = await makeTraps();
+        try {
+          let commands = 0;
+          for (;; commands++) {
+            const killed = await bootTrapped(system, traps, commands + 1);
+            if (!killed) break;
+            await recover(system);
+            const lines = await Deno.readTextFile(`${traps}/log`);
+            await assertComplete(system, `killed before the last of\n${lines}`);
+            await system.renew();
+          }
+          await assertComplete(system, "not killed");
+          // Fewer would mean that the traps were not sprung.
+          assert(commands >= 5, `Only ${commands} commands were seen`);
+        } finally {
+          await Deno.remove(traps, { recursive: true });
+        }
+      },
+    );
+  }
+}
+
+/**
+ * Makes a folder that, first on PATH, stands before every program there is.
+ * Each counts itself; the one whose turn it is kills the tool instead.
+ */
+async function makeTraps(): Promise<string> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-traps-" });
+  await Deno.writeTextFile(
+    `${folder}/.trap`,
+    `#!/bin/sh
+# Beyond here the real programs count: theirs are not the tool's commands.
+PATH=${systemPath}
+exec 9>"${folder}/lock"
+flock 9
+count=$(($(cat "${folder}/count") + 1))
+echo "$count" >"${folder}/count"
+echo "$count: \${0##*/} $*" >>"${folder}/log"
+if [ "$count" -ge "$(cat "${folder}/turn")" ]; then
+  kill -KILL "$(cat "${folder}/pid")"
+  exit 1
+fi
+exec 9>&-
+exec "\${0##*/}" "$@"
+`,
+  );
+  await command(["chmod", "755", `${folder}/.trap`]);
+  for (const path of systemPath.split(":")) {
+    for await (const { name } of Deno.readDir(path)) {
+      await Deno.symlink(".trap", `${folder}/${name}`).catch((error) => {
+        // The same program may stand in several places.
+        if (!(error instanceof Deno.errors.AlreadyExists)) throw error;
+      });
+    }
+  }
+  return folder;
+}
+
+/** Boots, killed before the command whose turn it is; false if none was. */
+async function bootTrapped(
+  system: System,
+  traps: string,
+  turn: number,
+): Promise<boolean> {
+  await Deno.writeTextFile(`${traps}/turn`, String(turn));
+  await Deno.writeTextFile(`${traps}/count`, "0");
+  await Deno.writeTextFile(`${traps}/log`, "");
+  const { signal, status, stderr } = await system.boot([], {
+    path: `${traps}:${systemPath}`,
+    pidFile: `${traps}/pid`,
+  });
+  if (signal === "SIGKILL") {
+    await system.settle();
+    return true;
+  }
+  assertEquals(status, 0, stderr);
+  const seen = Number(await Deno.readTextFile(`${traps}/count`));
+  assert(seen < turn, `Command ${turn} of ${seen} did not kill the tool`);
+  return false;
+}
+
+/** Boots undisturbed, uses the result, and boots once more. */
+async function assertComplete(system: System, how: string): Promise<void> {
+  const devices = system.disks.length;
+  for (const round of ["first", "second"]) {
+    const boot = await system.boot();
+    assertEquals(
+      [boot.status, boot.report.mode, boot.report.degraded],
+      [0, "persistent", false],
+      `${round} boot, ${how}\n${boot.stderr}`,
+    );
+    assertEquals(
+      await system.sh(
+        `cd mnt/lightwhale-data
+         findmnt -n -o SOURCE "$PWD" | grep -c '^/dev/'
+         btrfs filesystem show "$PWD" | grep -c ' path /dev/'
+         btrfs filesystem label "$PWD"
+         btrfs filesystem df "$PWD" | grep -c '^Metadata, ${
+          devices > 1 ? "RAID1" : "DUP"
+        }:'`,
+      ),
+      `1\n${devices}\nlightwhale-data\n1\n`,
+      how,
+    );
+    const swaps = await Deno.readTextFile("/proc/swaps");
+    for (const { path } of system.disks) {
+      assert(swaps.includes(`${path}p1 `), `no swap on ${path}, ${how}`);
+    }
+    assertEquals(
+      await system.sh("cat etc/round 2>/dev/null || true"),
+      {
+        first: "",
+        second: "first\n",
+      }[round],
+    );
+    await system.sh(`echo ${round} > etc/round`);
+    await system.reboot();
+  }
+  for (const disk of system.disks) {
+    await command(["partx", "--add", disk.path]);
+  }
+  await command([
+    ...["btrfs", "check", "--readonly", "--quiet", "--force"],
+    `${system.disks[0].path}p2`,
+  ]);
+}
