@@ -456,12 +456,14 @@ function uuid(bytes: Uint8Array, at: number): string {
 export async function boot(settings: Settings): Promise<number> {
   const started = Date.now();
   const place = places(settings.root);
-  fs.mkdirSync(place.run, { recursive: true });
-  const lock = await takeLock(join(place.run, "lock"));
+  let lock: Lock | undefined;
   let plan: Plan | undefined;
   let mode: Outcome["mode"] = "persistent";
   try {
-    plan = await makePlan(settings, settings.waitMs); // steps 1 and 2
+    fs.mkdirSync(place.run, { recursive: true });
+    lock = await takeLock(join(place.run, "lock"));
+    await removeScratchMounts(place);
+    plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     sayPlan(plan);
     await disarm(plan.disarm);
     if (plan.create) {
@@ -481,20 +483,20 @@ export async function boot(settings: Settings): Promise<number> {
     await fallBack(place);
   }
   await attempt(() => configureDocker(place)); //           step 8
-  if (mode === "persistent") { //                           step 9
-    await attempt(() => swapOn(plan?.mount?.members ?? [], settings));
+  if (plan && mode === "persistent") { //                   step 9
+    await attempt(() => swapOn(plan.swap));
     await attempt(() => startMaintenance(plan, settings, place));
   }
   const status = messages.errors.length > 0 ? 1 : 0;
   attemptNow(() => writeReport({ mode, plan, status, started }, place));
-  lock.release();
+  lock?.release();
   return status;
 }
 
 /** What a boot came to, for the status file. */
 interface Outcome {
   mode: "persistent" | "volatile" | "fallback";
-  plan: Plan | undefined;
+  plan?: Plan;
   status: number;
   started: number;
 }
@@ -508,17 +510,13 @@ async function makePlan(settings: Settings, waitMs: number): Promise<Plan> {
   const tooSmall = new Set<string>();
   let saidWaiting = false;
   for (;;) {
-    const seen = listDevices(settings).map((device) => device.name).join();
     const facts = { ...await look(settings), tooSmall };
     const plan = decide(facts, settings);
-    const waitFor = whatIsLate(plan, facts);
-    if (waitFor && Date.now() < giveUpAt) {
-      if (!saidWaiting) say("info", `Waiting for ${waitFor}`);
+    const late = whatIsLate(plan, facts);
+    if (late && Date.now() < giveUpAt) {
+      if (!saidWaiting) say("info", `Waiting for ${late}`);
       saidWaiting = true;
-      do await sleep(100); while (
-        Date.now() < giveUpAt && isDiskPending() === facts.diskPending &&
-        listDevices(settings).map((device) => device.name).join() === seen
-      );
+      await sleep(200);
       continue;
     }
     const misfit = plan.create && await rehearse(plan.create, settings.root);
@@ -527,12 +525,20 @@ async function makePlan(settings: Settings, waitMs: number): Promise<Plan> {
   }
 }
 
+/** A run that was killed may have left its scratch mounts. */
+async function removeScratchMounts(
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  for (const target of [place.topLevel, place.copyUp]) {
+    while (mountedOn(target)) await unmount(target);
+  }
+}
+
 /** Names what a boot should wait for, or undefined when nothing is late. */
 function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.mode === "mounted" || plan.mode === "off") return undefined;
-  if (plan.mount?.missing) {
-    return `${plan.mount.missing} missing device(s) of "${DATA}"`;
-  }
+  const absent = plan.mount ? countAbsent(plan.mount) : 0;
+  if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
   if (!plan.mount && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
@@ -552,11 +558,14 @@ export async function look(settings: Settings): Promise<Facts> {
   const disks = new Map(devices.map((device) => [device.name, device]));
   for (const device of devices) {
     if (device.kind !== "partition") continue;
-    const entry = disks.get(device.disk)?.gpt?.partitions
+    const disk = disks.get(device.disk);
+    // The kernel's name for it may be old; it serves where the disk is mute.
+    if (disk?.readError) continue;
+    const entry = disk?.gpt?.partitions
       .find((entry) => entry.number === device.number);
-    if (entry?.startBytes === device.startBytes) {
-      device.partitionName = entry.name;
-    }
+    device.partitionName = entry?.startBytes === device.startBytes
+      ? entry.name
+      : undefined;
   }
   const place = places(settings.root);
   return {
@@ -866,6 +875,8 @@ export interface Plan {
   mount?: DataFilesystem;
   /** Magic devices that are to join the data filesystem. */
   join: NewMember[];
+  /** Swap areas on the disks of the members; no others are ours. */
+  swap: BlockDevice[];
   warnings: string[];
   errors: string[];
 }
@@ -921,6 +932,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
     disarm: [],
     nodes: [],
     join: [],
+    swap: [],
     warnings: [],
     errors: [],
   };
@@ -953,6 +965,11 @@ export function decide(facts: Facts, settings: Settings): Plan {
   }
   const candidates = magic.filter((device) => !plan.disarm.includes(device));
   const damaged = findDamage(usable, isOurs, magic);
+  if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
+  for (const device of usable) {
+    if (!device.readError) continue;
+    plan.warnings.push(`${device.readError}: it is left alone`);
+  }
   if (facts.mounted) {
     plan.mount = chosen;
     planJoining(candidates, damaged, facts, settings, plan);
@@ -970,9 +987,6 @@ export function decide(facts: Facts, settings: Settings): Plan {
     return plan;
   }
   const unreadable = usable.filter((device) => device.readError);
-  for (const device of unreadable) {
-    plan.warnings.push(`${device.readError}: it is left alone`);
-  }
   if (candidates.length > 0 && damaged.length + unreadable.length > 0) {
     plan.errors.push(
       `${pathsOf(candidates)} will not be formatted while ` +
@@ -1192,6 +1206,24 @@ function chooseDataFilesystem(
     );
   }
   return chosen;
+}
+
+/** How many devices are not even stale: they are not there. */
+function countAbsent(data: DataFilesystem): number {
+  const present = data.stale.length + (data.replaceTarget ? 1 : 0);
+  return Math.max(0, data.missing - present);
+}
+
+function findSwap(
+  data: DataFilesystem,
+  devices: BlockDevice[],
+): BlockDevice[] {
+  const disks = new Set(
+    data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
+  );
+  return devices.filter((device) =>
+    disks.has(device.disk) && device.swapLabel === SWAP && !device.inUse
+  );
 }
 
 /** The argument for `--enable` that marks a device or its whole disk. */
@@ -1495,7 +1527,9 @@ async function rehearse(
   );
   if (create.members.length === 1) return undefined;
   if (smallest.dataBytes >= SURELY_FITS_BYTES) return undefined;
-  const directory = fs.mkdtempSync(join(places(root).run, "rehearsal-"));
+  const { run: parent } = places(root);
+  fs.mkdirSync(parent, { recursive: true });
+  const directory = fs.mkdtempSync(join(parent, "rehearsal-"));
   try {
     const files = create.members.map(({ dataBytes }, index) => {
       const file = join(directory, `${index}`);
@@ -1696,20 +1730,13 @@ async function mountDataFilesystem(
   place: ReturnType<typeof places>,
 ): Promise<void> {
   if (!mountedOn(place.data)) {
-    await leaveNoTopLevel(place);
     await repairTables(data);
     await growPartitions(data);
-    await markMembers(data.members, data.fsid);
     await mountMembers(data, place);
     await growFilesystem(data, place);
   }
   await mountSubvolume("state", place.state, data, place);
   await mountSubvolume("snapshots", place.snapshots, data, place);
-}
-
-/** A run that was killed may have left the top level mounted. */
-async function leaveNoTopLevel(place: ReturnType<typeof places>) {
-  while (mountedOn(place.topLevel)) await unmount(place.topLevel);
 }
 
 /** Restores primary partition tables: sfdisk falls back to the backup. */
@@ -1793,34 +1820,35 @@ async function mountMembers(
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  const target = data.replaceTarget && data.missing > 0
-    ? [data.replaceTarget.path]
-    : [];
-  const paths = data.members.map((member) => member.path);
-  const options = data.missing > 0 ? ["degraded"] : [];
-  if (data.excluded.length + data.stale.length > 0) {
+  const { members, replaceTarget: target, missing } = data;
+  const options = missing > 0 ? ["degraded"] : [];
+  const unwanted = [...data.excluded, ...data.stale];
+  if (unwanted.length > 0) {
     // The kernel must not bring in what it may have scanned already.
     await run(["btrfs", "device", "scan", "--forget"], {
-      to: `make the kernel forget ${
-        pathsOf([...data.excluded, ...data.stale])
-      }`,
+      to: `make the kernel forget ${pathsOf(unwanted)}`,
     });
   }
   makeMountPoint(place.data);
-  try {
-    await mountDataSubvolume([...paths, ...target], options, place);
-  } catch (error) {
-    if (target.length === 0) throw error;
-    // A target that no replace knows any more: without it (it is wiped later).
-    say("warning", messageOf(error));
+  const mountWith = async (devices: BlockDevice[]) => {
+    await markMembers(devices, data.fsid);
+    const paths = devices.map((device) => device.path);
     await mountDataSubvolume(paths, options, place);
+  };
+  if (target && missing > 0) {
+    try {
+      await mountWith([...members, target]); // an interrupted replace goes on
+    } catch (error) {
+      say("warning", messageOf(error)); // no replace knows it: freed later
+      await mountWith(members);
+    }
+  } else {
+    await mountWith(members);
   }
   if (mountedOn(place.data)?.superOptions.includes("ro")) {
     throw new Error(
-      `Cannot write to the data filesystem on ${
-        paths.join(", ")
-      }: the kernel ` +
-        `mounted it read-only (see dmesg, and "btrfs check ${paths[0]}")`,
+      `Cannot write to the data filesystem on ${pathsOf(members)}: the ` +
+        `kernel mounted it read-only (see dmesg and "btrfs check")`,
     );
   }
 }
@@ -2158,20 +2186,7 @@ function replaceFile(path: string, contents: string): void {
   fs.renameSync(temporary, path);
 }
 
-/** Turns on the swap partitions that lie beside members; no others are ours. */
-async function swapOn(
-  members: BlockDevice[],
-  settings: Settings,
-): Promise<void> {
-  if (settings.noSwap) return;
-  const active = readSwaps();
-  const disks = new Set(
-    members.filter((m) => m.kind === "partition").map((m) => m.disk),
-  );
-  const areas = (await look(settings)).devices.filter((device) =>
-    disks.has(device.disk) && device.swapLabel === SWAP && device.hasNode &&
-    !active.includes(device.path)
-  );
+async function swapOn(areas: BlockDevice[]): Promise<void> {
   if (areas.length === 0) return;
   await run(["swapon", ...areas.map((area) => area.path)], {
     to: `turn on swap on ${pathsOf(areas)}`,
@@ -2191,7 +2206,7 @@ function writeReport(
     exitStatus: status,
     uuid: data?.fsid ?? null,
     devices: data?.members.map((member) => member.path) ?? [],
-    missing: data?.missing ?? 0,
+    missing: data ? readFilesystemState(data.fsid)?.missing ?? [] : [],
     degraded: (data?.missing ?? 0) > 0,
     plan: plan ? describePlan(plan) : [],
     ...messages,
@@ -2322,11 +2337,11 @@ const scrubWish = (place: ReturnType<typeof places>) =>
 
 /** Starts {@linkcode maintain} in the background if there is work for it. */
 function startMaintenance(
-  plan: Plan | undefined,
+  plan: Plan,
   settings: Settings,
   place: ReturnType<typeof places>,
 ): void {
-  if (!plan?.mount) return;
+  if (!plan.mount) return;
   if (plan.mount.needsScrub) fs.writeFileSync(scrubWish(place), "");
   const state = readFilesystemState(plan.mount.fsid);
   const job = state &&
@@ -2369,7 +2384,9 @@ function describeJob(job: Job): string {
 /** Does the long work, piece by piece, until nothing is left to do. */
 export async function maintain(settings: Settings): Promise<number> {
   const place = places(settings.root);
-  const only = await takeLock(join(place.run, "maintenance.lock"), 0);
+  const only = await takeLock(join(place.run, "maintenance.lock"), 0)
+    .catch(() => undefined);
+  if (!only) return 0; // another one is at it
   const failed = new Set<string>();
   try {
     for (;;) {
@@ -2510,7 +2527,7 @@ async function startReplace(
     ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
     { to: `let ${device.path} take the place of device ${devid}` },
   );
-  // It has gone to the background before the kernel began.
+  // It went to the background before the kernel began.
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
   const target = () =>
     readFilesystemState(data.fsid)?.operation === "device replace" ||
@@ -3005,7 +3022,6 @@ async function showStatus(settings: Settings, json: boolean): Promise<void> {
 }
 
 async function dryRun(settings: Settings, json: boolean): Promise<void> {
-  fs.mkdirSync(places(settings.root).run, { recursive: true });
   const plan = await makePlan(settings, 0);
   if (json) return print(JSON.stringify(plan, null, 2));
   for (const line of describePlan(plan)) print(line);
@@ -3100,6 +3116,10 @@ async function withTimeout<T>(
   }
 }
 
+interface Lock {
+  release: () => void;
+}
+
 /**
  * Keeps others from working at the same time. The kernel's lock (flock(2)) is
  * held by a child that ends when this process does, however it ends.
@@ -3109,7 +3129,7 @@ async function withTimeout<T>(
 async function takeLock(
   path: string,
   timeoutMs = TIMEOUT.lockMs,
-): Promise<{ release: () => void }> {
+): Promise<Lock> {
   const flock = findProgram("flock");
   if (!flock) {
     say("warning", `Working without a lock: "flock" is not installed`);
