@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 # Debian's names, libraries included: following every dependency would drag in
 # perl and systemd. A library that is missing here is caught by check_libraries.
 packages="
-  busybox-static util-linux util-linux-extra mount fdisk btrfs-progs kmod xz-utils
+  busybox-static dash util-linux util-linux-extra mount fdisk btrfs-progs kmod xz-utils
   dmsetup mdadm e2fsprogs
   libc6 libgcc-s1 libblkid1 libmount1 libsmartcols1 libuuid1 libfdisk1 libudev1
   libselinux1 libpcre2-8-0 libcap2 libcap-ng0 liblzo2-2 liblzma5 libzstd1 zlib1g libssl3
@@ -23,13 +23,13 @@ packages="
   libdevmapper1.02.1
 "
 programs="
-  mount umount sfdisk blkid wipefs mkswap swapon swapoff lsblk findmnt partx
-  blockdev flock losetup btrfs mkfs.btrfs btrfstune kmod dmsetup mdadm mke2fs
+  dash mount umount sfdisk blkid wipefs mkswap swapon swapoff lsblk findmnt partx
+  blockdev flock losetup fsfreeze btrfs mkfs.btrfs btrfstune kmod dmsetup mdadm mke2fs
 "
 # What the initramfs loads: the drivers in order and the filesystems meanwhile,
 # because the benchmarks of btrfs (raid6, xor) take a second.
 driver_modules="
-  virtio_pci virtio_blk virtio_scsi ahci sd_mod nvme xhci_pci ehci_pci
+  virtio_pci virtio_rng virtio_blk virtio_scsi ahci sd_mod nvme xhci_pci ehci_pci
   usb_storage uas mmc_block sdhci_pci squashfs loop qemu_fw_cfg
 "
 filesystem_modules="btrfs overlay"
@@ -195,7 +195,7 @@ build_system() {
     find . -name '*.removed' -exec rm {} +
   fi
   # Uncompressed: unpacking under emulation costs more than reading does.
-  mksquashfs . "$out.new" -noI -noD -noF -noX -all-root -quiet -no-progress \
+  mksquashfs . "$out.new" -noI -noD -noF -noX -quiet -no-progress \
     -noappend -p 'home/lightwhale m 700 1000 1000' -p 'var/spool/mail m 1777 0 8' \
     -p 'var/tmp m 1777 0 0' -p 'tmp m 1777 0 0' -p 'etc/shadow m 640 0 42' >&2
   mv "$out.new" "$out"

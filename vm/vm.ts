@@ -238,6 +238,8 @@ export function machineArguments(
     ...["-initrd", `${cache}/base/initramfs.cpio`],
     "-append",
     `console=ttyS0 quiet panic=-1 mitigations=off ${append}`.trim(),
+    // Without entropy libuuid waits a second for each UUID that it makes.
+    ...["-device", "virtio-rng-pci"],
     ...(has("scsi") ? ["-device", "virtio-scsi-pci,id=scsi"] : []),
     ...(has("usb", "uas") ? ["-device", "qemu-xhci,id=usb"] : []),
     ...disks.flatMap((disk, i) => [
@@ -315,16 +317,17 @@ function deviceProperties(disk: VmDisk, i: number): Record<string, unknown> {
  * The system image, built only when something that goes into it has changed.
  *
  * @param options `name` is the cache's name for it, `executable` the tool
- * (default: the environment's PERSISTENCE_IMAGE, or dist/persistence), `changes`
- * a folder that is laid over the system; a file `NAME.removed` in it takes
- * NAME away.
+ * (default: what PERSISTENCE in the environment names, or dist/persistence),
+ * `changes` a folder that is laid over the system; a file `NAME.removed` in it
+ * takes NAME away.
  * @returns The path of the squashfs.
  */
 export function systemImage(
   options: { name?: string; executable?: string; changes?: string } = {},
 ): string {
   const { name = "system", changes = "" } = options;
-  const executable = options.executable ?? `${here}../dist/persistence`;
+  const executable = options.executable ?? Deno.env.get("PERSISTENCE") ??
+    `${here}../dist/persistence`;
   const image = `${cache}/${name}.squashfs`;
 
   Deno.mkdirSync(cache, { recursive: true });

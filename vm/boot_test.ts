@@ -1,0 +1,509 @@
+/**
+ * Real boots by situation: disks before, what an operator sees after each boot.
+ * The executable is dist/persistence, or what PERSISTENCE names. BOOT=all runs
+ * every situation; otherwise those with `everyTime: false` are left out.
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { dirname } from "node:path";
+import { fileURLToPath } from "node:url";
+import { needPrograms } from "../testing/programs.ts";
+import {
+  type Boot,
+  type BootOptions,
+  bootVm,
+  type Bus,
+  makeDisk,
+  systemImage,
+  type VmDisk,
+} from "./vm.ts";
+
+const all = Deno.env.get("BOOT") === "all";
+const here = fileURLToPath(new URL(".", import.meta.url));
+const look = Deno.readTextFileSync(`${here}look.sh`);
+needPrograms(
+  ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
+  ...["sfdisk", "mkfs.ext4"],
+);
+
+/** A disk before the first boot. */
+interface DiskBefore extends Omit<VmDisk, "file"> {
+  /** Default: 3000, or 64 for a bystander. */
+  sizeMiB?: number;
+  /** It begins with the magic header. */
+  magic?: boolean;
+  /** A shell script that fills it; `$1` is the image file. */
+  contents?: string;
+  /** It must stay byte-identical. */
+  bystander?: boolean;
+}
+
+/** What an operator sees after a boot. */
+interface After {
+  mode: string;
+  /** Exit status of S11persistence. */
+  status: number;
+  /** Filesystem of /mnt/lightwhale-data. */
+  type: string;
+  /** Of data, metadata and system. */
+  profiles: string;
+  /** Filesystems of /etc, /var and /home. */
+  overlays: string;
+  /** How many swap areas are on. */
+  swaps: number;
+  /** The disks with a partition table, and their partitions' names. */
+  partitions: string;
+  /** The disks that begin with the magic header. */
+  marked: string;
+  /** Boots that /etc, /var/lib, /home and Docker's data root remember. */
+  boots: string;
+  /** What `btrfs check` says. */
+  clean: string;
+  /** Modes and owners of directories under the overlays. */
+  looks: string;
+  /** Warnings and errors. */
+  problems: string;
+}
+
+/** One boot of a situation. */
+interface Step {
+  /** Added to the kernel command line. */
+  append?: string;
+  /** The system image; default: the same for all. */
+  image?: () => string;
+  /** A shell script that runs in the booted system and must succeed. */
+  run?: string;
+  after: Partial<After>;
+  /** What the console must say. */
+  says?: RegExp;
+  on?: BootOptions["on"];
+  /** The longest that S11persistence may take; default: 30 s. */
+  withinMs?: number;
+}
+
+interface Situation {
+  name: string;
+  /** False: only with BOOT=all. */
+  everyTime?: boolean;
+  disks: DiskBefore[];
+  boots: Step[];
+  memoryMiB?: number;
+}
+
+const looks = "755 0 /etc,640 0 /etc/shadow,755 0 /var,1777 0 /var/tmp," +
+  "1777 0 /var/spool/mail,755 0 /home,700 1000 /home/lightwhale";
+const base = {
+  status: 0,
+  overlays: "overlay overlay overlay",
+  looks,
+  problems: "",
+};
+const volatile = {
+  ...base,
+  mode: "volatile",
+  type: "tmpfs",
+  swaps: 0,
+  boots: "1 1 1 1",
+};
+const persistent = {
+  ...base,
+  mode: "persistent",
+  type: "btrfs",
+  marked: "",
+  clean: "yes",
+};
+const single = { ...persistent, profiles: "single dup dup", swaps: 1 };
+const mirrored = { ...persistent, profiles: "raid1 raid1 raid1", swaps: 2 };
+
+/** The partitions of data disks with these names. */
+function dataDisks(...names: string[]): string {
+  return names.map((name) => `${name}: lightwhale-swap lightwhale-data`)
+    .join("; ");
+}
+
+/** What persists remembers this many boots. */
+function boots(n: number): string {
+  return Array(4).fill(n).join(" ");
+}
+
+/** First boot and second boot with one disk on this bus. */
+function oneDiskOn(bus: Bus, name: string, more: DiskBefore = {}): Situation {
+  return {
+    name: `first boot on ${bus}, persistent at once`,
+    disks: [{ magic: true, bus, ...more }],
+    boots: [
+      { after: { ...single, partitions: dataDisks(name), boots: boots(1) } },
+      { after: { ...single, partitions: dataDisks(name), boots: boots(2) } },
+    ],
+  };
+}
+
+const emptyExt4: DiskBefore = {
+  contents: 'mkfs.ext4 -q -F "$1"',
+  bystander: true,
+};
+/** The header on a partition, which may be another machine's disk. */
+const headerInPartition: DiskBefore = {
+  contents: `echo , | sfdisk -q --label gpt "$1"
+    printf lightwhale-please-format-me |
+      dd of="$1" bs=512 seek=2048 conv=notrunc status=none`,
+  bystander: true,
+};
+
+const situations: Situation[] = [
+  {
+    name: "nothing is enabled: volatile, no disk is touched, 512 MiB, Nehalem",
+    disks: [{ bystander: true }, emptyExt4, headerInPartition],
+    boots: [
+      {
+        after: { ...volatile, marked: "" },
+        run: `grep -q Nehalem /proc/cpuinfo
+          [ "$(awk '/MemTotal/ { print $2 }' /proc/meminfo)" -lt 524288 ]
+          persistence.ts --status </dev/null`,
+      },
+      { after: volatile },
+    ],
+  },
+  { ...oneDiskOn("virtio", "vda"), everyTime: false },
+  oneDiskOn("scsi", "sda"),
+  oneDiskOn("sata", "sda"),
+  oneDiskOn("nvme", "nvme0n1", { sectorBytes: 4096 }),
+  oneDiskOn("usb", "sda"),
+  { ...oneDiskOn("uas", "sda"), everyTime: false },
+  // SD cards have sizes that are powers of two.
+  { ...oneDiskOn("sd", "mmcblk0", { sizeMiB: 4096 }), everyTime: false },
+  {
+    name: "three reboots; running it again changes nothing",
+    disks: [{ magic: true }, emptyExt4],
+    boots: [
+      {
+        after: { ...single, boots: boots(1), partitions: dataDisks("vda") },
+        run: `cat /proc/mounts /proc/swaps >/tmp/before
+          persistence.ts
+          cat /proc/mounts /proc/swaps | cmp /tmp/before -`,
+      },
+      { after: { ...single, boots: boots(2) } },
+      {
+        after: { ...single, boots: boots(3) },
+        // As an old init script would call it.
+        run: `cat /proc/mounts /proc/swaps >/tmp/before
+          env -i /usr/sbin/persistence.ts <&-
+          cat /proc/mounts /proc/swaps | cmp /tmp/before -`,
+      },
+      { after: { ...single, boots: boots(4) } },
+    ],
+  },
+  {
+    name: "RAID1 of two, on virtio-blk and NVMe",
+    disks: [{ magic: true }, { magic: true, bus: "nvme" }],
+    boots: [
+      {
+        after: {
+          ...mirrored,
+          boots: boots(1),
+          partitions: dataDisks("nvme0n1", "vda"),
+        },
+      },
+      { after: { ...mirrored, boots: boots(2) } },
+    ],
+  },
+  {
+    name: "RAID1 of three, on SCSI, SATA and USB",
+    disks: [
+      { magic: true, bus: "scsi" },
+      { magic: true, bus: "sata" },
+      { magic: true, bus: "usb" },
+    ],
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...persistent,
+        profiles: "raid1 raid1c3 raid1c3",
+        swaps: 3,
+        boots: boots(n),
+        partitions: dataDisks("sda", "sdb", "sdc"),
+      },
+    })),
+  },
+  {
+    name: "RAID1 of four, on virtio-blk, NVMe, SATA and SCSI",
+    everyTime: false,
+    disks: [
+      { magic: true },
+      { magic: true, bus: "nvme" },
+      { magic: true, bus: "sata" },
+      { magic: true, bus: "scsi" },
+    ],
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...persistent,
+        profiles: "raid1 raid1c4 raid1c4",
+        swaps: 4,
+        boots: boots(n),
+        partitions: dataDisks("nvme0n1", "sda", "sdb", "vda"),
+      },
+    })),
+  },
+  {
+    name: "--enable typed in a volatile system, then a reboot",
+    disks: [{}, { bystander: true }],
+    boots: [
+      { after: volatile, run: "persistence.ts --enable /dev/vda" },
+      { after: { ...single, boots: boots(1), partitions: dataDisks("vda") } },
+    ],
+  },
+  {
+    name: "a rented server: the system on partition 1, a magic partition 3",
+    disks: [{ contents: rentedServer() }],
+    boots: [1, 2].map((n) => ({
+      append: "vm.root=/dev/vda1",
+      after: {
+        ...persistent,
+        profiles: "single dup dup",
+        swaps: 0,
+        boots: boots(n),
+        partitions: "vda: system spare lightwhale-data",
+      },
+      run: `cmp /dev/vda2 /dev/zero 2>&1 | grep -q 'EOF on /dev/vda2'
+        findmnt -n -o SOURCE / | grep -qx /dev/vda1`,
+    })),
+  },
+  {
+    name: "a new system image whose /etc differs in every way, under old state",
+    disks: [{ magic: true }],
+    boots: [
+      {
+        after: { ...single, boots: boots(1) },
+        image: () => etcImage("old"),
+        run: `cd /etc/app
+          echo mine >changed-by-me; rm removed-by-me; echo mine >added-by-me
+          mv folder renamed; echo mine >file-later/mine`,
+      },
+      {
+        after: { ...single, boots: boots(2) },
+        image: () => etcImage("new"),
+        run: `cd /etc/app
+          grep -qx mine changed-by-me; grep -qx mine added-by-me
+          [ ! -e removed-by-me ]; grep -qx old renamed/file
+          grep -qx new changed; [ ! -e removed ]; grep -qx new added
+          grep -qx new folder-later/file; grep -qx mine file-later/mine
+          [ ! -s /run/errors ]; find /etc -type f -exec cat {} + >/dev/null
+          echo again >>changed; rm added; mkdir added; echo x >folder-later/x`,
+      },
+      {
+        after: { ...single, boots: boots(3) },
+        image: () => etcImage("old"),
+        run: `cd /etc/app; grep -qx again changed; grep -qx new changed
+          [ -d added ]; grep -qx old folder/file || [ -d renamed ]
+          find /etc -type f -exec cat {} + >/dev/null`,
+      },
+    ],
+  },
+  {
+    name: "lightwhale.persistence=off and noswap",
+    disks: [{ magic: true }],
+    boots: [
+      {
+        append: "lightwhale.persistence=off",
+        after: { ...volatile, marked: "vda", partitions: "" },
+      },
+      {
+        append: "noswap",
+        after: { ...single, swaps: 0, boots: boots(1) },
+      },
+      {
+        append: "lightwhale.swap=off",
+        after: { ...single, swaps: 0, boots: boots(2) },
+      },
+      { append: "lightwhale.persistence=off", after: volatile },
+      { after: { ...single, boots: boots(3) } },
+    ],
+  },
+  {
+    name: "an init script that protects from nothing: stdin closed, no PATH",
+    disks: [{ magic: true }],
+    boots: [1, 2].map((n) => ({
+      append: "vm.stdin=closed",
+      image: bareInitImage,
+      after: { ...single, boots: boots(n) },
+    })),
+  },
+  {
+    name: "a mirror's second disk appears four seconds late",
+    disks: [{ magic: true, bus: "scsi" }, { magic: true, bus: "scsi" }],
+    boots: [
+      { after: { ...mirrored, boots: boots(1) } },
+      { after: { ...mirrored, boots: boots(2) }, on: plugLate(1, 4000) },
+    ],
+  },
+  {
+    name: "a USB disk whose driver takes five seconds to bring it up",
+    disks: [{ magic: true, bus: "usb" }],
+    boots: [1, 2].map((n) => ({
+      append: "usb_storage.delay_use=5",
+      after: { ...single, boots: boots(n) },
+    })),
+  },
+  {
+    name: "32 disks, two of them magic",
+    disks: Array.from(
+      { length: 32 },
+      (_, i): DiskBefore =>
+        i === 7 || i === 30
+          ? { magic: true, bus: "scsi" }
+          : { bystander: true, sizeMiB: 8, bus: "scsi" },
+    ),
+    boots: [1, 2].map((n) => ({
+      after: { ...mirrored, boots: boots(n) },
+    })),
+  },
+  {
+    name: "32 magic disks",
+    everyTime: false,
+    disks: Array.from({ length: 32 }, (): DiskBefore => ({
+      magic: true,
+      bus: "scsi",
+      sizeMiB: 2100,
+    })),
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...persistent,
+        profiles: "raid1 raid1c4 raid1c4",
+        swaps: 29, // the kernel's MAX_SWAPFILES, less those for migration
+        boots: boots(n),
+      },
+      withinMs: 120_000,
+    })),
+  },
+];
+
+for (const situation of situations) {
+  if (!all && situation.everyTime === false) continue;
+  Deno.test(`boot: ${situation.name}`, async () => {
+    const dir = Deno.makeTempDirSync({ prefix: "persistence-boot-" });
+    try {
+      await runSituation(situation, dir);
+    } finally {
+      Deno.removeSync(dir, { recursive: true });
+    }
+  });
+}
+
+async function runSituation(situation: Situation, dir: string): Promise<void> {
+  systemImage(); // the rented server's disk holds a copy of it
+  const disks = situation.disks.map((before, i) => makeBefore(before, i, dir));
+  const bystanders = disks.filter((_, i) => situation.disks[i].bystander);
+  const sums = bystanders.map(({ file }) => checksum(file));
+
+  for (const [i, step] of situation.boots.entries()) {
+    const boot = await bootVm({
+      ...situation,
+      ...step,
+      // A disk that comes late does so from the second boot on.
+      disks: disks.map((disk, d) => ({ ...disk, late: !!step.on && d > 0 })),
+      image: step.image?.(),
+      check: `${look}\nset -e\nexec 2>&1\n${step.run ?? ""}`,
+    });
+    assertBoot(boot, step, `boot ${i + 1}`);
+  }
+  assertEquals(bystanders.map(({ file }) => checksum(file)), sums);
+}
+
+function assertBoot(boot: Boot, step: Step, name: string): void {
+  const all = `${boot.console}\n${boot.checkOutput}\n${boot.s11Ms} ms`;
+  try {
+    const seen = facts(boot);
+    const expected = Object.keys(step.after) as (keyof After)[];
+    const actual = Object.fromEntries(expected.map((key) => [key, seen[key]]));
+    assertEquals(actual, step.after);
+    assertEquals(boot.checkStatus, 0, `"${step.run}" failed`);
+    if (step.says) assertMatch(boot.console, step.says);
+    const { withinMs = 30_000 } = step;
+    assert(boot.s11Ms! <= withinMs, `S11persistence took ${boot.s11Ms} ms`);
+  } catch (error) {
+    throw new Error(`${name}: ${(error as Error).message}\n${all}`);
+  }
+  console.log(`${name}: S11persistence took ${boot.s11Ms} ms`);
+}
+
+/** What look.sh said. */
+function facts({ checkOutput, s11Status }: Boot): Partial<After> {
+  const seen: Record<string, string> = Object.fromEntries(
+    [...checkOutput.matchAll(/^fact (\w+) (.*)$/gm)].map((
+      [, name, value],
+    ) => [name, value]),
+  );
+  const { mode, warnings = [], errors = [] } = JSON.parse(seen.report || "{}");
+  return {
+    ...seen,
+    mode,
+    status: s11Status ?? -1,
+    swaps: Number(seen.swaps),
+    problems: [...warnings, ...errors].join("\n"),
+  };
+}
+
+function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
+  const { magic, contents, bystander, ...disk } = before;
+  const { sizeMiB = bystander ? 64 : 3000 } = before;
+  const file = makeDisk(`${dir}/disk${i}.img`, { sizeMiB, magic });
+  if (contents) {
+    execFileSync("sh", ["-euc", contents, "sh", file], { stdio: "pipe" });
+  }
+  return { ...disk, file };
+}
+
+function checksum(file: string): string {
+  return createHash("sha256").update(Deno.readFileSync(file)).digest("hex");
+}
+
+/** Plug this disk when S11persistence has run for so long. */
+function plugLate(disk: number, afterMs: number): Step["on"] {
+  return {
+    "start S11persistence": async (vm) => {
+      await new Promise((resolve) => setTimeout(resolve, afterMs));
+      await vm.plug(disk);
+    },
+  };
+}
+
+function rentedServer(): string {
+  return `printf '%s\n' 'size=512MiB, name=system' 'size=32MiB, name=spare' \
+      'name=lightwhale-please-format-me' | sfdisk -q --label gpt "$1"
+    dd if='${here}cache/system.squashfs' of="$1" bs=1M seek=1 conv=notrunc \
+      status=none`;
+}
+
+/** A system image with another /etc/app. */
+function etcImage(version: "old" | "new"): string {
+  const dir = `${here}cache/etc-${version}`;
+  const app = `${dir}/etc/app`;
+  const files: Record<"old" | "new", string[]> = {
+    old: [
+      ...["changed-by-me", "removed-by-me", "changed", "removed"],
+      ...["folder/file", "folder-later", "file-later/file"],
+    ],
+    new: [
+      ...["changed-by-me", "removed-by-me", "changed", "added"],
+      ...["other/1", "other/2", "folder-later/file", "file-later"],
+    ],
+  };
+  for (const file of files[version]) {
+    Deno.mkdirSync(dirname(`${app}/${file}`), { recursive: true });
+    Deno.writeTextFileSync(`${app}/${file}`, `${version}\n`);
+  }
+  return systemImage({ name: `etc-${version}`, changes: dir });
+}
+
+/** A system image whose S11persistence calls the tool and nothing else. */
+function bareInitImage(): string {
+  const dir = `${here}cache/bare-init`;
+  const script = `${dir}/etc/init.d/S11persistence`;
+  Deno.mkdirSync(`${dir}/etc/init.d`, { recursive: true });
+  Deno.writeTextFileSync(
+    script,
+    "#!/bin/sh\nunset PATH\nexec /usr/sbin/persistence.ts\n",
+    { mode: 0o755 },
+  );
+  return systemImage({ name: "bare-init", changes: dir });
+}
