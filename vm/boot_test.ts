@@ -3,14 +3,24 @@
  * The executable is dist/persistence, or what PERSISTENCE names. BOOT=all runs
  * every situation; otherwise those with `everyTime: false` are left out.
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assertEquals } from "@std/assert";
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
-import { needPrograms } from "../testing/programs.ts";
 import {
-  type Boot,
+  all,
+  assertBoot,
+  boots,
+  dataDisks,
+  type Expected,
+  lookAndRun,
+  mirrored,
+  persistent,
+  single,
+  volatile,
+} from "./situation.ts";
+import {
   type BootOptions,
   bootVm,
   type Bus,
@@ -19,13 +29,7 @@ import {
   type VmDisk,
 } from "./vm.ts";
 
-const all = Deno.env.get("BOOT") === "all";
 const here = fileURLToPath(new URL(".", import.meta.url));
-const look = Deno.readTextFileSync(`${here}look.sh`);
-needPrograms(
-  ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
-  ...["sfdisk", "mkfs.ext4"],
-);
 
 /** A disk before the first boot. */
 interface DiskBefore extends Omit<VmDisk, "file"> {
@@ -39,47 +43,15 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
   bystander?: boolean;
 }
 
-/** What an operator sees after a boot. */
-interface After {
-  mode: string;
-  /** Exit status of S11persistence. */
-  status: number;
-  /** Filesystem of /mnt/lightwhale-data. */
-  type: string;
-  /** Of data, metadata and system. */
-  profiles: string;
-  /** Filesystems of /etc, /var and /home. */
-  overlays: string;
-  /** How many swap areas are on. */
-  swaps: number;
-  /** The disks with a partition table, and their partitions' names. */
-  partitions: string;
-  /** The disks that begin with the magic header. */
-  marked: string;
-  /** Boots that /etc, /var/lib, /home and Docker's data root remember. */
-  boots: string;
-  /** What `btrfs check` says. */
-  clean: string;
-  /** Modes and owners of directories under the overlays. */
-  looks: string;
-  /** Warnings and errors. */
-  problems: string;
-}
-
 /** One boot of a situation. */
-interface Step {
+interface Step extends Expected {
   /** Added to the kernel command line. */
   append?: string;
   /** The system image; default: the same for all. */
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
   run?: string;
-  after: Partial<After>;
-  /** What the console must say. */
-  says?: RegExp;
   on?: BootOptions["on"];
-  /** The longest that S11persistence may take; default: 30 s. */
-  withinMs?: number;
 }
 
 interface Situation {
@@ -89,42 +61,6 @@ interface Situation {
   disks: DiskBefore[];
   boots: Step[];
   memoryMiB?: number;
-}
-
-const looks = "755 0 /etc,640 0 /etc/shadow,755 0 /var,1777 0 /var/tmp," +
-  "1777 0 /var/spool/mail,755 0 /home,700 1000 /home/lightwhale";
-const base = {
-  status: 0,
-  overlays: "overlay overlay overlay",
-  looks,
-  problems: "",
-};
-const volatile = {
-  ...base,
-  mode: "volatile",
-  type: "tmpfs",
-  swaps: 0,
-  boots: "1 1 1 1",
-};
-const persistent = {
-  ...base,
-  mode: "persistent",
-  type: "btrfs",
-  marked: "",
-  clean: "yes",
-};
-const single = { ...persistent, profiles: "single dup dup", swaps: 1 };
-const mirrored = { ...persistent, profiles: "raid1 raid1 raid1", swaps: 2 };
-
-/** The partitions of data disks with these names. */
-function dataDisks(...names: string[]): string {
-  return names.map((name) => `${name}: lightwhale-swap lightwhale-data`)
-    .join("; ");
-}
-
-/** What persists remembers this many boots. */
-function boots(n: number): string {
-  return Array(4).fill(n).join(" ");
 }
 
 /** First boot and second boot with one disk on this bus. */
@@ -157,12 +93,17 @@ const situations: Situation[] = [
     disks: [{ bystander: true }, emptyExt4, headerInPartition],
     boots: [
       {
-        after: { ...volatile, marked: "" },
+        after: {
+          ...volatile,
+          marked: "",
+          problems: "/dev/vdc1 begins with the magic header, which counts " +
+            "only at the start of a whole disk: it is not obeyed (a " +
+            "partition is enabled with persistence.ts --enable /dev/vdc1)",
+        },
         run: `grep -q Nehalem /proc/cpuinfo
           [ "$(awk '/MemTotal/ { print $2 }' /proc/meminfo)" -lt 524288 ]
           persistence.ts --status </dev/null`,
       },
-      { after: volatile },
     ],
   },
   { ...oneDiskOn("virtio", "vda"), everyTime: false },
@@ -171,8 +112,20 @@ const situations: Situation[] = [
   oneDiskOn("nvme", "nvme0n1", { sectorBytes: 4096 }),
   oneDiskOn("usb", "sda"),
   { ...oneDiskOn("uas", "sda"), everyTime: false },
-  // SD cards have sizes that are powers of two.
-  { ...oneDiskOn("sd", "mmcblk0", { sizeMiB: 4096 }), everyTime: false },
+  {
+    name: "first boot on an SD card, persistent at once",
+    everyTime: false,
+    // A power of two, as SD cards have; small, because QEMU erases by blocks.
+    disks: [{ magic: true, bus: "sd", sizeMiB: 256 }],
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...single,
+        swaps: 0,
+        partitions: "mmcblk0: lightwhale-data",
+        boots: boots(n),
+      },
+    })),
+  },
   {
     name: "three reboots; running it again changes nothing",
     disks: [{ magic: true }, emptyExt4],
@@ -307,16 +260,16 @@ const situations: Situation[] = [
         append: "lightwhale.persistence=off",
         after: { ...volatile, marked: "vda", partitions: "" },
       },
+      { after: { ...single, boots: boots(1) } },
       {
         append: "noswap",
-        after: { ...single, swaps: 0, boots: boots(1) },
-      },
-      {
-        append: "lightwhale.swap=off",
         after: { ...single, swaps: 0, boots: boots(2) },
       },
       { append: "lightwhale.persistence=off", after: volatile },
-      { after: { ...single, boots: boots(3) } },
+      {
+        append: "lightwhale.swap=off",
+        after: { ...single, swaps: 0, boots: boots(3) },
+      },
     ],
   },
   {
@@ -329,11 +282,11 @@ const situations: Situation[] = [
     })),
   },
   {
-    name: "a mirror's second disk appears four seconds late",
+    name: "a mirror's second disk appears six seconds late",
     disks: [{ magic: true, bus: "scsi" }, { magic: true, bus: "scsi" }],
     boots: [
       { after: { ...mirrored, boots: boots(1) } },
-      { after: { ...mirrored, boots: boots(2) }, on: plugLate(1, 4000) },
+      { after: { ...mirrored, boots: boots(2) }, on: plugLate(1, 6000) },
     ],
   },
   {
@@ -369,7 +322,7 @@ const situations: Situation[] = [
       after: {
         ...persistent,
         profiles: "raid1 raid1c4 raid1c4",
-        swaps: 29, // the kernel's MAX_SWAPFILES, less those for migration
+        swaps: 26, // the kernel's MAX_SWAPFILES, less those for migration
         boots: boots(n),
       },
       withinMs: 120_000,
@@ -402,45 +355,11 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
       // A disk that comes late does so from the second boot on.
       disks: disks.map((disk, d) => ({ ...disk, late: !!step.on && d > 0 })),
       image: step.image?.(),
-      check: `${look}\nset -e\nexec 2>&1\n${step.run ?? ""}`,
+      check: lookAndRun(step.run),
     });
     assertBoot(boot, step, `boot ${i + 1}`);
   }
   assertEquals(bystanders.map(({ file }) => checksum(file)), sums);
-}
-
-function assertBoot(boot: Boot, step: Step, name: string): void {
-  const all = `${boot.console}\n${boot.checkOutput}\n${boot.s11Ms} ms`;
-  try {
-    const seen = facts(boot);
-    const expected = Object.keys(step.after) as (keyof After)[];
-    const actual = Object.fromEntries(expected.map((key) => [key, seen[key]]));
-    assertEquals(actual, step.after);
-    assertEquals(boot.checkStatus, 0, `"${step.run}" failed`);
-    if (step.says) assertMatch(boot.console, step.says);
-    const { withinMs = 30_000 } = step;
-    assert(boot.s11Ms! <= withinMs, `S11persistence took ${boot.s11Ms} ms`);
-  } catch (error) {
-    throw new Error(`${name}: ${(error as Error).message}\n${all}`);
-  }
-  console.log(`${name}: S11persistence took ${boot.s11Ms} ms`);
-}
-
-/** What look.sh said. */
-function facts({ checkOutput, s11Status }: Boot): Partial<After> {
-  const seen: Record<string, string> = Object.fromEntries(
-    [...checkOutput.matchAll(/^fact (\w+) (.*)$/gm)].map((
-      [, name, value],
-    ) => [name, value]),
-  );
-  const { mode, warnings = [], errors = [] } = JSON.parse(seen.report || "{}");
-  return {
-    ...seen,
-    mode,
-    status: s11Status ?? -1,
-    swaps: Number(seen.swaps),
-    problems: [...warnings, ...errors].join("\n"),
-  };
 }
 
 function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {

@@ -14,13 +14,16 @@ export type Received =
 
 /** When and how the power goes. */
 export interface Cut {
-  /** The power goes when this many writes have arrived, all disks together. */
-  afterWrites: number;
+  /**
+   * The power goes when this many writes have arrived, all disks together.
+   * Default: when the machine is killed.
+   */
+  afterWrites?: number;
   /**
    * A disk may lose what was not flushed, in any combination: this seed picks
    * which of those writes are lost. Without it none is.
    */
-  loseUnflushed?: number;
+  loseUnflushed?: number | "all";
 }
 
 /** The recorded disks of one machine. */
@@ -51,7 +54,7 @@ export function serveDisks(
     received.push(event);
     if (event.kind !== "write") return;
     writes++;
-    if (cut && writes >= cut.afterWrites) {
+    if (writes >= (cut?.afterWrites ?? Infinity)) {
       powered = false;
       onCut();
     }
@@ -85,8 +88,8 @@ export function serveDisks(
     return async function close() {
       listener.close();
       await serving;
-      if (!powered && cut?.loseUnflushed !== undefined) {
-        loseSome(image, unflushed, cut.loseUnflushed + disk);
+      if (cut?.loseUnflushed !== undefined) {
+        loseSome(image, unflushed, cut.loseUnflushed);
       }
       image.close();
     };
@@ -111,14 +114,43 @@ interface Unflushed {
 function loseSome(
   image: Deno.FsFile,
   unflushed: Unflushed[],
-  seed: number,
+  lose: number | "all",
 ): void {
-  const random = randomFrom(seed);
+  if (unflushed.length === 0) return;
   for (const { offset, before } of unflushed.toReversed()) {
     writeAt(image, offset, before);
   }
+  if (lose === "all") return;
+  const random = randomFrom(lose);
   for (const { offset, data } of unflushed) {
     if (random() < 0.5) writeAt(image, offset, data);
+  }
+}
+
+/**
+ * Make disks as a power cut would have left them, from what they received in an
+ * uncut run.
+ *
+ * @param files The images as they were before the run, one for each disk.
+ * @param received What arrived before the power went.
+ * @param loseUnflushed See {@linkcode Cut}.
+ */
+export function rebuildDisks(
+  files: string[],
+  received: Received[],
+  loseUnflushed?: number,
+): void {
+  const random = randomFrom(loseUnflushed ?? 0);
+  for (const [disk, file] of files.entries()) {
+    using image = Deno.openSync(file, { write: true });
+    const own = received.filter((event) => event.disk === disk);
+    const flushed = own.findLastIndex(({ kind }) => kind === "flush");
+    for (const [i, event] of own.entries()) {
+      if (event.kind !== "write") continue;
+      const lost = i > flushed && loseUnflushed !== undefined &&
+        random() < 0.5;
+      if (!lost) writeAt(image, event.offset, event.data);
+    }
   }
 }
 

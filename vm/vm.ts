@@ -60,7 +60,7 @@ export interface BootOptions {
   cpu?: string;
   /** Default: 120 s. */
   timeoutMs?: number;
-  /** Kill the machine at an exact write to the recorded disks. */
+  /** When and how the power of the recorded disks goes. */
   cut?: Cut;
   /** Kill the machine after the check instead of shutting it down. */
   pullThePlug?: boolean;
