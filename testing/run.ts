@@ -23,7 +23,7 @@ const groups: Record<string, () => Promise<Count>> = {
   check,
   executable: () => testWith([`${projectFolder}dist/persistence`]),
   script: () => testWith(script),
-  boot: () => denoTest(["vm/"]),
+  boot: () => testWith([`${projectFolder}dist/persistence`], ["vm/"]),
 };
 
 const names = Deno.args.length > 0 ? Deno.args : Object.keys(groups);
@@ -68,12 +68,14 @@ async function check(): Promise<Count> {
   return { passed: checks.length - failed, failed, skipped: 0 };
 }
 
-/** Everything on loop devices, with this command as the tool. */
-async function testWith(tool: string[]): Promise<Count> {
+/** These tests, with this command as the tool. */
+async function testWith(
+  tool: string[],
+  tests = ["persistence_test.ts", "testing/"],
+): Promise<Count> {
   if (tool !== script && await run(["npm", "run", "--silent", "build"]) !== 0) {
     return { passed: 0, failed: 1, skipped: 0 };
   }
-  const tests = ["persistence_test.ts", "testing/"];
   return await denoTest(tests, { PERSISTENCE: tool.join(" ") });
 }
 

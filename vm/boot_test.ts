@@ -96,7 +96,7 @@ const situations: Situation[] = [
         after: {
           ...volatile,
           marked: "",
-          problems: "/dev/vdc1 begins with the magic header, which counts " +
+          warnings: "/dev/vdc1 begins with the magic header, which counts " +
             "only at the start of a whole disk: it is not obeyed (a " +
             "partition is enabled with persistence.ts --enable /dev/vdc1)",
         },

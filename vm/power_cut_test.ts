@@ -51,30 +51,28 @@ interface Instant {
 for (const layout of layouts) {
   Deno.test(`power cuts during the first boot: ${layout.name}`, async () => {
     const dir = Deno.makeTempDirSync({ prefix: "persistence-cut-" });
+    const failures: string[] = [];
+    async function check(files: string[], name: string) {
+      try {
+        await assertFinished(layout, files, name);
+      } catch (error) {
+        failures.push((error as Error).message);
+      }
+    }
     try {
       const received = await recordFirstBoot(layout, dir);
-      const recorded = chooseInstants(received, count.recorded, 1);
-      for (const instant of recorded) {
+      for (const instant of chooseInstants(received, count.recorded, 1)) {
         const files = magicDisks(layout, dir);
         rebuildDisks(files, received.slice(0, instant.events), instant.seed);
-        await assertFinished(layout, files, describe(instant, received));
+        await check(files, describe(instant, received));
       }
-      const real = Deno.env.has("CUT")
-        ? []
-        : chooseInstants(received, count.real, 2);
-      for (const instant of real) {
+      const real = Deno.env.has("CUT") ? 0 : count.real;
+      for (const instant of chooseInstants(received, real, 2)) {
         const files = magicDisks(layout, dir);
         await killAt(instant, files);
-        await assertFinished(
-          layout,
-          files,
-          `killed ${describe(instant, received)}`,
-        );
+        await check(files, `killed at ${describe(instant, received)}`);
       }
-      console.log(
-        `${recorded.length + real.length} cuts among ${received.length} ` +
-          "writes and flushes",
-      );
+      assert(failures.length === 0, failures.join("\n\n"));
     } finally {
       Deno.removeSync(dir, { recursive: true });
     }
@@ -131,7 +129,9 @@ async function assertFinished(layout: Layout, files: string[], name: string) {
     disks: files.map((file) => ({ file })),
     check: lookAndRun(),
   });
-  assertBoot(boot, { after: { ...layout.after, boots: boots(1) } }, name);
+  // Cut between label and header: that the header goes is said as a warning.
+  const { warnings: _, ...after } = layout.after;
+  assertBoot(boot, { after: { ...after, boots: boots(1) } }, name);
 }
 
 /**
@@ -147,7 +147,7 @@ function chooseInstants(
   const writesBefore = (events: number) =>
     received.slice(0, events).filter(({ kind }) => kind === "write").length;
   const { CUT } = Deno.env.toObject();
-  if (CUT) {
+  if (CUT && count > 0) {
     const [events, seed] = CUT.split(":").map(Number);
     return [{ events, writes: writesBefore(events), seed }];
   }

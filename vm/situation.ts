@@ -45,8 +45,8 @@ export interface After {
   clean: string;
   /** Modes and owners of directories under the overlays. */
   looks: string;
-  /** Warnings and errors. */
-  problems: string;
+  warnings: string;
+  errors: string;
 }
 
 const looks = "755 0 /etc,640 0 /etc/shadow,755 0 /var,1777 0 /var/tmp," +
@@ -55,7 +55,8 @@ const base = {
   status: 0,
   overlays: "overlay overlay overlay",
   looks,
-  problems: "",
+  warnings: "",
+  errors: "",
 };
 /** Nothing is enabled. */
 export const volatile = {
@@ -136,6 +137,7 @@ function facts({ checkOutput, s11Status }: Boot): Partial<After> {
     mode,
     status: s11Status ?? -1,
     swaps: Number(seen.swaps),
-    problems: [...warnings, ...errors].join("\n"),
+    warnings: warnings.join("\n"),
+    errors: errors.join("\n"),
   };
 }
