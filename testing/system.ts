@@ -90,6 +90,16 @@ export interface RunOptions {
   closeStdin?: boolean;
 }
 
+/** What becomes different with a reboot. */
+export interface RebootOptions {
+  root?: string;
+  cmdline?: string;
+  /** Disks that are not there any more. */
+  without?: Disk[];
+  /** What happens to the images while no disk is attached. */
+  whileOff?: () => Promise<unknown>;
+}
+
 /** What a test can do with its system. */
 export interface System {
   disks: Disk[];
@@ -104,7 +114,9 @@ export interface System {
   /** Runs a shell script in the system's root; throws if it fails. */
   sh(script: string): Promise<string>;
   /** Ends the system as a reset does, and starts it anew with cold disks. */
-  reboot(options?: { root?: string; cmdline?: string }): Promise<void>;
+  reboot(options?: RebootOptions): Promise<void>;
+  /** Attaches a disk that a reboot left out, at this loop device if named. */
+  attach(disk: Disk, path?: string): Promise<void>;
   /** Reboots with the disks as they were when the test began. */
   renew(): Promise<void>;
   /** Waits until no process of the system is left. */
@@ -167,9 +179,15 @@ export async function withSystem<T>(
   const root = `${folder}/root`;
   let namespace: Namespace | undefined;
 
-  async function start(rootScript: string, cmdline: string | undefined) {
+  async function start(
+    rootScript: string,
+    cmdline: string | undefined,
+    without: Disk[] = [],
+  ) {
     await packRoot(folder, rootScript);
-    for (const disk of disks) await attach(disk);
+    for (const disk of disks) {
+      if (!without.includes(disk)) await attach(disk);
+    }
     namespace = await openNamespace();
     await inNamespace(
       `mount -t squashfs -o loop,ro "$1/root.squashfs" "$1/root"
@@ -225,8 +243,8 @@ export async function withSystem<T>(
   }
 
   function place() {
-    const devices = disks.map(({ path }) => path).join(",");
-    return ["--root", root, "--devices", devices];
+    const devices = disks.map(({ path }) => path).filter(Boolean);
+    return ["--root", root, "--devices", devices.join()];
   }
 
   async function plug(spec: DiskSpec) {
@@ -256,11 +274,14 @@ export async function withSystem<T>(
     sh: (script) => inNamespace(`cd "$1"; ${script}`, root),
     async reboot(next = {}) {
       await stop();
+      await next.whileOff?.();
       await start(
         next.root ?? options.root ?? "",
         next.cmdline ?? options.cmdline,
+        next.without,
       );
     },
+    attach,
     async renew() {
       await stop();
       for (const [n, spec] of options.disks.entries()) {
@@ -275,11 +296,14 @@ export async function withSystem<T>(
     plug,
     async checksum({ path, image }) {
       await command(["blockdev", "--flushbufs", path]);
-      // tar skips the holes, which would take most of the time.
+      // Reading zeros would take most of the time. The file's own holes come
+      // and go without a change of content; those of a copy do not.
       return await command([
         "sh",
         "-euc",
-        'sync "$1"; tar --sparse --mtime=@0 -cf - "$1" 2>/dev/null | sha256sum',
+        `sync "$1"; cp --sparse=always "$1" "$1.copy"
+         tar --sparse --mtime=@0 -cf - "$1.copy" 2>/dev/null | sha256sum
+         rm "$1.copy"`,
         "sh",
         image,
       ]);
@@ -425,10 +449,10 @@ async function fill(disk: Disk, spec: DiskSpec): Promise<void> {
   }
 }
 
-async function attach(disk: Disk): Promise<void> {
+async function attach(disk: Disk, path = "--find"): Promise<void> {
   disk.path = (await command([
-    ...["losetup", "--find", "--show"],
-    ...["--sector-size", String(disk.sectorBytes), disk.image],
+    ...["losetup", "--show", "--sector-size", String(disk.sectorBytes)],
+    ...[path, disk.image],
   ])).trim();
 }
 
