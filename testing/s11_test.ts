@@ -25,7 +25,8 @@ ${probe.replaceAll("ROOT", system.root)}
 EOF
      chmod 755 tmp/sbin/persistence.ts
      [ -e /usr/sbin/persistence.ts ] ||
-       mount -t overlay -o lowerdir=$PWD/tmp/sbin:/usr/sbin sbin /usr/sbin`,
+       mount -t overlay -o lowerdir=$PWD/tmp/sbin:/usr/sbin sbin /usr/sbin
+     mount --bind mnt /mnt`,
   );
   return await system.sh(
     `status=0
