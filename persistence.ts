@@ -465,6 +465,7 @@ export async function boot(settings: Settings): Promise<number> {
     await removeScratchMounts(place);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     sayPlan(plan);
+    await makePartitionNodes(plan.nodes);
     await disarm(plan.disarm);
     if (plan.create) {
       await partition(plan.create); //                      step 3
@@ -473,7 +474,6 @@ export async function boot(settings: Settings): Promise<number> {
       plan = await makePlan(settings, 0);
       if (!plan.mount) throw new Error(`Cannot find "${DATA}" after making it`);
     }
-    await makePartitionNodes(plan.nodes);
     if (plan.mount) await mountDataFilesystem(plan.mount, place); // step 6
     else mode = await mountVolatile(plan, place);
     await mountOverlays(place); //                          step 7
@@ -723,7 +723,7 @@ async function readBackupGpt(
 /**
  * Partitions that are in the table but not in the kernel, because it has no
  * GPT parser or because a power cut left only the backup table: read through
- * the whole disk. Only those that bear one of our names are of interest.
+ * the whole disk.
  */
 async function lookAtPartitionsWithoutNode(
   devices: BlockDevice[],
@@ -733,9 +733,7 @@ async function lookAtPartitionsWithoutNode(
   for (const disk of devices) {
     for (const entry of disk.gpt?.partitions ?? []) {
       const path = partitionPath(disk, entry.number);
-      if (known.has(path) || ![DATA, SWAP, MAGIC].includes(entry.name)) {
-        continue;
-      }
+      if (known.has(path)) continue;
       found.push({
         ...disk,
         name: basename(path),
@@ -965,6 +963,10 @@ export function decide(facts: Facts, settings: Settings): Plan {
   }
   const candidates = magic.filter((device) => !plan.disarm.includes(device));
   const damaged = findDamage(usable, isOurs, magic);
+  plan.nodes = disksWithoutNodes(
+    [...candidates, ...chosen ? allDevices(chosen) : []],
+    facts.devices,
+  );
   if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
   for (const device of usable) {
     if (!device.readError) continue;
@@ -980,7 +982,6 @@ export function decide(facts: Facts, settings: Settings): Plan {
     plan.mount = chosen;
     plan.reason = `${chosen.members.map((m) => m.path).join(", ")} ` +
       `hold${chosen.members.length > 1 ? "" : "s"} the data filesystem`;
-    plan.nodes = disksWithoutNodes(allDevices(chosen), facts.devices);
     chosen.grow = findGrownDisks(chosen.members, facts.devices);
     chosen.repair = findDamagedTables(chosen.members, facts.devices);
     planJoining(candidates, damaged, facts, settings, plan);
@@ -1092,20 +1093,19 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const replaceTarget = byDevid.get(0);
   byDevid.delete(0);
 
-  let members = [...byDevid.values()];
-  const side = pickSide(members);
-  excluded.push(
-    ...members.filter((member) =>
-      side.some((other) =>
-        wroteWithout(member, other) && wroteWithout(other, member)
-      )
-    ),
+  const all = [...byDevid.values()];
+  const isBehind = (device: BlockDevice, other: BlockDevice) =>
+    wroteWithout(other, device) && !wroteWithout(device, other);
+  const current = all.filter((device) =>
+    !all.some((other) => isBehind(device, other))
   );
-  members = members.filter((member) => !excluded.includes(member));
-  const stale = members.filter((member) =>
-    members.some((other) => wroteWithout(other, member))
+  const side = pickSide(current);
+  excluded.push(...current.filter((device) => !side.includes(device)));
+  const stale = all.filter((device) =>
+    side.some((other) => isBehind(device, other))
   );
-  members = members.filter((member) => !stale.includes(member))
+  const members = all
+    .filter((device) => !excluded.includes(device) && !stale.includes(device))
     .sort((a, b) => devidOf(a) - devidOf(b));
   const top = newest(members.length > 0 ? members : devices);
   return {
@@ -1128,16 +1128,19 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
  * members, then the higher epoch, then the lower devid. Without a split, all.
  */
 function pickSide(members: BlockDevice[]): BlockDevice[] {
-  const sides = members.map((member) =>
-    members.filter((other) =>
-      !(wroteWithout(member, other) && wroteWithout(other, member))
-    )
+  const isSplit = (a: BlockDevice, b: BlockDevice) =>
+    wroteWithout(a, b) && wroteWithout(b, a);
+  const friends = (device: BlockDevice) =>
+    members.filter((other) => !isSplit(device, other)).length;
+  const side: BlockDevice[] = [];
+  const ranked = [...members].sort((a, b) =>
+    friends(b) - friends(a) || epochOf(b) - epochOf(a) ||
+    devidOf(a) - devidOf(b)
   );
-  const epoch = (side: BlockDevice[]) => Math.max(...side.map(epochOf));
-  const devid = (side: BlockDevice[]) => Math.min(...side.map(devidOf));
-  return sides.sort((a, b) =>
-    b.length - a.length || epoch(b) - epoch(a) || devid(a) - devid(b)
-  )[0] ?? [];
+  for (const device of ranked) {
+    if (!side.some((other) => isSplit(device, other))) side.push(device);
+  }
+  return side;
 }
 
 function allDevices(data: DataFilesystem): BlockDevice[] {
@@ -1374,13 +1377,15 @@ export function layOut(
   const swapBytes = noSwap || device.sizeBytes < MINIMUM_DISK_FOR_SWAP_BYTES
     ? 0
     : Math.floor(largest / MiB) * MiB;
+  // 1 MiB before the first partition; the backup table behind the last one,
+  // which sfdisk lets end at a whole MiB.
+  const endBytes = device.sizeBytes - GPT.entriesArea - device.sectorBytes;
   return {
     device,
     swapBytes,
     swapPath: swapBytes > 0 ? partitionPath(device, 1) : undefined,
     dataPath: partitionPath(device, swapBytes > 0 ? 2 : 1),
-    // 1 MiB before the first partition, at most 1 MiB behind the last one.
-    dataBytes: Math.floor(device.sizeBytes / MiB) * MiB - swapBytes - 2 * MiB,
+    dataBytes: Math.floor(endBytes / MiB) * MiB - swapBytes - MiB,
   };
 }
 
@@ -1471,7 +1476,7 @@ async function disarm(devices: BlockDevice[]): Promise<void> {
   for (const device of devices) {
     say("info", `Taking the mark away from ${device.path}`);
     if (device.kind === "partition") {
-      await namePartition(device, device.disk, device.number, DATA);
+      await namePartition(device, DATA);
     } else {
       await writeBytes(device.path, 0, new Uint8Array(MAGIC.length));
     }
@@ -1480,15 +1485,16 @@ async function disarm(devices: BlockDevice[]): Promise<void> {
 
 /** Sets a GPT partition name; works on a disk in use (sfdisk(8)). */
 async function namePartition(
-  device: BlockDevice,
-  disk: string,
-  number: number,
+  { path, disk, number }: BlockDevice,
   name: string,
 ): Promise<void> {
-  await run(
-    ["sfdisk", "--quiet", "--part-label", `/dev/${disk}`, `${number}`, name],
-    { to: `name ${device.path} "${name}"` },
-  );
+  await run([
+    "sfdisk",
+    "--quiet",
+    "--no-tell-kernel",
+    "--part-label",
+    ...[`/dev/${disk}`, `${number}`, name],
+  ], { to: `name ${path} "${name}"` });
 }
 
 /**
@@ -1674,6 +1680,10 @@ async function createDataFilesystem(
 
 async function makeSwap(path: string): Promise<void> {
   await run(["mkswap", "--label", SWAP, path], { to: `make swap on ${path}` });
+  await withDevice(path, async (read) => {
+    if (parseSwapLabel(await read(0, 4 * KiB)) === SWAP) return;
+    throw new Error(`Cannot find swap on ${path} after making it`);
+  });
 }
 
 async function createSubvolume(path: string): Promise<void> {
@@ -1733,7 +1743,7 @@ async function mountDataFilesystem(
     await repairTables(data);
     await growPartitions(data);
     await mountMembers(data, place);
-    await growFilesystem(data, place);
+    await growFilesystem(data.members, place);
   }
   await mountSubvolume("state", place.state, data, place);
   await mountSubvolume("snapshots", place.snapshots, data, place);
@@ -1778,12 +1788,12 @@ async function growPartitions(data: DataFilesystem): Promise<void> {
 
 /** Lets the filesystem follow partitions that are larger than it knows. */
 async function growFilesystem(
-  data: DataFilesystem,
+  members: BlockDevice[],
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  for (const member of data.members) {
+  for (const member of members) {
     const sizeBytes = 512 *
-      Number(readText(`/sys/class/block/${member.name}/size`) ?? 0);
+      Number(readText(`/sys/class/block/${basename(member.path)}/size`) ?? 0);
     if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
     const id = devidOf(member);
     await attempt(() =>
@@ -2206,7 +2216,7 @@ function writeReport(
     exitStatus: status,
     uuid: data?.fsid ?? null,
     devices: data?.members.map((member) => member.path) ?? [],
-    missing: data ? readFilesystemState(data.fsid)?.missing ?? [] : [],
+    missing: data ? stateOf(data)?.missing ?? [] : [],
     degraded: (data?.missing ?? 0) > 0,
     plan: plan ? describePlan(plan) : [],
     ...messages,
@@ -2231,27 +2241,36 @@ export interface FilesystemState {
   errors: Record<number, Record<string, number>>;
 }
 
-function readFilesystemState(fsid: string): FilesystemState | undefined {
+/**
+ * Reads sysfs only for devices that are present: after `btrfs device remove
+ * missing` the kernel leaves `devinfo/N` behind, and to read a file in it is a
+ * use after free (fs/btrfs/volumes.c, btrfs_rm_device(), as of Linux 6.18).
+ */
+function readFilesystemState(
+  fsid: string,
+  members: Superblock[],
+): FilesystemState | undefined {
   const directory = `/sys/fs/btrfs/${fsid}`;
   if (!fs.existsSync(directory)) return undefined;
   const profiles = (type: string) =>
     listDirectory(`${directory}/allocation/${type}`)
       .filter((name) => name === "single" || /^(dup|raid)/.test(name));
-  const devids = listDirectory(`${directory}/devinfo`).map(Number)
-    .filter((devid) => devid > 0).sort((a, b) => a - b);
+  const present = members.map((member) => member.devid);
+  const numDevices = Math.max(0, ...members.map((m) => m.numDevices));
   const errors: FilesystemState["errors"] = {};
-  for (const devid of devids) {
+  for (const devid of present) {
     const stats = readText(`${directory}/devinfo/${devid}/error_stats`) ?? "";
     for (const [, name, count] of stats.matchAll(/^(\w+) (\d+)$/gm)) {
       if (count !== "0") (errors[devid] ??= {})[name] = Number(count);
     }
   }
+  const missing = listDirectory(`${directory}/devinfo`).map(Number)
+    .filter((devid) => devid > 0 && !present.includes(devid))
+    .slice(0, Math.max(0, numDevices - present.length));
   return {
     operation: readText(`${directory}/exclusive_operation`) ?? "none",
-    devids,
-    missing: devids.filter((devid) =>
-      readText(`${directory}/devinfo/${devid}/missing`) === "1"
-    ),
+    devids: [...present, ...missing].sort((a, b) => a - b),
+    missing,
     profiles: {
       data: profiles("data"),
       metadata: profiles("metadata"),
@@ -2261,6 +2280,12 @@ function readFilesystemState(fsid: string): FilesystemState | undefined {
   };
 }
 
+/** The state of the filesystem that a plan mounts or has found mounted. */
+function stateOf(data: DataFilesystem): FilesystemState | undefined {
+  const members = data.members.map((member) => member.btrfs!);
+  return readFilesystemState(data.fsid, members);
+}
+
 /** A piece of long work. */
 export type Job =
   | { kind: "wait"; operation: string }
@@ -2268,8 +2293,17 @@ export type Job =
   | { kind: "replace"; member: NewMember; devid: number }
   | { kind: "add"; member: NewMember }
   | { kind: "release"; device: BlockDevice }
+  | { kind: "remove missing" }
   | { kind: "balance"; filters: string[] }
   | { kind: "scrub" };
+
+/** Work that the disks do not show; files in the state directory say so. */
+export interface Wishes {
+  /** Members disagreed when they were mounted. */
+  scrub: boolean;
+  /** A device was added in the place of a missing one. */
+  "remove missing": boolean;
+}
 
 /**
  * Decides what to do next for a mounted data filesystem. All of it follows
@@ -2278,19 +2312,28 @@ export type Job =
 export function decideJob(
   plan: Plan,
   state: FilesystemState,
-  scrubWanted: boolean,
+  wishes: Wishes,
 ): Job | undefined {
   const data = plan.mount;
   if (!data) return undefined;
+  if (state.operation === "balance paused") return undefined; // by a person
   if (state.operation !== "none") {
     return { kind: "wait", operation: state.operation };
   }
-  if (data.replaceTarget) {
-    return { kind: "release", device: data.replaceTarget };
+  if (data.replaceTarget) { // no replace writes to it any more
+    const device = data.replaceTarget;
+    const [devid] = state.missing;
+    if (!devid) return { kind: "release", device };
+    const { path: dataPath, sizeBytes: dataBytes } = device;
+    const member = { device, swapBytes: 0, dataPath, dataBytes };
+    return { kind: "replace", member, devid };
   }
   const [stale] = data.stale;
   if (stale && state.missing.includes(devidOf(stale))) {
     return { kind: "rebuild", device: stale, devid: devidOf(stale) };
+  }
+  if (wishes["remove missing"] && state.missing.length > 0) {
+    return { kind: "remove missing" };
   }
   const [member] = plan.join;
   if (member && state.missing.length > 0) {
@@ -2299,7 +2342,7 @@ export function decideJob(
   if (member) return { kind: "add", member };
   const filters = balanceFilters(state);
   if (filters.length > 0) return { kind: "balance", filters };
-  if (scrubWanted) return { kind: "scrub" };
+  if (wishes.scrub) return { kind: "scrub" };
 }
 
 /** Profiles by the number of losses that they survive, and more. */
@@ -2331,9 +2374,16 @@ export function balanceFilters(state: FilesystemState): string[] {
   ];
 }
 
-/** Where it is remembered, over a power cut too, that a scrub is wanted. */
-const scrubWish = (place: ReturnType<typeof places>) =>
-  join(place.state, "scrub-wanted");
+/** The file that keeps a wish over a power cut. */
+const wishFile = (wish: keyof Wishes, place: ReturnType<typeof places>) =>
+  join(place.state, `.wanted: ${wish}`);
+
+function readWishes(place: ReturnType<typeof places>): Wishes {
+  return {
+    scrub: fs.existsSync(wishFile("scrub", place)),
+    "remove missing": fs.existsSync(wishFile("remove missing", place)),
+  };
+}
 
 /** Starts {@linkcode maintain} in the background if there is work for it. */
 function startMaintenance(
@@ -2342,10 +2392,9 @@ function startMaintenance(
   place: ReturnType<typeof places>,
 ): void {
   if (!plan.mount) return;
-  if (plan.mount.needsScrub) fs.writeFileSync(scrubWish(place), "");
-  const state = readFilesystemState(plan.mount.fsid);
-  const job = state &&
-    decideJob(plan, state, fs.existsSync(scrubWish(place)));
+  if (plan.mount.needsScrub) fs.writeFileSync(wishFile("scrub", place), "");
+  const state = stateOf(plan.mount);
+  const job = state && decideJob(plan, state, readWishes(place));
   if (!job) return;
   say("info", `In the background: ${describeJob(job)}`);
   // This very program, whatever runs it, with the same options.
@@ -2374,6 +2423,8 @@ function describeJob(job: Job): string {
       return `${job.member.device.path} joins the data filesystem`;
     case "release":
       return `${job.device.path}, left over from a replace, is freed`;
+    case "remove missing":
+      return `the data of the missing device is mirrored anew`;
     case "balance":
       return `chunks are given their profile (${job.filters.join(" ")})`;
     case "scrub":
@@ -2387,119 +2438,129 @@ export async function maintain(settings: Settings): Promise<number> {
   const only = await takeLock(join(place.run, "maintenance.lock"), 0)
     .catch(() => undefined);
   if (!only) return 0; // another one is at it
-  const failed = new Set<string>();
   try {
-    for (;;) {
-      const lock = await takeLock(join(place.run, "lock"));
-      let job: Job | undefined;
-      try {
-        const plan = decide(await look(settings), settings);
-        const data = plan.mount;
-        const state = data && readFilesystemState(data.fsid);
-        if (!data || !state) return 0;
-        job = decideJob(plan, state, fs.existsSync(scrubWish(place)));
-        if (!job || failed.has(describeJob(job))) break;
-        if (job.kind !== "wait") say("info", `Now ${describeJob(job)}`);
-        await startJob(job, data, place);
-      } catch (error) {
-        sayError(error);
-        failed.add(job ? describeJob(job) : "");
-        if (!job) break;
-        continue;
-      } finally {
-        lock.release();
-      }
-      await attempt(() => finishJob(job, settings, place));
-      if (job.kind !== "wait") failed.add(describeJob(job)); // once only
-    }
+    const done = new Set<string>();
+    while (await doNextJob(done, settings, place));
   } finally {
     only.release();
   }
   return messages.errors.length > 0 ? 1 : 0;
 }
 
-/** The part of a job that changes which disks belong to the filesystem. */
+/** Does one job; each only once, so that one that fails is not repeated. */
+async function doNextJob(
+  done: Set<string>,
+  settings: Settings,
+  place: ReturnType<typeof places>,
+): Promise<boolean> {
+  const lock = await takeLock(join(place.run, "lock"));
+  let longPart: (() => Promise<void>) | undefined;
+  try {
+    const plan = decide(await look(settings), settings);
+    const state = plan.mount && stateOf(plan.mount);
+    const wishes = readWishes(place);
+    const job = state && decideJob(plan, state, wishes);
+    if (!plan.mount || !job || done.has(describeJob(job))) return false;
+    if (job.kind !== "wait") {
+      done.add(describeJob(job));
+      say("info", `Now ${describeJob(job)}`);
+    }
+    longPart = await startJob(job, plan.mount, place);
+  } catch (error) {
+    sayError(error);
+  } finally {
+    lock.release();
+  }
+  // Meanwhile a boot that is run again, or --enable, need not wait.
+  if (longPart) await attempt(longPart);
+  return true;
+}
+
+/**
+ * Does the part of a job that changes which disks belong to the filesystem.
+ *
+ * @returns What remains to be done and takes long.
+ */
 async function startJob(
   job: Job,
   data: DataFilesystem,
   place: ReturnType<typeof places>,
-): Promise<void> {
+): Promise<(() => Promise<void>) | undefined> {
   switch (job.kind) {
+    case "wait":
+      return () => waitForOperation(data);
     case "release":
       await cancelReplace(place);
       await wipe(job.device);
       return;
     case "rebuild":
+      // Armed, it is a disk to be formatted should the power fail now.
+      await arm(job.device);
       await wipe(job.device);
       await startReplace(job.devid, job.device, data, place);
-      return;
-    case "replace":
-    case "add": {
-      const { member } = job;
-      await partitionDisk(member);
-      await waitForPartitions({ members: [member], ...profilesFor(1) });
-      if (member.swapPath) await makeSwap(member.swapPath);
-      const device = { ...member.device, path: member.dataPath };
-      device.mark = undefined;
-      if (job.kind === "replace") {
-        await startReplace(job.devid, device, data, place);
-      } else {
-        await addDevice(device, data, place);
-      }
-      await disarm([member.device]);
-      if (member.swapPath) {
-        await attempt(() =>
-          run(["swapon", member.swapPath!], {
-            to: `turn on swap on ${member.swapPath}`,
-          })
-        );
-      }
+      return () => finishReplace(job.devid, job.device, data, place);
+    case "replace": {
+      await cancelReplace(place);
+      const device = await prepareMember(job.member);
+      await startReplace(job.devid, device, data, place);
+      return () => finishReplace(job.devid, device, data, place);
     }
-  }
-}
-
-/** The long part of a job, during which a boot or `--enable` may run. */
-async function finishJob(
-  job: Job,
-  settings: Settings,
-  place: ReturnType<typeof places>,
-): Promise<void> {
-  switch (job.kind) {
+    case "add":
+      await addDevice(await prepareMember(job.member), data, place);
+      await disarm([job.member.device]);
+      return;
+    case "remove missing":
+      return async () => {
+        await run(["btrfs", "device", "remove", "missing", place.data], {
+          to: `mirror the data of the missing device anew`,
+          timeoutMs: Infinity,
+        });
+        fs.rmSync(wishFile("remove missing", place), { force: true });
+      };
     case "balance":
-      await run(["btrfs", "balance", "start", ...job.filters, place.data], {
-        to: `give every chunk its profile on "${place.data}"`,
-        timeoutMs: Infinity,
-      });
-      break;
+      return async () => {
+        await run(["btrfs", "balance", "start", ...job.filters, place.data], {
+          to: `give every chunk its profile on "${place.data}"`,
+          timeoutMs: Infinity,
+        });
+      };
     case "scrub":
-      await run(["btrfs", "scrub", "start", "-B", place.data], {
-        to: `verify the checksums on "${place.data}"`,
-        timeoutMs: Infinity,
-      });
-      fs.rmSync(scrubWish(place));
-      break;
-    case "wait":
-    case "replace":
-    case "rebuild":
-      await waitForOperation(settings, place);
+      return async () => {
+        await run(["btrfs", "scrub", "start", "-B", place.data], {
+          to: `verify the checksums on "${place.data}"`,
+          timeoutMs: Infinity,
+        });
+        fs.rmSync(wishFile("scrub", place), { force: true });
+      };
   }
 }
 
-/** Waits until no exclusive operation runs, then lets Btrfs use all space. */
-async function waitForOperation(
-  settings: Settings,
-  place: ReturnType<typeof places>,
-): Promise<void> {
-  const data = decide(await look(settings), settings).mount;
-  if (!data) return;
-  while (readFilesystemState(data.fsid)?.operation !== "none") {
-    if (!mountedOn(place.data)) return;
-    await sleep(1000);
+/** Partitions a disk that joins, makes its swap; gives its data partition. */
+async function prepareMember(member: NewMember): Promise<BlockDevice> {
+  await partitionDisk(member);
+  await waitForPartitions({ members: [member], ...profilesFor(1) });
+  const { swapPath } = member;
+  if (swapPath) {
+    await makeSwap(swapPath);
+    await attempt(() =>
+      run(["swapon", swapPath], { to: `turn on swap on ${swapPath}` })
+    );
   }
-  const grown = decide(await look(settings), settings).mount;
-  if (grown) await growFilesystem(grown, place);
+  return { ...member.device, path: member.dataPath, mark: undefined };
 }
 
+async function waitForOperation(data: DataFilesystem): Promise<void> {
+  const operation = () => stateOf(data)?.operation ?? "none";
+  while (!["none", "balance paused"].includes(operation())) await sleep(1000);
+}
+
+/** Marks the disk of a device to be formatted at the next boot. */
+async function arm(device: BlockDevice): Promise<void> {
+  const magic = new TextEncoder().encode(MAGIC);
+  await writeBytes(`/dev/${device.disk}`, 0, magic);
+}
+
+/** Takes marks and signatures away from a device. */
 async function wipe(device: BlockDevice): Promise<void> {
   for (const slot of MARK.slotsAt) {
     await writeBytes(device.path, slot, new Uint8Array(MARK.bytes));
@@ -2523,23 +2584,63 @@ async function startReplace(
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  await run(
-    ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
-    { to: `let ${device.path} take the place of device ${devid}` },
-  );
+  try {
+    await run(
+      ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
+      { to: `let ${device.path} take the place of device ${devid}` },
+    );
+  } catch (error) {
+    say("info", messageOf(error)); // too small: finishReplace() adds it
+    return;
+  }
   // It went to the background before the kernel began.
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
-  const target = () =>
-    readFilesystemState(data.fsid)?.operation === "device replace" ||
-    !readFilesystemState(data.fsid)?.missing.includes(devid);
-  while (!target()) {
-    if (Date.now() > giveUpAt) {
-      throw new Error(`Cannot let ${device.path} replace device ${devid}`);
-    }
+  while (Date.now() < giveUpAt) {
+    if ((await superblockOf(device.path))?.fsid === data.fsid) break;
     await sleep(50);
   }
-  const fresh = { ...device, mark: undefined };
-  await markMembers([...data.members, fresh], data.fsid);
+  await markMembers([...data.members, fresh(device)], data.fsid);
+}
+
+/**
+ * Waits for a replace. It fails for a device that is smaller than the missing
+ * one, and on a full filesystem, where the kernel finds no room to set a block
+ * group read-only: then the device is added and the missing one removed.
+ */
+async function finishReplace(
+  devid: number,
+  device: BlockDevice,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  await waitForOperation(data);
+  const found = await superblockOf(device.path);
+  if (found?.fsid === data.fsid && found.devid === devid) {
+    await growFilesystem([{ ...device, btrfs: found }], place);
+  } else {
+    say("info", `${device.path} is added and device ${devid} removed instead`);
+    await cancelReplace(place);
+    await addDevice(device, data, place);
+    fs.writeFileSync(wishFile("remove missing", place), "");
+  }
+  await disarm([wholeDisk(device)]);
+}
+
+/** The disk that bears the header for a device, unless it is a partition. */
+function wholeDisk(device: BlockDevice): BlockDevice {
+  return { ...device, path: `/dev/${device.disk}`, kind: "disk" };
+}
+
+const fresh = (device: BlockDevice) => ({ ...device, mark: undefined });
+
+async function superblockOf(path: string): Promise<Superblock | undefined> {
+  let superblock: Superblock | undefined;
+  await withDevice(path, async (read) => {
+    superblock = parseSuperblock(
+      await read(BTRFS.superblockAt, BTRFS.bytes),
+    );
+  });
+  return superblock;
 }
 
 async function addDevice(
@@ -2551,40 +2652,54 @@ async function addDevice(
     to: `let ${device.path} join the data filesystem`,
     timeoutMs: TIMEOUT.mkfsMs,
   });
-  await markMembers([...data.members, device], data.fsid);
+  await markMembers([...data.members, fresh(device)], data.fsid);
 }
 
 // ---------------------------------------------------------------------------
 // --enable and --disable.
 // ---------------------------------------------------------------------------
 
-/** Marks devices to be formatted at the next boot. */
+/** Marks devices to be formatted at the next boot: all of them or none. */
 async function enable(
   paths: string[],
   force: boolean,
   settings: Settings,
 ): Promise<void> {
+  const steps: (() => Promise<void>)[] = [];
   for (const path of paths) {
-    if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
-      await enableImage(path, force);
-      continue;
-    }
-    const { device, facts } = await lookAtOne(path, settings);
-    const holds = await describeContents(device.path);
-    print(`${device.path}: ${describeDevice(device)}, ${holds ?? "empty"}`);
-    const refusal = refuseToEnable(device, facts) ??
-      (holds && !force && !isMarked(device)
-        ? `it holds ${holds}: use --force to give that up`
-        : undefined);
-    if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+    const isImage = fs.statSync(path, { throwIfNoEntry: false })?.isFile();
+    steps.push(
+      isImage
+        ? await checkImage(path, force)
+        : await checkDevice(path, force, settings),
+    );
+  }
+  for (const step of steps) await step();
+  await foretell(settings);
+}
+
+/** Says what is on a device; gives the step that marks it. */
+async function checkDevice(
+  path: string,
+  force: boolean,
+  settings: Settings,
+): Promise<() => Promise<void>> {
+  const { device, facts } = await lookAtOne(path, settings);
+  const holds = await describeContents(device, facts);
+  print(`${device.path}: ${describeDevice(device)}, ${holds ?? "empty"}`);
+  const refusal = refuseToEnable(device, facts) ??
+    (holds && !force && !isMarked(device)
+      ? `it holds ${holds}: use --force to give that up`
+      : undefined);
+  if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+  return async () => {
     if (isMarked(device) && !isDataDisk(device, facts)) {
       print(`${path} is enabled already`);
     } else {
       await mark(device, facts);
       print(`${path} is enabled`);
     }
-  }
-  await foretell(settings);
+  };
 }
 
 function isMarked(device: BlockDevice): boolean {
@@ -2601,15 +2716,16 @@ function isDataDisk(device: BlockDevice, facts: Facts): boolean {
 
 async function mark(device: BlockDevice, facts: Facts): Promise<void> {
   if (device.kind === "partition") {
-    await namePartition(device, device.disk, device.number, MAGIC);
+    await namePartition(device, MAGIC);
   } else {
     const header = new TextEncoder().encode(MAGIC);
     await writeBytes(device.path, 0, header);
   }
   // The data would win over the mark: it is given up here, on purpose.
-  for (const part of partsOf(device, facts.devices)) {
-    if (part.btrfs?.label === DATA && part.hasNode) await wipe(part);
-  }
+  const parts = partsOf(device, facts.devices)
+    .filter((part) => part.btrfs?.label === DATA);
+  await makePartitionNodes(disksWithoutNodes(parts, facts.devices));
+  for (const part of parts) await wipe(part);
   const again = await lookAgain(device);
   if (!isMarked(again)) {
     throw new Error(
@@ -2627,41 +2743,39 @@ async function lookAgain(device: BlockDevice): Promise<BlockDevice> {
   return found;
 }
 
-async function enableImage(path: string, force: boolean): Promise<void> {
+/** Says what is in an image file; gives the step that marks it. */
+async function checkImage(
+  path: string,
+  force: boolean,
+): Promise<() => Promise<void>> {
+  const real = fs.realpathSync(path);
   const user = fs.readdirSync("/sys/class/block").find((name) =>
-    readText(`/sys/class/block/${name}/loop/backing_file`) ===
-      fs.realpathSync(path)
+    readText(`/sys/class/block/${name}/loop/backing_file`) === real
   );
   if (user) {
     throw new UsageError(`Cannot enable ${path}: it is in use by /dev/${user}`);
   }
-  const holds = await describeContents(path);
+  const holds = await describeSignatures(path);
   const size = fs.statSync(path).size;
   print(`${path}: image file, ${inMiB(size)}, ${holds ?? "empty"}`);
-  const start = new Uint8Array(MAGIC.length);
-  const file = fs.openSync(path, "r+");
-  try {
+  const marked = () => {
+    const start = new Uint8Array(MAGIC.length);
+    const file = fs.openSync(path, "r");
     fs.readSync(file, start, 0, start.length, 0);
-    if (text(start, 0, start.length) === MAGIC) {
-      return print(`${path} is enabled already`);
-    }
-    if (holds && !force) {
-      throw new UsageError(
-        `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
-      );
-    }
-    fs.writeSync(file, new TextEncoder().encode(MAGIC), 0, MAGIC.length, 0);
-    fs.fsyncSync(file);
-    fs.readSync(file, start, 0, start.length, 0);
-  } finally {
     fs.closeSync(file);
+    return text(start, 0, start.length) === MAGIC;
+  };
+  if (holds && !force && !marked()) {
+    throw new UsageError(
+      `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
+    );
   }
-  if (text(start, 0, start.length) !== MAGIC) {
-    throw new Error(`Cannot read the mark back from ${path}`);
-  }
-  print(
-    `${path} is enabled: a machine that boots with it as a disk formats it`,
-  );
+  return async () => {
+    if (marked()) return print(`${path} is enabled already`);
+    await writeBytes(path, 0, new TextEncoder().encode(MAGIC));
+    if (!marked()) throw new Error(`Cannot read the mark back from ${path}`);
+    print(`${path} is enabled: a machine that has it as a disk formats it`);
+  };
 }
 
 /** Takes the marks away again. */
@@ -2687,7 +2801,7 @@ async function disable(paths: string[], settings: Settings): Promise<void> {
     }
     if (device.kind === "partition") {
       const name = device.btrfs?.label === DATA ? DATA : "";
-      await namePartition(device, device.disk, device.number, name);
+      await namePartition(device, name);
     } else {
       await writeBytes(path, 0, new Uint8Array(MAGIC.length));
     }
@@ -2768,18 +2882,28 @@ function isSystemSource(device: BlockDevice, facts: Facts): boolean {
   return partsOf(device, facts.devices).some((part) => part.path === path);
 }
 
-/** What is on it, in words (blkid(8), low-level probing), if anything. */
-async function describeContents(path: string): Promise<string | undefined> {
-  const found = await run(["blkid", "--probe", "--output", "export", path], {
-    to: `see what is on ${path}`,
-    accept: [0, 2, 8], // 2: nothing found; 8: ambivalent, several things found
-  });
-  const value = (key: string) =>
-    new RegExp(`^${key}=(.*)$`, "m").exec(found)?.[1];
-  const [type, table, label] = [value("TYPE"), value("PTTYPE"), value("LABEL")];
-  const name = label ? ` "${label}"` : "";
-  if (type) return `a filesystem or signature of type ${type}${name}`;
-  if (table) return `a partition table of type ${table}`;
+/** What a device and its partitions hold, in words. */
+async function describeContents(
+  device: BlockDevice,
+  facts: Facts,
+): Promise<string | undefined> {
+  const ours = partsOf(device, facts.devices)
+    .find((part) => part.btrfs?.label === DATA);
+  const found = await describeSignatures(device.path);
+  if (!ours) return found;
+  return `the data filesystem "${DATA}" ${ours.btrfs?.fsid}`;
+}
+
+/** What wipefs(8) lists: every signature, where blkid(8) picks one. */
+async function describeSignatures(path: string): Promise<string | undefined> {
+  const listed = await run(
+    ["wipefs", "--noheadings", "--output", "TYPE,LABEL", path],
+    { to: `see what is on ${path}` },
+  );
+  const lines = listed.split("\n").map((line) => line.trim().split(/\s+/, 2));
+  const found = lines.filter(([type]) => type)
+    .map(([type, label]) => label ? `${type} "${label}"` : type);
+  return found.length > 0 ? [...new Set(found)].join(", ") : undefined;
 }
 
 function describeDevice(device: BlockDevice): string {
@@ -2829,8 +2953,10 @@ async function readStatus(settings: Settings): Promise<Status> {
   const place = places(settings.root);
   const base = mountedOn(place.data);
   const fsid = base?.type === "btrfs" ? fsidOf(base) : undefined;
-  const state = fsid ? readFilesystemState(fsid) : undefined;
-  const devices = state && fsid ? await readMembers(fsid, state) : [];
+  const members = fsid ? await readMembers(fsid) : [];
+  const state = fsid
+    ? readFilesystemState(fsid, members.map((member) => member.btrfs))
+    : undefined;
   const targets = [
     place.data,
     place.state,
@@ -2851,7 +2977,16 @@ async function readStatus(settings: Settings): Promise<Status> {
     uuid: fsid ?? null,
     label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
     profiles: state?.profiles ?? null,
-    devices,
+    devices: state?.devids.map((devid) => {
+      const member = members.find((member) => member.btrfs.devid === devid);
+      return {
+        path: member?.path ?? null,
+        devid,
+        sizeBytes: member?.btrfs.deviceBytes ?? null,
+        missing: state.missing.includes(devid),
+        errors: state.errors[devid] ?? {},
+      };
+    }) ?? [],
     mounts: mounts.map(({ target, source, type }) => ({
       target,
       source,
@@ -2875,35 +3010,22 @@ function fsidOf(mount: Mount): string | undefined {
   );
 }
 
-/** Which device is which devid: sysfs does not say, superblocks do. */
+/** The devices in use: sysfs knows their names, superblocks the devids. */
 async function readMembers(
   fsid: string,
-  state: FilesystemState,
-): Promise<Status["devices"]> {
-  const present = await Promise.all(
-    listDirectory(`/sys/fs/btrfs/${fsid}/devices`).map(async (name) => {
-      const path = `/dev/${name}`;
-      let devid = 0;
-      await attempt(() =>
-        withDevice(path, async (read) => {
-          const block = await read(BTRFS.superblockAt, BTRFS.bytes);
-          devid = parseSuperblock(block)?.devid ?? 0;
-        })
-      );
-      const sectors = readText(`/sys/class/block/${name}/size`) ?? 0;
-      return { path, devid, sizeBytes: 512 * Number(sectors) };
-    }),
-  );
-  return state.devids.map((devid) => {
-    const device = present.find((device) => device.devid === devid);
-    return {
-      path: device?.path ?? null,
-      devid,
-      sizeBytes: device?.sizeBytes ?? null,
-      missing: state.missing.includes(devid),
-      errors: state.errors[devid] ?? {},
-    };
-  });
+): Promise<{ path: string; btrfs: Superblock }[]> {
+  const members: { path: string; btrfs: Superblock }[] = [];
+  for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
+    const path = `/dev/${name}`;
+    await attempt(() =>
+      withDevice(path, async (read) => {
+        const block = await read(BTRFS.superblockAt, BTRFS.bytes);
+        const btrfs = parseSuperblock(block);
+        if (btrfs && btrfs.devid > 0) members.push({ path, btrfs });
+      })
+    );
+  }
+  return members;
 }
 
 /** What runs in the background, in the words of btrfs(8). */
@@ -2926,7 +3048,7 @@ async function readWork(
   } else if (state.operation !== "none") {
     work.push({ kind: state.operation, progress: "running" });
   }
-  if (fs.existsSync(scrubWish(place))) {
+  if (readWishes(place).scrub) {
     work.push(await ask("scrub", ["scrub", "status"]));
   }
   return work;
