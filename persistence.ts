@@ -22,13 +22,9 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { spawn } from "node:child_process";
-import { createHash, randomUUID } from "node:crypto";
 import * as fs from "node:fs";
-import { open } from "node:fs/promises";
-import { totalmem } from "node:os";
 import { basename, dirname, join } from "node:path";
 import process from "node:process";
-import { crc32 } from "node:zlib";
 
 // ---------------------------------------------------------------------------
 // The contract: names and places that existing disks and scripts rely on.
@@ -138,6 +134,8 @@ export interface BlockDevice {
   name: string;
   /** Device node. */
   path: string;
+  /** `major:minor`. */
+  deviceNumber: string;
   kind: "disk" | "partition" | "volume";
   /** Name of the whole disk that it is part of, or its own. */
   disk: string;
@@ -251,29 +249,31 @@ export function parseSuperblock(block: Uint8Array): Superblock | undefined {
 
 /** Checks a superblock against btrfs_super_block.csum. */
 function checksumIsRight(block: Uint8Array, view: DataView): boolean {
+  // Checksums other than crc32c are left to the kernel to verify.
+  if (view.getUint16(BTRFS.checksumType, true) !== 0) return true;
   const body = block.subarray(BTRFS.checksummedFrom, BTRFS.bytes);
-  switch (view.getUint16(BTRFS.checksumType, true)) {
-    case 0:
-      return crc32c(body) === view.getUint32(BTRFS.checksum, true);
-    case 2:
-      return createHash("sha256").update(body).digest()
-        .equals(block.subarray(0, 32));
-    default: // xxhash64 and blake2b-256: left to the kernel to verify
-      return true;
-  }
+  return crc(body, CRC32C) === view.getUint32(BTRFS.checksum, true);
 }
 
-const CRC32C = Uint32Array.from({ length: 256 }, (_, byte) => {
-  for (let bit = 0; bit < 8; bit++) {
-    byte = byte & 1 ? (byte >>> 1) ^ 0x82f63b78 : byte >>> 1;
-  }
-  return byte;
-});
+/** Castagnoli's polynomial, which Btrfs uses, and that of GPT. */
+const CRC32C = crcTable(0x82f63b78);
+const CRC32 = crcTable(0xedb88320);
 
-/** CRC-32C (Castagnoli), which Btrfs uses; zlib's is another polynomial. */
-function crc32c(bytes: Uint8Array): number {
+function crcTable(polynomial: number): Uint32Array {
+  return Uint32Array.from({ length: 256 }, (_, crc) => {
+    for (let bit = 0; bit < 8; bit++) {
+      crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
+    }
+    return crc;
+  });
+}
+
+/** The checksum of bytes (node:zlib's crc32 alone would load for 6 ms). */
+function crc(bytes: Uint8Array, table: Uint32Array): number {
   let crc = ~0;
-  for (const byte of bytes) crc = CRC32C[(crc ^ byte) & 0xff] ^ (crc >>> 8);
+  for (let i = 0; i < bytes.length; i++) {
+    crc = table[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
+  }
   return ~crc >>> 0;
 }
 
@@ -329,7 +329,9 @@ export function parseGpt(
   if (headerBytes < 92 || headerBytes > header.length) return undefined;
   const checked = header.slice(0, headerBytes);
   checked.fill(0, GPT.headerCrc, GPT.headerCrc + 4);
-  if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
+  if (crc(checked, CRC32) !== view.getUint32(GPT.headerCrc, true)) {
+    return undefined;
+  }
 
   const size = view.getUint32(GPT.entryBytes, true);
   const count = view.getUint32(GPT.entryCount, true);
@@ -337,7 +339,9 @@ export function parseGpt(
   const entriesAt = Number(view.getBigUint64(GPT.entriesLba, true));
   const entries = readEntries(entriesAt * sectorBytes, size * count);
   if (entries?.length !== size * count) return undefined;
-  if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
+  if (crc(entries, CRC32) !== view.getUint32(GPT.entriesCrc, true)) {
+    return undefined;
+  }
 
   const partitions: GptPartition[] = [];
   for (let i = 0; i < count; i++) {
@@ -394,7 +398,7 @@ const MARK = {
 /** Writes a mark as text: a title, the CRC-32 of the rest, and JSON. */
 export function formatMark(mark: Mark): Uint8Array {
   const json = JSON.stringify(mark);
-  const sum = crc32(json).toString(16).padStart(8, "0");
+  const sum = crcOfText(json).toString(16).padStart(8, "0");
   const block = new Uint8Array(MARK.bytes);
   const bytes = new TextEncoder().encode(`${MARK.title}\n${sum}\n${json}\n`);
   assert(bytes.length <= block.length, "The mark of a member is too long");
@@ -402,10 +406,10 @@ export function formatMark(mark: Mark): Uint8Array {
   return block;
 }
 
-/** Reads the newer of the two slots at the start of a data partition. */
-export function parseMark(start: Uint8Array): Mark | undefined {
+/** Reads the newer of two slots, given as they stand on the disk. */
+export function parseMark(slots: Uint8Array): Mark | undefined {
   return MARK.slotsAt
-    .map((at) => parseMarkSlot(text(start, at, MARK.bytes)))
+    .map((_, i) => parseMarkSlot(text(slots, i * MARK.bytes, MARK.bytes)))
     .filter((mark) => mark !== undefined)
     .sort((a, b) => b.epoch - a.epoch)[0];
 }
@@ -413,7 +417,7 @@ export function parseMark(start: Uint8Array): Mark | undefined {
 function parseMarkSlot(slot: string): Mark | undefined {
   const [title, sum, json] = slot.split("\n");
   if (title !== MARK.title || !json) return undefined;
-  if (crc32(json) !== parseInt(sum, 16)) return undefined;
+  if (crcOfText(json) !== parseInt(sum, 16)) return undefined;
   try {
     const { fsid, member, epoch, present } = JSON.parse(json);
     const valid = typeof fsid === "string" && typeof member === "string" &&
@@ -424,6 +428,8 @@ function parseMarkSlot(slot: string): Mark | undefined {
     return undefined;
   }
 }
+
+const crcOfText = (text: string) => crc(new TextEncoder().encode(text), CRC32);
 
 function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -459,6 +465,7 @@ export async function boot(settings: Settings): Promise<number> {
   let lock: Lock | undefined;
   let plan: Plan | undefined;
   let mode: Outcome["mode"] = "persistent";
+  let swapping: Promise<void> | undefined;
   try {
     fs.mkdirSync(place.run, { recursive: true });
     lock = await takeLock(join(place.run, "lock"));
@@ -474,6 +481,7 @@ export async function boot(settings: Settings): Promise<number> {
       plan = await makePlan(settings, 0);
       if (!plan.mount) throw new Error(`Cannot find "${DATA}" after making it`);
     }
+    if (plan.mount) swapping = attempt(() => swapOn(plan!.swap));
     if (plan.mount) await mountDataFilesystem(plan.mount, place); // step 6
     else mode = await mountVolatile(plan, place);
     await mountOverlays(place); //                          step 7
@@ -483,8 +491,8 @@ export async function boot(settings: Settings): Promise<number> {
     await fallBack(place);
   }
   await attempt(() => configureDocker(place)); //           step 8
-  if (plan && mode === "persistent") { //                   step 9
-    await attempt(() => swapOn(plan.swap));
+  await swapping; //                                        step 9
+  if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, place));
   }
   const status = messages.errors.length > 0 ? 1 : 0;
@@ -550,10 +558,11 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
 
 /** Reads all devices at the same time. Changes nothing. */
 export async function look(settings: Settings): Promise<Facts> {
+  const diskPending = isDiskPending(); // first: it may appear just now
   const mounts = readMounts();
   const devices = listDevices(settings);
-  const busy = readUsers(mounts);
-  for (const device of devices) device.inUse = busy.get(device.name);
+  const users = readUsers(devices, mounts);
+  for (const device of devices) device.inUse = users.get(device.name);
   await Promise.all(devices.map(readDevice));
   const disks = new Map(devices.map((device) => [device.name, device]));
   for (const device of devices) {
@@ -570,56 +579,60 @@ export async function look(settings: Settings): Promise<Facts> {
   const place = places(settings.root);
   return {
     devices: [...devices, ...await lookAtPartitionsWithoutNode(devices)],
-    diskPending: isDiskPending(),
-    memoryBytes: totalmem(),
+    diskPending,
+    memoryBytes: readMemoryBytes(),
     mounted: mounts.findLast((mount) => mount.target === place.data),
     tooSmall: new Set(),
   };
 }
 
 /** Memory, floppy and optical drives; loop devices unless asked for. */
-const NEVER_LOOKED_AT = /^(ram|zram|fd|sr)\d/;
+const NEVER_LOOKED_AT = /^(ram|zram|fd|sr|loop)\d/;
 
 /** Lists block devices from sysfs, whatever their driver calls them. */
 function listDevices(settings: Settings): BlockDevice[] {
+  const disks = settings.only ??
+    listDirectory("/sys/block").filter((name) => !NEVER_LOOKED_AT.test(name));
+  return disks.flatMap(listDisk)
+    .sort((a, b) => naturalOrder.compare(a.name, b.name));
+}
+
+/** A whole disk and its partitions. */
+function listDisk(disk: string): BlockDevice[] {
+  const directory = `/sys/block/${disk}`;
+  const entries = listDirectory(directory);
+  const volume = entries.includes("dm") || entries.includes("md");
+  const sectorBytes = Number(
+    readText(`${directory}/queue/logical_block_size`) ?? 512,
+  );
   const devices: BlockDevice[] = [];
-  for (const name of fs.readdirSync("/sys/class/block")) {
-    if (NEVER_LOOKED_AT.test(name)) continue;
-    if (name.startsWith("loop") && !settings.only) continue;
-    const directory = attemptNow(() =>
-      fs.realpathSync(`/sys/class/block/${name}`)
-    );
-    if (!directory) continue; // gone again
-    const number = Number(readText(`${directory}/partition`) ?? 0);
-    const disk = number ? basename(dirname(directory)) : name;
-    if (settings.only && !settings.only.includes(disk)) continue;
-    const sizeBytes = 512 * Number(readText(`${directory}/size`) ?? 0);
-    if (sizeBytes === 0) continue; // a card reader without a card
-    const uevent = readText(`${directory}/uevent`) ?? "";
-    const node = /^DEVNAME=(.*)$/m.exec(uevent)?.[1];
-    if (!node) continue; // hidden: a path of NVMe multipath
-    const diskDirectory = number ? dirname(directory) : directory;
-    const volume = ["dm", "md"].some((kind) =>
-      fs.existsSync(`${diskDirectory}/${kind}`)
-    );
+  for (const name of [disk, ...entries.filter((e) => e.startsWith(disk))]) {
+    const own = name === disk ? directory : `${directory}/${name}`;
+    const sizeBytes = 512 * Number(readText(`${own}/size`) ?? 0);
+    const uevent = readText(`${own}/uevent`) ?? "";
+    const value = (key: string) =>
+      new RegExp(`^${key}=(.*)$`, "m").exec(uevent)?.[1];
+    const node = value("DEVNAME");
+    // Without a medium (card readers), or hidden (a path of NVMe multipath).
+    if (sizeBytes === 0 || !node) continue;
+    const number = Number(value("PARTN") ?? 0);
     devices.push({
       name,
       path: `/dev/${node}`,
+      deviceNumber: `${value("MAJOR")}:${value("MINOR")}`,
       kind: number ? "partition" : volume ? "volume" : "disk",
       disk,
       number,
-      startBytes: 512 * Number(readText(`${directory}/start`) ?? 0),
+      startBytes: number ? 512 * Number(readText(`${own}/start`) ?? 0) : 0,
       sizeBytes,
-      sectorBytes: Number(
-        readText(`${diskDirectory}/queue/logical_block_size`) ?? 512,
-      ),
-      readOnly: readText(`${directory}/ro`) === "1",
+      sectorBytes,
+      readOnly: readText(`${own}/ro`) === "1",
       hasNode: true,
-      partitionName: /^PARTNAME=(.*)$/m.exec(uevent)?.[1],
+      partitionName: value("PARTNAME"),
       header: false,
     });
   }
-  return devices.sort((a, b) => naturalOrder.compare(a.name, b.name));
+  return devices;
 }
 
 const naturalOrder = new Intl.Collator("en", { numeric: true });
@@ -629,16 +642,21 @@ const naturalOrder = new Intl.Collator("en", { numeric: true });
  * are exact for md and device mapper; Btrfs registers only its first device as
  * mounted and no holder at all, so that its own sysfs directory is asked.
  */
-function readUsers(mounts: Mount[]): Map<string, string> {
+function readUsers(
+  devices: BlockDevice[],
+  mounts: Mount[],
+): Map<string, string> {
   const users = new Map<string, string>();
-  for (const name of fs.readdirSync("/sys/class/block")) {
-    const directory = `/sys/class/block/${name}`;
-    const holder = listDirectory(`${directory}/holders`)[0];
+  const mounted = new Map(mounts.map((m) => [m.deviceNumber, m.target]));
+  for (const { name, deviceNumber } of devices) {
+    const [holder] = listDirectory(`/sys/class/block/${name}/holders`);
     if (holder) users.set(name, `held by /dev/${holder}`);
-    const number = readText(`${directory}/dev`);
-    const mount = mounts.find((mount) => mount.deviceNumber === number);
-    if (mount) users.set(name, `mounted on "${mount.target}"`);
-    const image = readText(`${directory}/loop/backing_file`);
+    const target = mounted.get(deviceNumber);
+    if (target) users.set(name, `mounted on "${target}"`);
+  }
+  for (const loop of listDirectory("/sys/block")) {
+    if (!loop.startsWith("loop")) continue;
+    const image = readText(`/sys/block/${loop}/loop/backing_file`);
     const owner = image && deviceOfFile(image);
     if (owner) users.set(owner, `the home of "${image}", which is in use`);
   }
@@ -667,20 +685,17 @@ function readSwaps(): string[] {
     .map((line) => unescapeOctal(line.split(/\s/)[0])).filter(Boolean);
 }
 
-/** Reads the first 68 KiB: every format that matters has its place there. */
+/** Reads where the formats that matter have their place. */
 async function readDevice(device: BlockDevice): Promise<void> {
   try {
     await withDevice(device.path, async (read) => {
-      parseStart(device, await read(0, BTRFS.superblockAt + BTRFS.bytes));
+      await readStart(device, read, 0);
       if (device.kind === "disk" && !device.header && !device.gpt) {
         device.gpt = await readBackupGpt(device, read);
       }
       if (device.btrfs || device.header || device.gpt) return;
-      const end = BTRFS.backupAt + BTRFS.bytes;
-      if (device.sizeBytes < end) return;
-      const backup = parseSuperblock(
-        await read(BTRFS.backupAt, BTRFS.bytes),
-      );
+      const block = await read(BTRFS.backupAt, BTRFS.bytes);
+      const backup = parseSuperblock(block);
       device.backupLabel = backup?.intact ? backup.label : undefined;
     });
   } catch (error) {
@@ -688,17 +703,26 @@ async function readDevice(device: BlockDevice): Promise<void> {
   }
 }
 
-function parseStart(device: BlockDevice, start: Uint8Array): void {
-  device.header = text(start, 0, MAGIC.length) === MAGIC;
-  device.btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
-  device.swapLabel = parseSwapLabel(start);
-  const mark = device.btrfs && parseMark(start);
-  if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
-  if (device.kind !== "disk") return;
+/** Reads a device of which the first byte is at `at` of what is read. */
+async function readStart(
+  device: BlockDevice,
+  read: Read,
+  at: number,
+): Promise<void> {
   const sector = device.sectorBytes;
+  const isDisk = device.kind === "disk";
+  const start = await read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB);
+  const marksBytes = MARK.slotsAt.length * MARK.bytes;
+  const marks = await read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes);
+  device.header = text(start, 0, MAGIC.length) === MAGIC;
+  device.swapLabel = parseSwapLabel(start);
+  device.btrfs = parseSuperblock(marks.subarray(marksBytes));
+  const mark = device.btrfs && parseMark(marks);
+  if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
+  if (!isDisk) return;
   device.gpt = parseGpt(
     start.subarray(sector, 2 * sector),
-    (at, length) => start.subarray(at, at + length),
+    (from, length) => start.subarray(from, from + length),
     sector,
   );
 }
@@ -755,8 +779,7 @@ async function lookAtPartitionsWithoutNode(
   await Promise.all(found.map(async (device) => {
     try {
       await withDevice(`/dev/${device.disk}`, async (read) => {
-        const bytes = BTRFS.superblockAt + BTRFS.bytes;
-        parseStart(device, await read(device.startBytes, bytes));
+        await readStart(device, read, device.startBytes);
       });
     } catch (error) {
       device.readError = messageOf(error);
@@ -784,7 +807,7 @@ async function withDevice(
   use: (read: Read) => Promise<void>,
 ): Promise<void> {
   const reading = (async () => {
-    const file = await open(path, "r");
+    const file = await fs.promises.open(path, "r");
     try {
       await use(async (at, length) => {
         const buffer = new Uint8Array(length);
@@ -822,6 +845,12 @@ function hasBlockDevice(usbInterface: string): boolean {
     .some((unit) => listDirectory(join(unit, "block")).length > 0);
 }
 
+/** Usable memory (proc_meminfo(5)). */
+function readMemoryBytes(): number {
+  const meminfo = readText("/proc/meminfo") ?? "";
+  return KiB * Number(/^MemTotal:\s+(\d+)/.exec(meminfo)?.[1] ?? 0);
+}
+
 /** Mounts of this process (proc_pid_mountinfo(5)), oldest first. */
 function readMounts(): Mount[] {
   return parseMountinfo(readText("/proc/self/mountinfo") ?? "");
@@ -829,11 +858,12 @@ function readMounts(): Mount[] {
 
 /** Reads the text of `/proc/PID/mountinfo`. */
 export function parseMountinfo(mountinfo: string): Mount[] {
-  return mountinfo.split("\n").filter(Boolean).map((line) => {
+  return mountinfo.split("\n").flatMap((line) => {
     const [before, after] = line.split(" - ");
     const [, , deviceNumber, subtree, target, options] = before.split(" ");
-    const [type, source, superOptions] = after.split(" ");
-    return {
+    const [type, source, superOptions] = after?.split(" ") ?? [];
+    if (!options || !superOptions) return [];
+    return [{
       target: unescapeOctal(target),
       type,
       source: unescapeOctal(source),
@@ -841,7 +871,7 @@ export function parseMountinfo(mountinfo: string): Mount[] {
       subtree: unescapeOctal(subtree),
       options: options.split(","),
       superOptions: superOptions.split(","),
-    };
+    }];
   });
 }
 
@@ -1051,7 +1081,7 @@ export function findDataFilesystems(devices: BlockDevice[]): DataFilesystem[] {
     groups.set(device.btrfs.fsid, [...group, device]);
   }
   return [...groups.values()]
-    .filter((group) => newest(group).btrfs?.label === DATA)
+    .filter((group) => group.some(({ btrfs }) => btrfs?.label === DATA))
     .map(sortOutMembers);
 }
 
@@ -1345,7 +1375,10 @@ function planMembers(
     const member = layOut(device, facts.memoryBytes, settings.noSwap);
     const parts = partsOf(device, facts.devices);
     const user = parts.find((part) => part.inUse);
-    const why = device.readOnly
+    const mute = parts.find((part) => part.readError);
+    const why = mute
+      ? `${mute.path} cannot be read`
+      : device.readOnly
       ? "it is read-only"
       : user
       ? `${user.path} is ${user.inUse}`
@@ -1745,8 +1778,40 @@ async function mountDataFilesystem(
     await mountMembers(data, place);
     await growFilesystem(data.members, place);
   }
-  await mountSubvolume("state", place.state, data, place);
-  await mountSubvolume("snapshots", place.snapshots, data, place);
+  await mountTheUsual(data, place);
+  await mountSubvolume("state", data, place);
+  await mountSubvolume("snapshots", data, place);
+}
+
+/**
+ * Mounts all that a disk of ours has, by one process. What is not there, or no
+ * more, is left to the functions that follow.
+ */
+async function mountTheUsual(
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  const [first, ...others] = data.members.map((member) => member.path);
+  const subvolumes = (["state", "snapshots"] as const)
+    .filter((which) => isFree(place[which]) && fs.existsSync(place[which]))
+    .map((which) => {
+      const devices = others.map((path) => `device=${path}`);
+      const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
+      return [first, place[which], "btrfs", options.join()];
+    });
+  if (subvolumes.length < 2) return; // the first boot, or an older disk
+  for (const name of OVERLAYS) {
+    fs.mkdirSync(join(place.lower, name), { recursive: true });
+  }
+  const overlays = OVERLAYS.filter((name) => !isOverlaid(name, place))
+    .flatMap((name) => overlayEntries(name, place));
+  await mountFromTable([...subvolumes, ...overlays], place, "debug");
+}
+
+/** May something be mounted here? Not over data, nor over a subvolume. */
+function isFree(target: string): boolean {
+  return !mountedOn(target) && listDirectory(target).length === 0 &&
+    !isSubvolume(target);
 }
 
 /** Restores primary partition tables: sfdisk falls back to the backup. */
@@ -1815,7 +1880,7 @@ async function markMembers(
   const epoch = Math.max(...members.map(epochOf)) + 1;
   const marks = members.map((device) => ({
     device,
-    member: device.mark?.member ?? randomUUID(),
+    member: device.mark?.member ?? crypto.randomUUID(),
   }));
   const present = marks.map(({ member }) => member);
   await Promise.all(marks.map(async ({ device, member }) => {
@@ -1894,13 +1959,11 @@ async function mountDataSubvolume(
  */
 async function mountSubvolume(
   which: "state" | "snapshots",
-  target: string,
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  if (mountedOn(target)) return;
-  if (listDirectory(target).length > 0) return;
-  if (isSubvolume(target)) return;
+  const target = place[which];
+  if (!isFree(target)) return;
   const name = SUBVOLUMES[which];
   const paths = data.members.map((member) => member.path);
   const options = [`subvol=/${name}`];
@@ -1962,7 +2025,7 @@ async function mountVolatile(
 /** tmpfs(5): half of the memory, and said so, that Docker may not take all. */
 async function mountTmpfs(place: ReturnType<typeof places>): Promise<void> {
   makeMountPoint(place.data);
-  const sizeBytes = Math.floor(totalmem() / 2 / MiB) * MiB;
+  const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
   await run([
     "mount",
     "-t",
@@ -2051,6 +2114,7 @@ function overlayEntries(
 async function mountFromTable(
   entries: string[][],
   place: ReturnType<typeof places>,
+  level: Level = "warning",
 ): Promise<void> {
   const escape = (field: string) =>
     field.replace(
@@ -2065,7 +2129,7 @@ async function mountFromTable(
       timeoutMs: TIMEOUT.mountMs,
     });
   } catch (error) {
-    say("warning", messageOf(error));
+    say(level, messageOf(error));
   }
 }
 
@@ -2196,7 +2260,8 @@ function replaceFile(path: string, contents: string): void {
   fs.renameSync(temporary, path);
 }
 
-async function swapOn(areas: BlockDevice[]): Promise<void> {
+async function swapOn(all: BlockDevice[]): Promise<void> {
+  const areas = all.slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
   await run(["swapon", ...areas.map((area) => area.path)], {
     to: `turn on swap on ${pathsOf(areas)}`,
@@ -3200,7 +3265,7 @@ async function run(command: string[], options: RunOptions): Promise<string> {
       throw error;
     });
   if (accept.includes(result.code)) return result.stdout;
-  const end = result.code > 128
+  const end = result.code > 128 && result.code <= 128 + 64
     ? `was killed by signal ${result.code - 128}`
     : `failed with status ${result.code}`;
   const said = result.stderr.trim().split("\n").slice(-3).join("; ");
@@ -3260,9 +3325,10 @@ async function takeLock(
   const wait = ["--timeout", `${timeoutMs / 1000}`];
   const child = spawn(
     flock,
-    [...wait, path, "/bin/sh", "-c", "echo locked; exec cat"],
+    ["--no-fork", ...wait, path, "cat"],
     { stdio: ["pipe", "pipe", "ignore"] },
   );
+  child.stdin.on("error", () => {}).write("locked?\n"); // cat echoes it
   const locked = await new Promise<boolean>((resolve) => {
     child.stdout.once("data", () => resolve(true));
     child.once("error", () => resolve(false));
@@ -3291,7 +3357,9 @@ function say(level: Level, message: string): void {
   if (level === "error") messages.errors.push(message);
   if (level === "warning") messages.warnings.push(message);
   const line = `persistence: ${message.replaceAll(/\p{Cc}+/gu, " ")}`;
-  if (LEVELS.indexOf(level) <= speech.level) console.error(line);
+  if (LEVELS.indexOf(level) <= speech.level) {
+    attemptNow(() => fs.writeSync(2, line + "\n")); // console.error colours
+  }
   if (!speech.toKernelLog || level === "debug") return;
   attemptNow(() =>
     fs.writeFileSync("/dev/kmsg", `<${PRIORITY[level]}>${line}\n`)
@@ -3408,7 +3476,7 @@ const FLAGS = [
 const MODES = FLAGS.slice(0, 7);
 
 /** Reads the command line and the kernel's. */
-function parseCommandLine(args: string[], kernel: string) {
+export function parseCommandLine(args: string[], kernel: string) {
   const parsed = parseArgs(args, {
     boolean: FLAGS,
     string: ["wait", "devices", "root"],
