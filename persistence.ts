@@ -495,6 +495,9 @@ export async function boot(settings: Settings): Promise<number> {
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, place));
   }
+  if (plan?.mode === "mounted" && messages.errors.length === 0) {
+    say("info", "Everything is set up already");
+  }
   const status = messages.errors.length > 0 ? 1 : 0;
   attemptNow(() => writeReport({ mode, plan, status, started }, place));
   lock?.release();
@@ -547,7 +550,7 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.mode === "mounted" || plan.mode === "off") return undefined;
   const absent = plan.mount ? countAbsent(plan.mount) : 0;
   if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
-  if (!plan.mount && facts.diskPending) {
+  if (plan.mode === "volatile" && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
 }
@@ -1007,6 +1010,15 @@ export function decide(facts: Facts, settings: Settings): Plan {
     planJoining(candidates, damaged, facts, settings, plan);
     return plan;
   }
+  if (chosen && chosen.members.length === 0) {
+    plan.mount = undefined;
+    plan.errors.push(
+      `${pathsOf(allDevices(chosen))} cannot be used alone: it is a part of ` +
+        `the data filesystem ${chosen.fsid} that another disk was to be ` +
+        `copied to; plug in the other disks`,
+    );
+    return plan;
+  }
   if (chosen) {
     plan.mode = "persistent";
     plan.mount = chosen;
@@ -1138,10 +1150,13 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
     .filter((device) => !excluded.includes(device) && !stale.includes(device))
     .sort((a, b) => devidOf(a) - devidOf(b));
   const top = newest(members.length > 0 ? members : devices);
+  const missing = Math.max(0, (top.btrfs?.numDevices ?? 0) - members.length);
+  // No room for it: it was replaced or removed while it was away.
+  if (missing === 0) excluded.push(...stale.splice(0));
   return {
     fsid: devices[0].btrfs!.fsid,
     members,
-    missing: Math.max(0, (top.btrfs?.numDevices ?? 0) - members.length),
+    missing,
     replaceTarget,
     stale,
     excluded,
@@ -1212,17 +1227,13 @@ function chooseDataFilesystem(
   }
   if (!chosen) return undefined;
   for (const device of chosen.excluded) {
-    const same = chosen.members.find((m) => devidOf(m) === devidOf(device));
     plan.warnings.push(
-      same
-        ? `${device.path} is a copy of ${same.path} (same filesystem, same ` +
-          `devid): ${same.path} is used, ${device.path} is not touched (to ` +
-          `use it instead, unplug ${same.path})`
-        : `${device.path} and ${pathsOf(chosen.members)} were each written ` +
-          `without the other: ${pathsOf(chosen.members)} is used, ` +
-          `${device.path} is not touched (to use it instead, unplug ` +
-          `${pathsOf(chosen.members)}; to give it up and mirror anew: ` +
-          `persistence.ts --enable --force ${diskOf(device)})`,
+      `${device.path} ${whyExcluded(device, chosen.members)}: ` +
+        `${pathsOf(chosen.members)} is used, ${device.path} is not touched ` +
+        `(to use it instead, unplug ${
+          pathsOf(chosen.members)
+        }; to give it up ` +
+        `and mirror anew: persistence.ts --enable --force ${diskOf(device)})`,
     );
   }
   if (chosen.missing > 0) {
@@ -1239,6 +1250,14 @@ function chooseDataFilesystem(
     );
   }
   return chosen;
+}
+
+function whyExcluded(device: BlockDevice, members: BlockDevice[]): string {
+  const same = members.find((member) => devidOf(member) === devidOf(device));
+  if (same) return `is a copy of ${same.path}, or was replaced by it`;
+  return members.some((member) => wroteWithout(device, member))
+    ? `and ${pathsOf(members)} were each written without the other`
+    : `was replaced while it was away`;
 }
 
 /** How many devices are not even stale: they are not there. */
@@ -1546,6 +1565,7 @@ async function writeBytes(
     `bs=${bytes.length}`,
     "count=1",
     `seek=${at / bytes.length}`,
+    "iflag=fullblock", // a pipe may give less than asked for
     "conv=notrunc,fsync",
   ], { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes });
 }
