@@ -393,15 +393,18 @@ async function openNamespace(): Promise<Namespace> {
   const { done } = await reader.read(); // else nsenter might come too early
   await reader.cancel();
   if (done) throw new Error("Cannot make a mount namespace");
-  const id = await Deno.readLink(`/proc/${holder.pid}/ns/mnt`);
+  const file = `/proc/${holder.pid}/ns/mnt`;
+  const id = await Deno.readLink(file);
+  // As long as this is open, no other namespace can get the same id.
+  const pin = await Deno.open(file);
   return {
-    enter: ["nsenter", `--mount=/proc/${holder.pid}/ns/mnt`, "--"],
+    enter: ["nsenter", `--mount=${file}`, "--"],
     settle: () => waitUntilEmpty(id, { besides: holder.pid }),
     async close() {
       await holder.stdin.close();
       await holder.status;
-      // The mounts go with the last process in the namespace.
       await waitUntilEmpty(id, { endWith: "SIGKILL" });
+      pin.close(); // and the mounts are gone
     },
   };
 }
