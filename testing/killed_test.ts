@@ -69,10 +69,9 @@ flock 9
 count=$(($(cat "${folder}/count") + 1))
 echo "$count" >"${folder}/count"
 echo "$count: \${0##*/} $*" >>"${folder}/log"
-if [ "$count" -ge "$(cat "${folder}/turn")" ]; then
-  kill -KILL "$(cat "${folder}/pid")"
-  exit 1
-fi
+turn=$(cat "${folder}/turn")
+if [ "$count" -eq "$turn" ]; then kill -KILL "$(cat "${folder}/pid")"; fi
+if [ "$count" -ge "$turn" ]; then exit 1; fi
 exec 9>&-
 exec "\${0##*/}" "$@"
 `,
