@@ -550,6 +550,7 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.mode === "mounted" || plan.mode === "off") return undefined;
   const absent = plan.mount ? countAbsent(plan.mount) : 0;
   if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
+  if (plan.waitFor) return plan.waitFor;
   if (plan.mode === "volatile" && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
@@ -906,6 +907,8 @@ export interface Plan {
   mount?: DataFilesystem;
   /** Magic devices that are to join the data filesystem. */
   join: NewMember[];
+  /** What is late, where that is not a member of what is mounted. */
+  waitFor?: string;
   /** Swap areas on the disks of the members; no others are ours. */
   swap: BlockDevice[];
   warnings: string[];
@@ -1011,7 +1014,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
     return plan;
   }
   if (chosen && chosen.members.length === 0) {
-    plan.mount = undefined;
+    plan.waitFor = `the other disks of ${pathsOf(allDevices(chosen))}`;
     plan.errors.push(
       `${pathsOf(allDevices(chosen))} cannot be used alone: it is a part of ` +
         `the data filesystem ${chosen.fsid} that another disk was to be ` +
@@ -1892,31 +1895,40 @@ async function growFilesystem(
 /**
  * Marks the members that are present, before a read-write mount. Called with
  * all members that will be written to, and no others.
+ *
+ * @returns The members that could not be written to.
+ * @throws {Error} When none could.
  */
 async function markMembers(
   members: BlockDevice[],
   fsid: string,
-): Promise<void> {
+): Promise<BlockDevice[]> {
   const epoch = Math.max(...members.map(epochOf)) + 1;
   const marks = members.map((device) => ({
     device,
     member: device.mark?.member ?? crypto.randomUUID(),
   }));
   const present = marks.map(({ member }) => member);
+  const failed: BlockDevice[] = [];
   await Promise.all(marks.map(async ({ device, member }) => {
     const mark = { fsid, member, epoch, present };
     const slot = MARK.slotsAt[epoch % MARK.slotsAt.length];
-    await writeBytes(device.path, slot, formatMark(mark));
-    device.mark = mark;
+    try {
+      await writeBytes(device.path, slot, formatMark(mark));
+      device.mark = mark;
+    } catch (error) {
+      failed.push(device);
+      if (failed.length === members.length) throw error;
+      say("warning", messageOf(error));
+    }
   }));
+  return failed;
 }
 
 async function mountMembers(
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  const { members, replaceTarget: target, missing } = data;
-  const options = missing > 0 ? ["degraded"] : [];
   const unwanted = [...data.excluded, ...data.stale];
   if (unwanted.length > 0) {
     // The kernel must not bring in what it may have scanned already.
@@ -1925,24 +1937,32 @@ async function mountMembers(
     });
   }
   makeMountPoint(place.data);
-  const mountWith = async (devices: BlockDevice[]) => {
-    await markMembers(devices, data.fsid);
+  const mountWith = async (devices: BlockDevice[]): Promise<void> => {
+    const dead = await markMembers(devices, data.fsid);
+    if (dead.length > 0) {
+      say("warning", `${pathsOf(dead)} cannot be written to: going on without`);
+      data.members = data.members.filter((member) => !dead.includes(member));
+      data.missing += dead.length;
+      return await mountWith(devices.filter((d) => !dead.includes(d)));
+    }
     const paths = devices.map((device) => device.path);
+    const options = data.missing > 0 ? ["degraded"] : [];
     await mountDataSubvolume(paths, options, place);
   };
-  if (target && missing > 0) {
-    try {
-      await mountWith([...members, target]); // an interrupted replace goes on
+  const { replaceTarget } = data;
+  if (replaceTarget && data.missing > 0) {
+    try { // an interrupted replace goes on
+      await mountWith([...data.members, replaceTarget]);
     } catch (error) {
       say("warning", messageOf(error)); // no replace knows it: freed later
-      await mountWith(members);
+      await mountWith(data.members);
     }
   } else {
-    await mountWith(members);
+    await mountWith(data.members);
   }
   if (mountedOn(place.data)?.superOptions.includes("ro")) {
     throw new Error(
-      `Cannot write to the data filesystem on ${pathsOf(members)}: the ` +
+      `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
         `kernel mounted it read-only (see dmesg and "btrfs check")`,
     );
   }
