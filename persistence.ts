@@ -466,6 +466,7 @@ export async function boot(settings: Settings): Promise<number> {
   let plan: Plan | undefined;
   let mode: Outcome["mode"] = "persistent";
   let swapping: Promise<void> | undefined;
+  import("dax"); // needed soon: it loads while the lock is taken
   try {
     fs.mkdirSync(place.run, { recursive: true });
     lock = await takeLock(join(place.run, "lock"));
