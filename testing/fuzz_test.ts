@@ -1,0 +1,669 @@
+/**
+ * What others wrote, mutated: the readers of persistence.ts must neither throw
+ * nor hang, and no bytes may lead to a format that SPEC.md does not allow.
+ *
+ *     SEED=1 CASES=1000 deno test -A testing/fuzz_test.ts
+ *
+ * Each case has a seed of its own, which a failure names: SEED and CASES=1
+ * repeat it.
+ */
+import { assert, assertEquals } from "@std/assert";
+import { Buffer } from "node:buffer";
+import { createHash } from "node:crypto";
+import { crc32 } from "node:zlib";
+import {
+  type BlockDevice,
+  DATA,
+  decide,
+  decideJob,
+  describePlan,
+  type Facts,
+  type FilesystemState,
+  formatMark,
+  MAGIC,
+  type Mount,
+  parseGpt,
+  parseMark,
+  parseMountinfo,
+  parseSuperblock,
+  parseSwapLabel,
+  type Plan,
+  setDataRoot,
+  SWAP,
+  UNFINISHED,
+} from "../persistence.ts";
+import { needPrograms } from "./programs.ts";
+import { countFrom, diceOf, type Random, seed } from "./random.ts";
+import { command, MiB } from "./system.ts";
+
+const KiB = 1024;
+const CRC32C = Uint32Array.from({ length: 16 }, (_, nibble) => {
+  for (let bit = 0; bit < 4; bit++) {
+    nibble = (nibble >>> 1) ^ (nibble & 1 ? 0x82f63b78 : 0);
+  }
+  return nibble;
+});
+const cases = countFrom("CASES", 30_000);
+/** No case may take longer; a slow machine needs less than a hundredth. */
+const LONGEST_MS = 2000;
+
+/** Texts that someone may have put where a label, a name or a path stands. */
+const hostileTexts = [
+  ...["", MAGIC, DATA, SWAP, UNFINISHED, `${MAGIC} `, `${DATA}\n`, `${DATA}x`],
+  ...["$(touch x)", "`touch x`", "; touch x;", "' || touch x '", '" & "'],
+  ...["a b", "a\nb", "\t", "\\040", "-o", "--help", "../../etc", "%s%n"],
+  ...["\u{1f433}", "\ufeff", "\ud800", "a,b:c=d", "x".repeat(300), "\x1b[2J"],
+];
+
+/** Runs all cases of a property; the first that fails is named by its seed. */
+function fuzz(name: string, property: (random: Random) => void): void {
+  Deno.test(`fuzz: ${name}`, () => {
+    console.log(`SEED=${seed} CASES=${cases}`);
+    for (let i = 0; i < cases; i++) {
+      const started = performance.now();
+      try {
+        property(diceOf(seed + i));
+        const tookMs = performance.now() - started;
+        assert(tookMs < LONGEST_MS, `It took ${tookMs} ms`);
+      } catch (error) {
+        const { message } = error as Error;
+        throw new Error(`SEED=${seed + i} CASES=1: ${message}`, {
+          cause: error,
+        });
+      }
+    }
+  });
+}
+
+// Real bytes to begin with
+
+/** The start of what mkfs, mkswap and sfdisk make: see {@linkcode corpus}. */
+interface Corpus {
+  /** Superblocks, one for each checksum algorithm. */
+  superblocks: Uint8Array[];
+  swap: Uint8Array;
+  /** The first 34 sectors of 512 bytes. */
+  gpt: Uint8Array;
+}
+
+const corpus = await makeCorpus();
+
+async function makeCorpus(): Promise<Corpus> {
+  needPrograms("mkfs.btrfs", "sfdisk");
+  const folder = await Deno.makeTempDir({ prefix: "persistence-fuzz-" });
+  const image = `${folder}/image`;
+  const make = async (script: string, at: number, length: number) => {
+    await Deno.writeFile(image, new Uint8Array());
+    await Deno.truncate(image, 128 * MiB);
+    await command(["sh", "-euc", script, "sh", image]);
+    using file = await Deno.open(image);
+    await file.seek(at, Deno.SeekMode.Start);
+    const bytes = new Uint8Array(length);
+    assertEquals(await file.read(bytes), length);
+    return bytes;
+  };
+  const checksums = ["crc32c", "sha256", "xxhash", "blake2"];
+  try {
+    const superblocks = [];
+    for (const checksum of checksums) {
+      const script = `mkfs.btrfs -q --csum ${checksum} -L ${DATA} "$1"`;
+      superblocks.push(await make(script, 64 * KiB, 4 * KiB));
+    }
+    return {
+      superblocks,
+      swap: await make(`mkswap -q -L ${SWAP} "$1"`, 0, 4 * KiB),
+      gpt: await make(
+        `printf '%s\\n' 'size=8MiB, name=${SWAP}' 'size=8MiB, name=other' \
+           'name=${MAGIC}' | sfdisk -q --label gpt "$1"`,
+        0,
+        34 * 512,
+      ),
+    };
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+Deno.test("the bytes to begin with are read as what they are", () => {
+  for (const superblock of corpus.superblocks) {
+    const { label, intact } = parseSuperblock(superblock)!;
+    assertEquals({ label, intact }, { label: DATA, intact: true });
+  }
+  assertEquals(parseSwapLabel(corpus.swap), SWAP);
+  const names = gptOf(corpus.gpt, 512)?.partitions.map(({ name }) => name);
+  assertEquals(names, [SWAP, "other", MAGIC]);
+});
+
+// Mutation
+
+const interestingNumbers = [
+  ...[0n, 1n, 2n, 4n, 127n, 128n, 255n, 256n, 0x7fffn, 0xffffn],
+  ...[0x7fff_ffffn, 0x8000_0000n, 0xffff_ffffn, 1n << 53n],
+  ...[(1n << 63n) - 1n, 1n << 63n, (1n << 64n) - 1n],
+];
+
+/** Changes bytes in place. */
+function mutate(bytes: Uint8Array, random: Random): void {
+  if (bytes.length < 8) return;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  for (let times = 1 + random.below(4); times > 0; times--) {
+    const at = random.below(bytes.length - 7);
+    switch (random.below(6)) {
+      case 0:
+        bytes[at] ^= 1 << random.below(8);
+        break;
+      case 1:
+        bytes[at] = random.below(256);
+        break;
+      case 2:
+        view.setBigUint64(at, random.pick(interestingNumbers), true);
+        break;
+      case 3:
+        view.setUint32(
+          at,
+          Number(random.pick(interestingNumbers) & 0xffffffffn),
+          true,
+        );
+        break;
+      case 4:
+        bytes.copyWithin(at, random.below(bytes.length), bytes.length);
+        break;
+      case 5:
+        put(bytes, at, random.pick(hostileTexts));
+    }
+  }
+}
+
+/** Writes text, NUL-terminated, as far as there is room. */
+function put(bytes: Uint8Array, at: number, text: string): void {
+  const encoded = new TextEncoder().encode(`${text}\0`);
+  bytes.set(encoded.subarray(0, bytes.length - at), at);
+}
+
+/** The same bytes, or fewer. */
+function cutShort(bytes: Uint8Array, random: Random): Uint8Array {
+  if (!random.chance(0.1)) return bytes;
+  return bytes.subarray(0, random.below(bytes.length + 1));
+}
+
+/** CRC-32C of four bits at a time (RFC 3720, appendix B.4). */
+function crc32c(bytes: Uint8Array): number {
+  let crc = 0xffffffff;
+  for (const byte of bytes) {
+    crc ^= byte;
+    crc = (crc >>> 4) ^ CRC32C[crc & 15];
+    crc = (crc >>> 4) ^ CRC32C[crc & 15];
+  }
+  return ~crc >>> 0;
+}
+
+function repairSuperblock(block: Uint8Array): void {
+  const view = new DataView(block.buffer, block.byteOffset, block.length);
+  const body = block.subarray(0x20, 4 * KiB);
+  if (view.getUint16(0xc4, true) === 2) {
+    block.set(createHash("sha256").update(body).digest(), 0);
+  } else {
+    view.setUint16(0xc4, 0, true); // crc32c, whose field is not in the body
+    view.setUint32(0, crc32c(body), true);
+  }
+}
+
+function repairGpt(table: Uint8Array, sectorBytes: number): void {
+  const view = new DataView(table.buffer, table.byteOffset, table.length);
+  const header = sectorBytes;
+  const count = view.getUint32(header + 80, true);
+  const size = view.getUint32(header + 84, true);
+  const entries = table.subarray(2 * header, 2 * header + count * size);
+  view.setUint32(header + 88, crc32(entries), true);
+  const length = view.getUint32(header + 12, true);
+  if (length > sectorBytes) return;
+  view.setUint32(header + 16, 0, true);
+  view.setUint32(
+    header + 16,
+    crc32(table.subarray(header, header + length)),
+    true,
+  );
+}
+
+/** The same table as sfdisk writes it for sectors of this size. */
+function gptFor(sectorBytes: number): Uint8Array {
+  const table = new Uint8Array(2 * sectorBytes + 16 * KiB);
+  table.set(corpus.gpt.subarray(512, 1024), sectorBytes);
+  table.set(corpus.gpt.subarray(1024), 2 * sectorBytes);
+  return table;
+}
+
+function gptOf(start: Uint8Array, sectorBytes: number) {
+  return parseGpt(
+    start.subarray(sectorBytes, 2 * sectorBytes),
+    (at, length) => start.subarray(at, at + length),
+    sectorBytes,
+  );
+}
+
+// The readers
+
+fuzz("parseSuperblock() gives a superblock or none", (random) => {
+  const block = random.pick(corpus.superblocks).slice();
+  mutate(block, random);
+  if (random.chance(0.3)) put(block, 0x12b, random.pick(hostileTexts));
+  if (random.chance(0.5)) repairSuperblock(block);
+  const found = parseSuperblock(cutShort(block, random));
+  if (!found) return;
+  assertEquals(Object.values(found).map((value) => typeof value), [
+    ...["string", "string", "number", "number", "number", "number"],
+    "boolean",
+  ]);
+  assert(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(found.fsid));
+  assert(!found.label.includes("\0") && found.label.length <= 256);
+  assert(found.generation >= 0 && found.devid >= 0 && found.numDevices >= 0);
+});
+
+fuzz("parseGpt() gives a table or none, and asks for little", (random) => {
+  const sectorBytes = random.pick([512, 4096]);
+  const table = gptFor(sectorBytes);
+  mutate(table.subarray(sectorBytes, sectorBytes + 128), random);
+  if (random.chance(0.5)) mutate(table.subarray(2 * sectorBytes), random);
+  if (random.chance(0.7)) repairGpt(table, sectorBytes);
+  const found = parseGpt(
+    cutShort(table.subarray(sectorBytes, 2 * sectorBytes), random),
+    (at, length) => {
+      assert(Number.isFinite(at) && at >= 0, `entries at ${at}`);
+      assert(length >= 0 && length <= 16 * MiB, `${length} bytes of entries`);
+      if (random.chance(0.05)) return undefined;
+      return table.subarray(at, at + length);
+    },
+    sectorBytes,
+  );
+  for (const partition of found?.partitions ?? []) {
+    assert(!partition.name.includes("\0") && partition.name.length <= 36);
+    assert(Number.isInteger(partition.number) && partition.number >= 1);
+    assert(Number.isFinite(partition.startBytes + partition.sizeBytes));
+  }
+});
+
+fuzz("parseSwapLabel() gives a label or none", (random) => {
+  const page = corpus.swap.slice();
+  mutate(page, random);
+  if (random.chance(0.5)) put(page, 1052, random.pick(hostileTexts));
+  if (random.chance(0.5)) page.set(corpus.swap.subarray(4086), 4086);
+  const label = parseSwapLabel(cutShort(page, random));
+  assert(label === undefined || label.length <= 16);
+});
+
+fuzz("parseMark() gives a mark or none, never half of one", (random) => {
+  const start = new Uint8Array(64 * KiB);
+  const marks = [56, 60].map((at) => {
+    const mark = {
+      fsid: random.pick(fsids),
+      member: random.pick(hostileTexts),
+      epoch: random.below(100),
+      present: [random.pick(hostileTexts), "a"],
+    };
+    start.set(formatMark(mark), at * KiB);
+    return mark;
+  });
+  const newest = marks[1].epoch > marks[0].epoch ? marks[1] : marks[0];
+  const wellFormed = JSON.parse(JSON.stringify(newest).toWellFormed());
+  assertEquals(parseMark(start), wellFormed);
+  // A torn write: what is found must be one of the two, or nothing.
+  const at = random.pick([56, 60]) * KiB;
+  mutate(start.subarray(at, at + 300), random);
+  const found = parseMark(cutShort(start, random));
+  if (!found) return;
+  const written = marks.map((mark) => JSON.stringify(mark).toWellFormed());
+  assert(written.includes(JSON.stringify(found)), JSON.stringify(found));
+});
+
+const mountinfo = await Deno.readTextFile("/proc/self/mountinfo");
+
+fuzz("parseMountinfo() reads whatever stands there", (random) => {
+  const bytes = new TextEncoder().encode(mountinfo);
+  const from = random.below(bytes.length);
+  const part = bytes.slice(from, from + 400);
+  mutate(part, random);
+  const mounts = parseMountinfo(new TextDecoder().decode(part));
+  for (const mount of mounts) {
+    for (const text of [mount.target, mount.type, mount.source]) {
+      assertEquals(typeof text, "string");
+    }
+  }
+});
+
+fuzz("setDataRoot() keeps every other key, or says why not", (random) => {
+  const value = (depth: number): unknown => {
+    switch (random.below(depth > 0 ? 7 : 5)) {
+      case 0:
+        return random.pick(hostileTexts);
+      case 1:
+        return random.pick([0, -1, 1.5, 2 ** 53 - 1, 1e300]);
+      case 2:
+        return random.chance(0.5);
+      case 3:
+        return null;
+      case 4:
+        return "";
+      case 5:
+        return Array.from({ length: random.below(3) }, () => value(depth - 1));
+      default:
+        return Object.fromEntries(
+          Array.from({ length: random.below(4) }, () => [
+            random.pick([...hostileTexts, "__proto__", "data-root", "0"]),
+            value(depth - 1),
+          ]),
+        );
+    }
+  };
+  let text = JSON.stringify(value(4), null, random.pick([0, 2, "\t"]));
+  if (random.chance(0.5)) {
+    const bytes = new TextEncoder().encode(text);
+    mutate(bytes, random);
+    text = new TextDecoder().decode(bytes);
+  }
+  const path = "/etc/docker/daemon.json";
+  let after: string;
+  try {
+    after = setDataRoot(text, path);
+  } catch (error) {
+    const { message } = error as Error;
+    assert(
+      message.startsWith(`Cannot point Docker at its data: "${path}" is not`),
+      message,
+    );
+    return;
+  }
+  const config = JSON.parse(after);
+  const dataRoot = "/mnt/lightwhale-data/lightwhale-state/docker";
+  assertEquals(config["data-root"], dataRoot);
+  assertEquals(setDataRoot(after, path), after);
+  if (after === text || !text.trim()) return;
+  const before = JSON.parse(text);
+  delete before["data-root"];
+  delete config["data-root"];
+  assertEquals(JSON.stringify(config), JSON.stringify(before));
+});
+
+// Machines
+
+const fsids = [1, 2, 3].map((n) =>
+  `${n}`.repeat(8) + "-0000-0000-0000-000000000000"
+);
+const members = ["a", "b", "c", "d", "e"];
+
+/** The first 68 KiB of a device that may hold anything. */
+function someStart(random: Random, isDisk: boolean): Uint8Array {
+  const start = new Uint8Array(68 * KiB);
+  if (random.chance(0.3)) start.set(corpus.swap);
+  if (random.chance(0.5)) {
+    const block = random.pick(corpus.superblocks).slice();
+    const view = new DataView(block.buffer);
+    const fsid = random.pick(fsids).replaceAll("-", "");
+    block.set(Buffer.from(fsid, "hex"), 0x20);
+    const label = random.chance(0.7) ? DATA : random.pick(hostileTexts);
+    block.fill(0, 0x12b, 0x12b + 256);
+    put(block.subarray(0, 0x12b + 256), 0x12b, label);
+    view.setBigUint64(0x48, BigInt(1 + random.below(5)), true);
+    view.setBigUint64(0x88, BigInt(1 + random.below(4)), true);
+    view.setBigUint64(0xc9, BigInt(random.below(5)), true);
+    if (random.chance(0.2)) mutate(block, random);
+    if (random.chance(0.9)) repairSuperblock(block);
+    start.set(block, 64 * KiB);
+  }
+  for (const at of [56, 60]) {
+    if (!random.chance(0.5)) continue;
+    const [fsid, member] = [random.pick(fsids), random.pick(members)];
+    const present = members.filter((id) => id === member || random.chance(0.5));
+    const mark = { fsid, member, epoch: random.below(9), present };
+    start.set(formatMark(mark), at * KiB);
+  }
+  if (isDisk && random.chance(0.5)) {
+    const table = corpus.gpt.slice();
+    for (let i = 0; i < 3; i++) {
+      const name = random.chance(0.7)
+        ? random.pick([DATA, SWAP, MAGIC, "other"])
+        : random.pick(hostileTexts);
+      const at = 1024 + 128 * i + 56;
+      table.fill(0, at, at + 72);
+      table.set(Buffer.from(name.slice(0, 36), "utf16le"), at);
+    }
+    if (random.chance(0.1)) mutate(table.subarray(512), random);
+    repairGpt(table, 512);
+    start.set(table.subarray(512), 512);
+  }
+  if (random.chance(0.5)) {
+    put(start, 0, random.chance(0.8) ? MAGIC : MAGIC.slice(0, -1));
+  }
+  if (random.chance(0.2)) mutate(start.subarray(0, 600), random);
+  return start;
+}
+
+/** The facts that look() would find, and the bytes that they came from. */
+interface Machine {
+  facts: Facts;
+  bytes: Map<BlockDevice, Uint8Array>;
+}
+
+function someMachine(random: Random): Machine {
+  const devices: BlockDevice[] = [];
+  const bytes = new Map<BlockDevice, Uint8Array>();
+  const add = (device: BlockDevice) => {
+    const start = someStart(random, device.kind === "disk");
+    bytes.set(device, start);
+    devices.push(device);
+    if (random.chance(0.05)) {
+      device.readError = `Cannot read ${device.path}: EIO`;
+      return;
+    }
+    device.header = beginsWithHeader(start);
+    device.btrfs = parseSuperblock(start.subarray(64 * KiB));
+    device.swapLabel = parseSwapLabel(start);
+    const mark = device.btrfs && parseMark(start);
+    if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
+    if (device.kind === "disk") device.gpt = gptOf(start, 512);
+    if (random.chance(0.05)) device.backupLabel = random.pick(hostileTexts);
+  };
+  const sizes = [0, MiB, 100 * MiB, 111 * MiB, 600 * MiB, 2 ** 31, 2 ** 40];
+  for (let i = 1 + random.below(5); i > 0; i--) {
+    const name = `${random.pick(["sd", "vd"])}${"abcdef"[i]}`;
+    const disk: BlockDevice = {
+      name,
+      path: `/dev/${name}`,
+      kind: random.chance(0.9) ? "disk" : "volume",
+      disk: name,
+      number: 0,
+      startBytes: 0,
+      sizeBytes: random.pick(sizes),
+      sectorBytes: 512,
+      readOnly: random.chance(0.05),
+      hasNode: true,
+      header: false,
+    };
+    if (random.chance(0.1)) {
+      disk.inUse = random.pick(["swap in use", "held by /dev/md0"]);
+    }
+    add(disk);
+    for (const entry of disk.gpt?.partitions.slice(0, 8) ?? []) {
+      add({
+        ...disk,
+        name: `${name}${entry.number}`,
+        path: `/dev/${name}${entry.number}`,
+        kind: "partition",
+        number: entry.number,
+        startBytes: entry.startBytes,
+        sizeBytes: entry.sizeBytes,
+        hasNode: random.chance(0.8),
+        partitionName: entry.name,
+        inUse: random.chance(0.05) ? "held by /dev/dm-0" : undefined,
+        header: false,
+        gpt: undefined,
+        btrfs: undefined,
+        swapLabel: undefined,
+        mark: undefined,
+        readError: undefined,
+      });
+    }
+  }
+  const mounted: Mount = {
+    target: "/mnt/lightwhale-data",
+    type: random.pick(["btrfs", "tmpfs"]),
+    source: "/dev/sdb1",
+    deviceNumber: "0:30",
+    subtree: "/@lightwhale-data",
+    options: ["rw"],
+    superOptions: ["rw"],
+  };
+  const facts: Facts = {
+    devices,
+    diskPending: random.chance(0.1),
+    memoryBytes: random.pick([512 * MiB, 2 ** 34]),
+    mounted: random.chance(0.1) ? mounted : undefined,
+    tooSmall: new Set(
+      devices.filter(() => random.chance(0.05)).map(({ path }) => path),
+    ),
+  };
+  return { facts, bytes };
+}
+
+function beginsWithHeader(start: Uint8Array): boolean {
+  return Buffer.from(start.subarray(0, 27)).toString("latin1") === MAGIC;
+}
+
+/** By the bytes alone: an undamaged superblock that is labelled as ours. */
+function isDataMember(start: Uint8Array): boolean {
+  const block = start.slice(64 * KiB);
+  const bytes = Buffer.from(block);
+  if (bytes.toString("latin1", 0x40, 0x48) !== "_BHRfS_M") return false;
+  if (bytes.toString("latin1", 0x12b, 0x12b + 16) !== `${DATA}\0`) return false;
+  const kind = bytes.readUInt16LE(0xc4);
+  if (kind !== 0 && kind !== 2) return true;
+  const before = block.slice(0, 32);
+  repairSuperblock(block);
+  return Buffer.compare(
+    block.subarray(0, kind ? 32 : 4),
+    before.subarray(0, kind ? 32 : 4),
+  ) === 0;
+}
+
+fuzz("decide() formats only what SPEC.md allows", (random) => {
+  const machine = someMachine(random);
+  const { facts } = machine;
+  const settings = {
+    root: "/",
+    waitMs: 0,
+    off: random.chance(0.05),
+    noSwap: random.chance(0.2),
+    dataUuid: random.chance(0.1) ? random.pick(fsids) : undefined,
+  };
+  const plan = decide(facts, settings);
+  for (const line of describePlan(plan)) assertEquals(typeof line, "string");
+  JSON.stringify(plan);
+  assertFormats(plan, machine);
+  assertMount(plan, machine);
+
+  const state: FilesystemState = {
+    operation: random.pick(["none", "balance", "balance paused"]),
+    devids: [1, 2, 3],
+    missing: [1, 2, 3].filter(() => random.chance(0.3)),
+    profiles: {
+      data: ["single", "raid1"].filter(() => random.chance(0.5)),
+      metadata: [random.pick(["dup", "raid1", "raid5"])],
+      system: [random.pick(["dup", "raid1c3", "single"])],
+    },
+    errors: {},
+  };
+  const wishes = { scrub: random.chance(0.3), "remove missing": false };
+  const job = decideJob(plan, state, wishes);
+  // A job wipes these; nothing else may ever be among them.
+  if (job?.kind === "add" || job?.kind === "replace") {
+    assert(
+      plan.join.includes(job.member) ||
+        job.member.device === plan.mount?.replaceTarget,
+      "it joins unasked",
+    );
+  }
+  if (job?.kind === "rebuild") {
+    assert(plan.mount?.stale.includes(job.device), "it is wiped unasked");
+  }
+});
+
+/** Every device that would be formatted was marked, is free, holds no data. */
+function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
+  const formatted = [...plan.create?.members ?? [], ...plan.join];
+  const isMember = (device: BlockDevice) =>
+    !device.readError && isDataMember(bytes.get(device)!);
+  for (const { device, swapBytes, dataBytes } of formatted) {
+    const why = `${device.path} would be formatted, though`;
+    assert(!facts.mounted || !plan.create, "it formats a running system");
+    if (device.kind === "disk") {
+      assert(beginsWithHeader(bytes.get(device)!), `${why} it has no header`);
+    } else {
+      assertEquals(device.kind, "partition", `${why} it is no disk`);
+      assertEquals(device.partitionName, MAGIC, `${why} it has no magic name`);
+    }
+    const parts = device.kind === "partition"
+      ? [device]
+      : facts.devices.filter(({ disk }) => disk === device.disk);
+    for (const part of parts) {
+      assert(!isMember(part), `${why} ${part.path} holds data`);
+      assert(!part.inUse, `${why} ${part.path} is ${part.inUse}`);
+    }
+    assert(!device.readOnly, `${why} it is read-only`);
+    assert(!device.readError, `${why} it cannot be read`);
+    assert(Number.isInteger(swapBytes) && swapBytes >= 0, `swap ${swapBytes}`);
+    assert(dataBytes >= 109 * MiB, `${why} it is too small`);
+    assert(swapBytes + dataBytes <= device.sizeBytes, `${why} it is too small`);
+  }
+  const all = formatted.map(({ device }) => device);
+  assertEquals(new Set(all).size, all.length, "one is formatted twice");
+  if (!plan.create) return;
+  assertEquals(plan.join, [], "it creates and joins");
+  assert(!plan.mount, "it creates beside a data filesystem");
+  // Damage is not emptiness, unless the disk was given up by its header.
+  const givenUp = facts.devices
+    .filter((device) => !device.readError)
+    .filter((device) => beginsWithHeader(bytes.get(device)!));
+  for (const device of facts.devices) {
+    if (device.inUse?.startsWith("held by")) continue;
+    const why = `others are formatted, though ${device.path}`;
+    assert(!isMember(device), `${why} holds data`);
+    if (givenUp.some(({ name }) => name === device.disk)) continue;
+    assert(!device.readError, `${why} cannot be read`);
+    const wasData = device.kind === "partition" &&
+      device.partitionName === DATA;
+    assert(!wasData, `${why} was a data partition`);
+  }
+}
+
+/** What is mounted together belongs together; what is wiped is proven stale. */
+function assertMount(plan: Plan, { bytes }: Machine): void {
+  for (const device of plan.disarm) {
+    const marked = device.kind === "disk"
+      ? beginsWithHeader(bytes.get(device)!)
+      : device.partitionName === MAGIC;
+    assert(marked && device.kind !== "volume", `${device.path} has no mark`);
+  }
+  const data = plan.mount;
+  if (!data) return;
+  const { members, stale, excluded, fsid } = data;
+  for (const member of [...members, ...stale]) {
+    assertEquals(member.btrfs?.fsid, fsid);
+    assertEquals(member.btrfs?.intact, true);
+    assert(!excluded.includes(member), `${member.path} is in and out`);
+  }
+  for (const device of stale) {
+    assert(!members.includes(device), `${device.path} is stale and used`);
+    assert(
+      members.some(({ mark }) =>
+        mark && device.mark && !mark.present.includes(device.mark.member)
+      ),
+      `${device.path} would be wiped without proof`,
+    );
+  }
+  const devids = members.map(({ btrfs }) => btrfs?.devid);
+  assertEquals(new Set(devids).size, devids.length, "a devid twice");
+  assert(plan.mode !== "persistent" || members.length > 0, "mounts nothing");
+  for (const area of plan.swap) {
+    assertEquals(area.swapLabel, SWAP);
+    assert(members.some(({ disk }) => disk === area.disk), "another's swap");
+  }
+}
