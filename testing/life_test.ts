@@ -1,0 +1,1028 @@
+/**
+ * The disks' life: late, missing, returned, split, replaced, added, grown,
+ * copied, damaged. Whatever happens to the disks, the data is compared by its
+ * checksum, and a mirror is proven by reading it without each of its disks.
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { systemPath } from "./programs.ts";
+import {
+  type Boot,
+  command,
+  type Disk,
+  type DiskSpec,
+  header,
+  isMarked,
+  mark,
+  MiB,
+  onDisks,
+  type Report,
+  type System,
+} from "./system.ts";
+
+/** Small: the time goes with what is copied. Too small for a swap partition. */
+const magicDisk: DiskSpec = { sizeBytes: 800 * MiB, contents: header };
+const emptyDisk: DiskSpec = { sizeBytes: 800 * MiB };
+
+/** `--status --json`, as far as it matters here. */
+interface Status {
+  devices: {
+    path: string | null;
+    devid: number;
+    missing: boolean;
+    errors: Record<string, number>;
+  }[];
+  work: { kind: string }[];
+  health: string[];
+}
+
+/** Checksums by the names of the files in the state directory. */
+type Sums = Record<string, string>;
+
+const state = "mnt/lightwhale-data/lightwhale-state";
+
+// Late
+
+onDisks(
+  "a member that comes two seconds late is waited for",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [first, late] = system.disks;
+    const place = await freePlace(system, late);
+
+    const started = Date.now();
+    const [boot] = await Promise.all([
+      bootOn(system, [first.path, place], "20"),
+      sleep(2000).then(() => system.attach(late, place)),
+    ]);
+    const seconds = (Date.now() - started) / 1000;
+    assert(seconds < 10, `It took ${seconds} s`);
+    assertMatch(boot.stderr, /waiting/i);
+    assertPersistent(boot, { devices: 2 });
+    await assertKept(system, sums);
+    await assertMirrored(system, sums);
+  },
+);
+
+onDisks(
+  "a magic disk does not take the place of a member that is only late",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [first, late] = system.disks;
+    const magic = await system.plug(magicDisk);
+    const place = await freePlace(system, late);
+
+    const [boot] = await Promise.all([
+      bootOn(system, [first.path, place, magic.path], "20"),
+      sleep(2000).then(() => system.attach(late, place)),
+    ]);
+    assertPersistent(boot, { devices: 2 });
+    await idle(system);
+    assertEquals(await profiles(system), "raid1 raid1c3 raid1c3");
+    await assertMirrored(system, sums);
+  },
+);
+
+onDisks(
+  "a boot with all disks, and one with none, wait for nothing",
+  { disks: [emptyDisk] },
+  async (system) => {
+    const volatile = await bootOn(system, [system.disks[0].path], "60");
+    assertEquals(volatile.report.mode, "volatile");
+    await mark(system.disks[0]);
+    await system.reboot();
+    await system.boot();
+    await system.reboot();
+    const boot = await bootOn(system, [system.disks[0].path], "60");
+    assertPersistent(boot, { devices: 1 });
+    for (const { stderr } of [volatile, boot]) {
+      assert(!/waiting/i.test(stderr), stderr);
+    }
+  },
+);
+
+// Missing, returned
+
+/** By the number of disks: profiles when whole. */
+const mirrors: Record<number, string> = {
+  2: "raid1 raid1 raid1",
+  3: "raid1 raid1c3 raid1c3",
+  4: "raid1 raid1c4 raid1c4",
+};
+
+for (const [count, whole] of Object.entries(mirrors)) {
+  const disks: [DiskSpec, ...DiskSpec[]] = [magicDisk, magicDisk];
+  while (disks.length < Number(count)) disks.push(magicDisk);
+  onDisks(
+    `one of ${count} disks is missing at two boots, then returns`,
+    { disks },
+    async (system) => {
+      const sums = await persist(system);
+      assertEquals(await profiles(system), whole);
+      const missing = system.disks[Number(count) - 1];
+      for (const boot of ["second", "third"]) {
+        await system.reboot({ without: [missing] });
+        await bootDegraded(system, disks.length - 1);
+        await assertKept(system, sums);
+        // Enough for a new chunk, and the same files once more.
+        sums[boot] = await write(system, boot, 60);
+        sums["no checksums"] = await writeNoCow(system);
+        sums.one = await write(system, "one");
+        await idle(system);
+        const single = (await profiles(system)).includes("single");
+        // With one disk there is nothing to mirror them on.
+        assertEquals(single, disks.length === 2, await profiles(system));
+      }
+
+      await system.reboot();
+      const boot = await system.boot();
+      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+      await assertKept(system, sums);
+      sums.four = await write(system, "four");
+      await idle(system);
+      assertEquals(await profiles(system), whole);
+      await assertMirrored(system, sums);
+
+      assertPersistent(await system.boot(), { devices: disks.length });
+      await idle(system);
+      assertEquals(await profiles(system), whole);
+      await assertKept(system, sums);
+    },
+  );
+}
+
+onDisks(
+  "two of three disks are missing: nothing is formatted",
+  { disks: [magicDisk, magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const magic = await system.plug(magicDisk);
+    await system.reboot({ without: system.disks.slice(1, 3) });
+
+    const before = await system.checksum(magic);
+    const boot = await system.boot(["--wait", "0"]);
+    if (boot.report.mode === "persistent") await assertKept(system, sums);
+    else {
+      assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+      assertEquals(await system.checksum(magic), before);
+    }
+    await system.reboot({ without: [magic] });
+    assertEquals((await system.boot()).report.mode, "persistent");
+    await assertKept(system, sums);
+  },
+);
+
+onDisks(
+  "a member without marks that missed writes is mended by a scrub",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    await system.reboot({ without: [system.disks[1]] });
+    await bootDegraded(system, 1);
+    sums.one = await write(system, "one");
+    sums.two = await write(system, "two", 60);
+    await system.reboot({
+      whileOff: async () => {
+        for (const disk of system.disks) await eraseMarks(disk);
+      },
+    });
+
+    const boot = await system.boot();
+    assertPersistent(boot, { devices: 2 });
+    await assertKept(system, sums);
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    await assertMirrored(system, sums);
+  },
+);
+
+// Split
+
+for (const [more, chosen] of [[0, 0], [1, 1]]) {
+  const rule = more === 0 ? "equally often: the first" : "more often: it";
+  onDisks(
+    `each half was written alone, ${
+      more ? "the second" : "both"
+    } ${rule} is used`,
+    { disks: [magicDisk, magicDisk] },
+    async (system) => {
+      const common = await persist(system);
+      const sums: Sums[] = [];
+      for (const [n, disk] of system.disks.entries()) {
+        const other = system.disks[1 - n];
+        await system.reboot({ without: [other] });
+        await bootDegraded(system, 1);
+        sums[n] = { ...common, one: await write(system, "one") };
+        for (let again = 0; n === 1 && again < more; again++) {
+          await system.reboot({ without: [other] });
+          await bootDegraded(system, 1);
+        }
+        assert(disk.path !== "");
+      }
+      await system.reboot();
+
+      const other = system.disks[1 - chosen];
+      for (const _ of ["first", "second"]) {
+        const before = await system.checksum(other);
+        const boot = await system.boot(["--wait", "0"]);
+        assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+        assert(boot.report.degraded, boot.stderr);
+        await assertKept(system, sums[chosen]);
+        await idle(system);
+        assertEquals(await system.checksum(other), before);
+        assertMatch(boot.stderr, /each written|split/);
+        assertMatch(
+          boot.stderr,
+          new RegExp(`--enable --force ${other.path}\\b`),
+        );
+        await system.reboot();
+      }
+
+      // The other one can be had as well.
+      await system.reboot({ without: [system.disks[chosen]] });
+      await bootDegraded(system, 1);
+      await assertKept(system, sums[1 - chosen]);
+      await system.reboot();
+
+      // What the message says is done: it is given up, and mirrored anew.
+      const enabled = await system.run([
+        ...[...system.place(), "--enable", "--force", other.path],
+      ]);
+      assertEquals(enabled.status, 0, enabled.stderr);
+      await system.reboot();
+      const boot = await system.boot(["--wait", "0"]);
+      assertEquals(boot.report.mode, "persistent");
+      await assertKept(system, sums[chosen]);
+      await idle(system);
+      assertEquals(await profiles(system), mirrors[2], boot.stderr);
+      await assertMirrored(system, sums[chosen]);
+    },
+  );
+}
+
+// Replaced
+
+const replacements: Record<string, number> = {
+  "of the same size": 800,
+  "that is larger": 1000,
+  "that is smaller": 700,
+};
+
+for (const [size, mebibytes] of Object.entries(replacements)) {
+  onDisks(
+    `a magic disk ${size} takes the place of a missing one`,
+    { disks: [magicDisk, magicDisk] },
+    async (system) => {
+      const sums = await persist(system);
+      const [, old] = system.disks;
+      const fresh = await system.plug({
+        sizeBytes: mebibytes * MiB,
+        contents: header,
+      });
+      await system.reboot({ without: [old] });
+      const boot = await system.boot(["--wait", "0"]);
+      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+      await assertKept(system, sums);
+      sums.meanwhile = await write(system, "meanwhile");
+      await idle(system);
+      assertEquals(await profiles(system), mirrors[2], boot.stderr);
+      assertEquals(await isMarked(fresh), false);
+      assertEquals((await status(system)).health, []);
+      await assertMirrored(system, sums, { without: [old] });
+
+      // Back after its place was taken.
+      sums.one = await write(system, "one").catch(() => sums.one);
+      for (const _ of ["first", "second"]) {
+        await system.reboot();
+        const before = await system.checksum(old);
+        const boot = await system.boot(["--wait", "0"]);
+        assertPersistent(boot, { devices: 2 });
+        await assertKept(system, sums);
+        await idle(system);
+        assertEquals(await profiles(system), mirrors[2], boot.stderr);
+        assertEquals(await system.checksum(old), before, boot.stderr);
+        assertMatch(boot.stderr, new RegExp(`${old.path}p1`));
+      }
+    },
+  );
+}
+
+// Added
+
+onDisks(
+  "magic disks join one by one, from a single disk to five",
+  { disks: [magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    assertEquals(await profiles(system), "single dup dup");
+    for (const count of [2, 3, 4, 5]) {
+      const disk = await system.plug(magicDisk);
+      await system.reboot();
+      const boot = await system.boot();
+      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+      await assertKept(system, sums);
+      sums[`with ${count}`] = await write(system, `with ${count}`);
+      await idle(system);
+      assertEquals(
+        await profiles(system),
+        mirrors[Math.min(count, 4)],
+        boot.stderr,
+      );
+      assertEquals(await isMarked(disk), false);
+    }
+    await assertMirrored(system, sums);
+    assertPersistent(await system.boot(), { devices: 5 });
+  },
+);
+
+onDisks(
+  "a disk that joins gets swap as well",
+  { disks: [{ sizeBytes: 2048 * MiB, contents: header }] },
+  async (system) => {
+    const sums = await persist(system);
+    const disk = await system.plug({
+      sizeBytes: 2048 * MiB,
+      contents: header,
+    });
+    await system.reboot();
+    await system.boot();
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    const swaps = await Deno.readTextFile("/proc/swaps");
+    assert(swaps.includes(`${disk.path}p1 `), swaps);
+    await assertMirrored(system, sums);
+  },
+);
+
+// Power cuts
+
+/** What runs when the power goes, by the disks that start it. */
+const cuts: Record<string, {
+  operation: "device replace" | "balance" | "device remove";
+  prepare: (system: System) => Promise<Disk[]>;
+}> = {
+  "a replace": {
+    operation: "device replace",
+    async prepare(system) {
+      const { sizeBytes } = bigDisk;
+      await system.plug({ sizeBytes: sizeBytes + 100 * MiB, contents: header });
+      return [system.disks[1]];
+    },
+  },
+  "the balance after a replace": {
+    operation: "balance",
+    async prepare(system) {
+      await system.reboot({ without: [system.disks[1]] });
+      await bootDegraded(system, 1);
+      await write(system, "single", 150);
+      await system.plug(bigDisk);
+      return [system.disks[1]];
+    },
+  },
+  "a rebuild": {
+    operation: "device replace",
+    async prepare(system) {
+      await system.reboot({ without: [system.disks[1]] });
+      await bootDegraded(system, 1);
+      await write(system, "two");
+      return [];
+    },
+  },
+  "the balance after a disk was added": {
+    operation: "balance",
+    async prepare(system) {
+      await system.plug(bigDisk);
+      return [];
+    },
+  },
+  "the removal of a missing disk that a smaller one replaces": {
+    operation: "device remove",
+    async prepare(system) {
+      await system.plug({ sizeBytes: 600 * MiB, contents: header });
+      return [system.disks[1]];
+    },
+  },
+};
+
+/** Large enough to be caught at work. */
+const bigDisk: DiskSpec = { sizeBytes: 900 * MiB, contents: header };
+
+for (const [name, { operation, prepare }] of Object.entries(cuts)) {
+  onDisks(
+    `the power goes in the middle of ${name}: it goes on by itself`,
+    { disks: [bigDisk, bigDisk] },
+    async (system) => {
+      const sums = await persist(system);
+      sums.large = await write(system, "large", 200);
+      const without = await prepare(system);
+      await system.reboot({ without });
+      const boot = await system.boot(["--wait", "0"]);
+      assertEquals(boot.report.mode, "persistent", boot.stderr);
+      const whileOff = await cutDuring(system, operation);
+      await system.reboot({ without, whileOff });
+
+      const next = await system.boot(["--wait", "0"]);
+      assertEquals([next.status, next.report.mode], [0, "persistent"]);
+      await assertKept(system, sums);
+      await idle(system);
+      const whole = mirrors[system.disks.length - without.length];
+      assertEquals(await profiles(system), whole, next.stderr);
+      assertEquals((await status(system)).health, []);
+      await assertMirrored(system, sums, { without });
+    },
+  );
+}
+
+onDisks(
+  "the power goes between a disk's joining and the balance",
+  { disks: [magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const disk = await system.plug(emptyDisk);
+    await system.sh(
+      `btrfs -q device add -f ${disk.path} mnt/lightwhale-data
+       btrfs filesystem sync mnt/lightwhale-data`,
+    );
+    await system.reboot();
+    assertPersistent(await system.boot(), { devices: 2 });
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    await assertMirrored(system, sums);
+  },
+);
+
+onDisks(
+  "the power goes after a stale member was wiped, before its rebuild",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [, stale] = system.disks;
+    await system.reboot({ without: [stale] });
+    await bootDegraded(system, 1);
+    sums.one = await write(system, "one");
+    await system.reboot();
+    const boot = await system.boot([], { path: await withoutReplace() });
+    assertEquals(boot.report.mode, "persistent", boot.stderr);
+    await system.settle();
+    await system.reboot();
+
+    const next = await system.boot(["--wait", "0"]);
+    assertEquals(next.report.mode, "persistent");
+    await assertKept(system, sums);
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2], next.stderr);
+    await assertMirrored(system, sums);
+  },
+);
+
+onDisks(
+  "the power goes while a person replaces a disk that is still there",
+  { disks: [bigDisk, bigDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    sums.large = await write(system, "large", 200);
+    const target = await system.plug({ sizeBytes: bigDisk.sizeBytes });
+    await system.sh(
+      `btrfs replace start 2 ${target.path} mnt/lightwhale-data`,
+    );
+    const whileOff = await cutDuring(system, "device replace");
+    await system.reboot({ whileOff });
+
+    const boot = await system.boot(["--wait", "0"]);
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    await assertKept(system, sums);
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2], boot.stderr);
+    await assertMirrored(system, sums);
+  },
+);
+
+// Grown
+
+for (const sectorBytes of [512, 4096] as const) {
+  onDisks(
+    `disks with ${sectorBytes}-byte sectors grow, first one, then the other`,
+    {
+      disks: [
+        { sizeBytes: 2048 * MiB, sectorBytes, contents: header },
+        { sizeBytes: 2048 * MiB, sectorBytes, contents: header },
+      ],
+    },
+    async (system) => {
+      const sums = await persist(system);
+      const before = await sizes(system);
+      for (const [n, disk] of system.disks.entries()) {
+        await system.reboot({
+          whileOff: () => Deno.truncate(disk.image, 3072 * MiB),
+        });
+        const boot = await system.boot();
+        assertPersistent(boot, { devices: 2 });
+        const now = await sizes(system);
+        assertEquals(now[n] - before[n], 1024 * MiB, boot.stderr);
+        if (n === 0) assertEquals(now[1], before[1]);
+        await command(["sfdisk", "--verify", disk.path]);
+        const parts = await partitionNames(disk);
+        assertEquals(parts, ["lightwhale-swap", "lightwhale-data"]);
+      }
+      // Nothing grew: nothing is written to any table, nor resized.
+      const tables = await Promise.all(system.disks.map(tablesOf));
+      await system.reboot();
+      const boot = await system.boot();
+      assert(!/grow/i.test(boot.stderr), boot.stderr);
+      assertEquals(await Promise.all(system.disks.map(tablesOf)), tables);
+      await assertMirrored(system, sums);
+    },
+  );
+}
+
+onDisks(
+  "free space behind the partition that was left on purpose is left",
+  { disks: [magicDisk] },
+  async (system) => {
+    await system.boot();
+    const [disk] = system.disks;
+    await system.sh(
+      "btrfs -q filesystem resize 1:300M mnt/lightwhale-data",
+    );
+    await system.reboot();
+    await command([
+      ...[
+        "sh",
+        "-euc",
+        'echo ", 320M" | sfdisk -q --no-tell-kernel -N 1 "$DISK"',
+      ],
+    ], { DISK: disk.path });
+    const before = await tablesOf(disk);
+    const boot = await system.boot();
+    assertPersistent(boot, { devices: 1 });
+    assertEquals(await tablesOf(disk), before);
+  },
+);
+
+// Two data filesystems, copies
+
+onDisks(
+  "of two data filesystems always the same one is used, or the one asked for",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const uuids: string[] = [];
+    const sums: Sums[] = [];
+    for (const n of [0, 1]) {
+      await system.reboot({ without: [system.disks[1 - n]] });
+      sums[n] = await persist(system);
+      uuids[n] = await uuid(system);
+    }
+    await system.reboot();
+
+    const used: string[] = [];
+    for (const _ of ["first", "second", "with the disks in other places"]) {
+      const first = await bootAndLook();
+      used.push(first);
+      const [a, b] = system.disks;
+      await system.reboot({
+        whileOff: () => used.length === 2 ? swapPlaces(a, b) : nothing(),
+      });
+    }
+    assertEquals(new Set(used).size, 1, `${used}`);
+
+    for (const asked of uuids) {
+      await system.reboot({ cmdline: `quiet lightwhale.data=${asked}` });
+      assertEquals(await bootAndLook(), asked);
+    }
+
+    /** Boots, makes sure that one is used and the other untouched. */
+    async function bootAndLook() {
+      const before = await Promise.all(system.disks.map(system.checksum));
+      const boot = await system.boot();
+      assertPersistent(boot, { devices: 1 });
+      assertEquals(boot.report.uuid, await uuid(system));
+      const other = uuids.find((uuid) => uuid !== boot.report.uuid);
+      assertMatch(boot.stderr, new RegExp(`lightwhale\\.data=${other}`));
+      await assertKept(system, sums[uuids.indexOf(boot.report.uuid ?? "")]);
+      const after = await Promise.all(system.disks.map(system.checksum));
+      const same = system.disks.filter((_, n) => before[n] === after[n]);
+      assertEquals(same.length, 1, boot.stderr);
+      assertEquals(same[0].path === boot.report.devices[0].slice(0, -2), false);
+      return boot.report.uuid ?? "";
+    }
+  },
+);
+
+for (const count of [1, 2]) {
+  onDisks(
+    `a copy of one of ${count} disks is told apart from it`,
+    { disks: count === 1 ? [magicDisk] : [magicDisk, magicDisk] },
+    async (system) => {
+      const sums = await persist(system);
+      const copy = await system.plug(emptyDisk);
+      const [first] = system.disks;
+      await system.reboot({
+        whileOff: () => copyImage(first.image, copy.image),
+      });
+      let used: string | undefined;
+      for (const round of ["one", "two", "with the copy in front"]) {
+        const before = await Promise.all(system.disks.map(system.checksum));
+        const boot = await system.boot();
+        assertPersistent(boot, { devices: count });
+        await assertKept(system, sums);
+        sums.one = await write(system, "one");
+        await system.sh("btrfs filesystem sync mnt/lightwhale-data");
+        const after = await Promise.all(system.disks.map(system.checksum));
+        const same = system.disks.filter((_, n) => before[n] === after[n]);
+        assertEquals(same.length, 1, `${round}: ${boot.stderr}`);
+        assert([first, copy].includes(same[0]), round);
+        used ??= same[0].image;
+        assertEquals(same[0].image, used, `${round}: the other is used`);
+        assertMatch(boot.stderr, new RegExp(`${same[0].path}.*copy`));
+        await system.reboot({
+          whileOff: () => round === "two" ? swapPlaces(first, copy) : nothing(),
+        });
+      }
+    },
+  );
+}
+
+// Damaged
+
+const tableDamages: Record<string, { script: string; says: RegExp }> = {
+  "the header of the primary table is destroyed": {
+    script: 'dd if=/dev/zero of="$DISK" bs=512 seek=1 count=1 conv=notrunc',
+    says: /partition table/,
+  },
+  "the primary table is destroyed": {
+    script: 'dd if=/dev/zero of="$DISK" bs=512 seek=1 count=33 conv=notrunc',
+    says: /partition table/,
+  },
+  "the first megabyte is destroyed": {
+    script: 'dd if=/dev/zero of="$DISK" bs=1M count=1 conv=notrunc',
+    says: /partition table/,
+  },
+};
+
+for (const [damage, { script, says }] of Object.entries(tableDamages)) {
+  onDisks(
+    `${damage}: it is restored from the backup`,
+    { disks: [magicDisk, magicDisk] },
+    async (system) => {
+      const sums = await persist(system);
+      const [disk] = system.disks;
+      const before = await tablesOf(disk);
+      await system.reboot({
+        whileOff: () => destroy(disk, script),
+      });
+      const boot = await system.boot();
+      assertPersistent(boot, { devices: 2 });
+      assertMatch(boot.stderr, says);
+      await assertKept(system, sums);
+      if (damage !== "the first megabyte is destroyed") {
+        assertEquals(await tablesOf(disk), before, boot.stderr);
+      }
+      await command(["sfdisk", "--verify", disk.path]);
+      await idle(system);
+      await assertMirrored(system, sums);
+    },
+  );
+}
+
+onDisks(
+  "the whole table of the only disk is gone: it is not touched",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [disk] = system.disks;
+    await system.reboot({
+      whileOff: () =>
+        destroy(
+          disk,
+          `dd if=/dev/zero of="$DISK" bs=512 count=34 conv=notrunc
+           dd if=/dev/zero of="$DISK" bs=512 count=33 conv=notrunc \
+             seek=$(($(stat -c %s "$DISK") / 512 - 33))`,
+        ),
+    });
+    const before = await system.checksum(disk);
+    const boot = await system.boot();
+    assert(boot.report.mode !== "persistent", boot.stderr);
+    assertEquals(await system.checksum(disk), before);
+  },
+);
+
+onDisks(
+  "the superblock of one half is destroyed: the other half is used",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [, disk] = system.disks;
+    await system.plug(magicDisk);
+    await system.reboot({
+      whileOff: () =>
+        destroy(
+          disk,
+          'dd if=/dev/zero of="$DISK" bs=64K seek=17 count=1 conv=notrunc',
+        ),
+    });
+    const before = await system.checksum(disk);
+    const boot = await system.boot(["--wait", "0"]);
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    assert(boot.report.degraded, boot.stderr);
+    await assertKept(system, sums);
+    assertMatch(boot.stderr, new RegExp(`${disk.path}p1 seems to have been`));
+    await idle(system);
+    assertEquals(await system.checksum(disk), before);
+    await assertKept(system, sums);
+  },
+);
+
+onDisks(
+  "errors of a device are shown by --status, with its name",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    sums.large = await write(system, "large", 120);
+    const [, disk] = system.disks;
+    await system.reboot({
+      whileOff: () =>
+        destroy(
+          disk,
+          `dd if=/dev/urandom of="$DISK" bs=1M seek=100 count=150 conv=notrunc`,
+        ),
+    });
+    assertEquals((await system.boot()).report.mode, "persistent");
+    await system.sh("btrfs scrub start -Bq mnt/lightwhale-data || true");
+    await assertKept(system, sums);
+    const { devices, health } = await status(system);
+    const second = devices.find(({ devid }) => devid === 2);
+    const count = second?.errors.corruption_errs ?? 0;
+    assert(count > 0, JSON.stringify(devices));
+    assertMatch(health.join("\n"), new RegExp(`${disk.path}p1 .*corruption`));
+    const { stdout } = await system.run([...system.place(), "--status"]);
+    assertMatch(stdout, new RegExp(`${disk.path}p1 .*corruption`));
+  },
+);
+
+/** Boots for the first time and writes something. */
+async function persist(system: System): Promise<Sums> {
+  const boot = await system.boot();
+  assertEquals(boot.report.mode, "persistent", boot.stderr);
+  return {
+    one: await write(system, "one"),
+    "no checksums": await writeNoCow(system),
+  };
+}
+
+/** Writes a file of random bytes. Returns its checksum. */
+async function write(
+  system: System,
+  name: string,
+  mebibytes = 20,
+): Promise<string> {
+  return await system.sh(
+    `cd ${state}; head -c ${mebibytes}M /dev/urandom > "${name}"
+     sync "${name}"; sha256sum < "${name}"`,
+  );
+}
+
+/** A file for which Btrfs keeps no checksums, as databases are. */
+async function writeNoCow(system: System): Promise<string> {
+  const name = "no checksums";
+  return await system.sh(
+    `cd ${state}; test -e "${name}" || { : > "${name}"; chattr +C "${name}"; }
+     head -c 2M /dev/urandom | dd of="${name}" conv=notrunc status=none
+     sync "${name}"; sha256sum < "${name}"`,
+  );
+}
+
+async function assertKept(system: System, sums: Sums): Promise<void> {
+  for (const [name, sum] of Object.entries(sums)) {
+    // A stale half of a mirror shows when it is asked often enough; nocache
+    // lets the kernel forget the file, so that it is read from a disk again.
+    for (let reader = 0; reader < 4; reader++) {
+      const found = await system.sh(
+        `cd ${state}; dd if="${name}" iflag=nocache count=0 status=none
+         sha256sum < "${name}"`,
+      );
+      assertEquals(found, sum, name);
+    }
+  }
+}
+
+/** Reboots and reads everything without each of the disks in turn. */
+async function assertMirrored(
+  system: System,
+  sums: Sums,
+  { without = [] }: { without?: Disk[] } = {},
+): Promise<void> {
+  for (const lost of system.disks) {
+    if (without.includes(lost)) continue;
+    await system.reboot({ without: [lost, ...without] });
+    for (const { path } of system.disks.filter(({ path }) => path)) {
+      await command(["partx", "--update", path]);
+    }
+    const found = await system.sh(
+      `set --
+       for disk in ${system.disks.map(({ path }) => path).join(" ")}; do
+         for node in "$disk" "$disk"p*; do
+           case $(blkid -p -s LABEL -o value "$node" 2>/dev/null) in
+             lightwhale-data) set -- "$@" "$node" ;;
+           esac
+         done
+       done
+       options=ro,degraded,subvol=/@lightwhale-state
+       for node; do options=$options,device=$node; done
+       mount -t btrfs -o "$options" "$1" mnt/lightwhale-data
+       cd mnt/lightwhale-data
+       for name in ${Object.keys(sums).map((name) => `"${name}"`).join(" ")}
+       do sha256sum < "$name"; done`,
+    );
+    assertEquals(
+      found,
+      Object.values(sums).join(""),
+      `without ${lost.image.replace(/.*\//, "")}`,
+    );
+  }
+  await system.reboot({ without });
+}
+
+/** Reboots without a disk. Returns the loop device that it can come to. */
+async function freePlace(system: System, late: Disk): Promise<string> {
+  // Far from where others take their loop devices from.
+  const path = "/dev/loop230";
+  await system.reboot({ without: [late] });
+  await system.attach(late, path);
+  await command(["losetup", "--detach", path]);
+  late.path = "";
+  return path;
+}
+
+/** Runs the boot sequence on these devices. */
+async function bootOn(
+  system: System,
+  devices: string[],
+  wait: string,
+): Promise<Boot> {
+  const result = await system.run([
+    ...["--root", system.root, "--devices", devices.join(), "--wait", wait],
+  ]);
+  const report = await system.sh("cat run/lightwhale/persistence.json");
+  return { ...result, report: JSON.parse(report) as Report };
+}
+
+/** Boots with a disk missing: persistent, and the warning says so. */
+async function bootDegraded(system: System, devices: number): Promise<Boot> {
+  const boot = await system.boot(["--wait", "0"]);
+  assertEquals([boot.status, boot.report.mode], [0, "persistent"], boot.stderr);
+  assertEquals(boot.report.devices.length, devices, boot.stderr);
+  assert(boot.report.degraded, boot.stderr);
+  assertEquals(boot.report.missing.length, 1, boot.stderr);
+  assertMatch(boot.stderr, /lacks|missing/);
+  return boot;
+}
+
+function assertPersistent(
+  { status, report, stderr }: Boot,
+  { devices }: { devices: number },
+): void {
+  const { mode, degraded } = report;
+  assertEquals(
+    { status, mode, degraded, devices: report.devices.length },
+    { status: 0, mode: "persistent", degraded: false, devices },
+    stderr,
+  );
+}
+
+/** Waits for the work in the background. */
+async function idle(system: System): Promise<void> {
+  const giveUpAt = Date.now() + 120_000;
+  for (;;) {
+    try {
+      await system.settle();
+      if ((await status(system)).work.length === 0) return;
+    } catch (error) {
+      if (Date.now() > giveUpAt) throw error;
+    }
+    assert(Date.now() < giveUpAt, "The work in the background does not end");
+    await sleep(100);
+  }
+}
+
+async function status(system: System): Promise<Status> {
+  const args = [...system.place(), "--status", "--json"];
+  const { stdout, stderr } = await system.run(args);
+  assert(stdout.startsWith("{"), stderr);
+  return JSON.parse(stdout);
+}
+
+/** Of data, metadata and system chunks: `raid1 raid1 single+raid1`. */
+async function profiles(system: System): Promise<string> {
+  const found = await system.sh("btrfs filesystem df mnt/lightwhale-data");
+  return ["Data", "Metadata", "System"].map((type) =>
+    [...found.matchAll(new RegExp(`^${type}, ([^:]+):`, "gm"))]
+      .map(([, profile]) => profile.toLowerCase()).sort().join("+")
+  ).join(" ");
+}
+
+async function uuid(system: System): Promise<string> {
+  const shown = await system.sh("btrfs filesystem show mnt/lightwhale-data");
+  return /uuid: (\S+)/.exec(shown)?.[1] ?? "";
+}
+
+/** Sizes of the members in bytes, by devid. */
+async function sizes(system: System): Promise<number[]> {
+  const shown = await system.sh(
+    "btrfs filesystem show --raw mnt/lightwhale-data",
+  );
+  return [...shown.matchAll(/devid +\d+ size (\d+)/g)]
+    .map(([, size]) => Number(size));
+}
+
+/** Stops the system's clock in the middle of something long. */
+async function cutDuring(
+  system: System,
+  operation: string,
+): Promise<() => Promise<void>> {
+  const directory = `/sys/fs/btrfs/${await uuid(system)}`;
+  const running = () => Deno.readTextFile(`${directory}/exclusive_operation`);
+  const giveUpAt = Date.now() + 20_000; // another long work may come first
+  while (await running() !== `${operation}\n`) {
+    assert(Date.now() < giveUpAt, `There is no ${operation}`);
+    await sleep(1);
+  }
+  await system.sh("fsfreeze --freeze mnt/lightwhale-data");
+  assertEquals(await running(), `${operation}\n`, "It was too fast");
+  const copies: [string, string][] = [];
+  try {
+    for (const { image, path } of system.disks) {
+      if (!path) continue;
+      await copyImage(image, `${image}.cut`);
+      copies.push([`${image}.cut`, image]);
+    }
+  } finally {
+    await system.sh("fsfreeze --unfreeze mnt/lightwhale-data");
+  }
+  return async () => {
+    for (const [copy, image] of copies) await Deno.rename(copy, image);
+  };
+}
+
+async function copyImage(from: string, to: string): Promise<void> {
+  await command(["cp", "--sparse=always", from, to]);
+}
+
+/** Exchanges what is behind two devices, as another cable does. */
+function swapPlaces(one: Disk, other: Disk): Promise<void> {
+  [one.image, other.image] = [other.image, one.image];
+  return nothing();
+}
+
+function nothing(): Promise<void> {
+  return Promise.resolve();
+}
+
+async function destroy({ image }: Disk, script: string): Promise<void> {
+  await command(["sh", "-euc", script], { DISK: image });
+}
+
+/** Without swap the data partition begins at 1 MiB. */
+async function eraseMarks(disk: Disk): Promise<void> {
+  await destroy(
+    disk,
+    'dd if=/dev/zero of="$DISK" bs=8K seek=135 count=1 conv=notrunc',
+  );
+}
+
+/** The search path on which no `btrfs replace` can be started. */
+async function withoutReplace(): Promise<string> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-programs-" });
+  await Deno.writeTextFile(
+    `${folder}/btrfs`,
+    `#!/bin/sh
+test "$1" = replace && exit 1
+PATH=${systemPath}
+exec btrfs "$@"
+`,
+    { mode: 0o755 },
+  );
+  return `${folder}:${systemPath}`;
+}
+
+async function partitionNames({ path }: Disk): Promise<string[]> {
+  const dump = await command(["sfdisk", "--dump", path]);
+  return [...dump.matchAll(/name="([^"]*)"/g)].map(([, name]) => name);
+}
+
+/** Checksums of the partition tables at both ends of a disk. */
+async function tablesOf({ path }: Disk): Promise<string> {
+  await command(["blockdev", "--flushbufs", path]);
+  const size = Number(await command(["blockdev", "--getsize64", path]));
+  return await command(
+    [
+      ...["sh", "-euc"],
+      'head -c 65536 "$DISK" | sha256sum; tail -c 65536 "$DISK" | sha256sum',
+    ],
+    { DISK: path, SIZE: String(size) },
+  );
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
