@@ -51,6 +51,8 @@ interface Step extends Expected {
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
   run?: string;
+  /** The disk that is not there until `on` plugs it. */
+  late?: number;
   on?: BootOptions["on"];
 }
 
@@ -286,7 +288,37 @@ const situations: Situation[] = [
     disks: [{ magic: true, bus: "scsi" }, { magic: true, bus: "scsi" }],
     boots: [
       { after: { ...mirrored, boots: boots(1) } },
-      { after: { ...mirrored, boots: boots(2) }, on: plugLate(1, 6000) },
+      {
+        after: { ...mirrored, boots: boots(2) },
+        late: 1,
+        on: {
+          "start S11persistence": async (vm) => {
+            await new Promise((resolve) => setTimeout(resolve, 6000));
+            await vm.plug(1);
+          },
+        },
+      },
+    ],
+  },
+  {
+    name: "a mirror's second disk is pulled while the system runs",
+    everyTime: false,
+    disks: [{ magic: true, bus: "scsi" }, { magic: true, bus: "scsi" }],
+    boots: [
+      {
+        after: { ...mirrored, boots: boots(1) },
+        run: `echo @pull 1; sleep 3; [ ! -e /dev/sdb ]
+          touch /etc/still-writable; sync`,
+        on: { pull: (vm, [, disk]) => vm.pull(Number(disk)) },
+      },
+      {
+        after: {
+          ...persistent,
+          profiles: "raid1 raid1 raid1",
+          boots: boots(2),
+        },
+        run: "ls /etc/still-writable",
+      },
     ],
   },
   {
@@ -352,8 +384,7 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
     const boot = await bootVm({
       ...situation,
       ...step,
-      // A disk that comes late does so from the second boot on.
-      disks: disks.map((disk, d) => ({ ...disk, late: !!step.on && d > 0 })),
+      disks: disks.map((disk, d) => ({ ...disk, late: step.late === d })),
       image: step.image?.(),
       check: lookAndRun(step.run),
     });
@@ -374,16 +405,6 @@ function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
 
 function checksum(file: string): string {
   return createHash("sha256").update(Deno.readFileSync(file)).digest("hex");
-}
-
-/** Plug this disk when S11persistence has run for so long. */
-function plugLate(disk: number, afterMs: number): Step["on"] {
-  return {
-    "start S11persistence": async (vm) => {
-      await new Promise((resolve) => setTimeout(resolve, afterMs));
-      await vm.plug(disk);
-    },
-  };
 }
 
 function rentedServer(): string {

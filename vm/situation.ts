@@ -18,7 +18,7 @@ export interface Expected {
   after: Partial<After>;
   /** What the console must say. */
   says?: RegExp;
-  /** The longest that S11persistence may take; default: 30 s. */
+  /** The longest that S11persistence may take; default: 60 s. */
   withinMs?: number;
 }
 
@@ -116,7 +116,7 @@ export function assertBoot(boot: Boot, step: Expected, name: string): void {
     assertEquals(actual, step.after);
     assertEquals(boot.checkStatus, 0, "The check failed");
     if (step.says) assertMatch(boot.console, step.says);
-    const { withinMs = 30_000 } = step;
+    const { withinMs = 60_000 } = step;
     assert(boot.s11Ms! <= withinMs, `S11persistence took ${boot.s11Ms} ms`);
   } catch (error) {
     throw new Error(`${name}: ${(error as Error).message}\n${all}`);

@@ -58,7 +58,7 @@ export interface BootOptions {
   memoryMiB?: number;
   /** Default: Nehalem, the oldest that is promised. */
   cpu?: string;
-  /** Default: 120 s. */
+  /** Default: 300 s, for machines that have much else to do. */
   timeoutMs?: number;
   /** When and how the power of the recorded disks goes. */
   cut?: Cut;
@@ -108,7 +108,7 @@ export interface Boot {
  * @throws When the machine neither powers off nor is cut within the timeout.
  */
 export async function bootVm(options: BootOptions): Promise<Boot> {
-  const { disks = [], on = {}, cut, timeoutMs = 120_000 } = options;
+  const { disks = [], on = {}, cut, timeoutMs = 300_000 } = options;
   const image = options.image ?? systemImage();
   const dir = Deno.makeTempDirSync({ prefix: "persistence-vm-" });
   const boot: Boot = {
