@@ -204,6 +204,8 @@ export interface Superblock {
   devid: number;
   /** Size of this device as the filesystem knows it. */
   deviceBytes: number;
+  /** Writes since the last commit wait in a log tree. */
+  hasLog: boolean;
   /** False when the checksum is wrong: damaged, not absent. */
   intact: boolean;
 }
@@ -218,6 +220,7 @@ const BTRFS = {
   magic: 0x40,
   magicText: "_BHRfS_M",
   generation: 0x48,
+  logRoot: 0x60,
   numDevices: 0x88,
   checksumType: 0xc4,
   devid: 0xc9,
@@ -243,6 +246,7 @@ export function parseSuperblock(block: Uint8Array): Superblock | undefined {
     numDevices: Number(view.getBigUint64(BTRFS.numDevices, true)),
     devid: Number(view.getBigUint64(BTRFS.devid, true)),
     deviceBytes: Number(view.getBigUint64(BTRFS.deviceBytes, true)),
+    hasLog: view.getBigUint64(BTRFS.logRoot, true) !== 0n,
     intact: checksumIsRight(block, view),
   };
 }
@@ -386,6 +390,8 @@ export interface Mark {
   epoch: number;
   /** Identities of the members that were present. */
   present: string[];
+  /** Members that were not, and the generation when each was last there. */
+  absent: Record<string, number>;
 }
 
 /** Two slots, written in turn, so that a torn write leaves the older one. */
@@ -419,11 +425,13 @@ function parseMarkSlot(slot: string): Mark | undefined {
   if (title !== MARK.title || !json) return undefined;
   if (crcOfText(json) !== parseInt(sum, 16)) return undefined;
   try {
-    const { fsid, member, epoch, present } = JSON.parse(json);
+    const { fsid, member, epoch, present, absent } = JSON.parse(json);
     const valid = typeof fsid === "string" && typeof member === "string" &&
       Number.isSafeInteger(epoch) && Array.isArray(present) &&
-      present.every((id: unknown) => typeof id === "string");
-    return valid ? { fsid, member, epoch, present } : undefined;
+      present.every((id: unknown) => typeof id === "string") &&
+      typeof absent === "object" && absent !== null &&
+      Object.values(absent).every(Number.isSafeInteger);
+    return valid ? { fsid, member, epoch, present, absent } : undefined;
   } catch {
     return undefined;
   }
@@ -1111,10 +1119,16 @@ function newest(devices: BlockDevice[]): BlockDevice {
   );
 }
 
-/** Was `writer` mounted for writing while `other` was not there? */
+/**
+ * Was anything written to `writer` while `other` was not there? A mount that
+ * failed, or a power cut before the first commit, has written nothing.
+ */
 function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
-  return writer.mark !== undefined && other.mark !== undefined &&
-    !writer.mark.present.includes(other.mark.member);
+  const { mark, btrfs } = writer;
+  if (!mark || !btrfs || !other.mark) return false;
+  if (mark.present.includes(other.mark.member)) return false;
+  const together = mark.absent[other.mark.member] ?? -1;
+  return btrfs.generation > together || btrfs.hasLog;
 }
 
 /** Sorts the devices of one filesystem; the marks prove what is stale. */
@@ -1259,7 +1273,7 @@ function chooseDataFilesystem(
 function whyExcluded(device: BlockDevice, members: BlockDevice[]): string {
   const same = members.find((member) => devidOf(member) === devidOf(device));
   if (same) return `is a copy of ${same.path}, or was replaced by it`;
-  return members.some((member) => wroteWithout(device, member))
+  return members.every((member) => wroteWithout(device, member))
     ? `and ${pathsOf(members)} were each written without the other`
     : `was replaced while it was away`;
 }
@@ -1563,6 +1577,10 @@ async function writeBytes(
   at: number,
   bytes: Uint8Array,
 ): Promise<void> {
+  // dd would make a file in /dev in the place of a device that has gone.
+  if (!fs.existsSync(path)) {
+    throw new Error(`Cannot write to ${path}: it is gone`);
+  }
   await run([
     "dd",
     `of=${path}`,
@@ -1689,7 +1707,7 @@ async function updatePartitions(disk: string): Promise<void> {
 
 async function waitForNode(path: string): Promise<void> {
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
-  while (!fs.existsSync(path)) {
+  while (!isBlockDevice(path)) {
     if (Date.now() > giveUpAt) {
       throw new Error(
         `Cannot find ${path}: its node did not appear in ` +
@@ -1698,6 +1716,10 @@ async function waitForNode(path: string): Promise<void> {
     }
     await sleep(20);
   }
+}
+
+function isBlockDevice(path: string): boolean {
+  return attemptNow(() => fs.statSync(path).isBlockDevice()) ?? false;
 }
 
 /** Makes swap and the data filesystem, and commits it by its label. */
@@ -1912,7 +1934,8 @@ async function markMembers(
   const present = marks.map(({ member }) => member);
   const failed: BlockDevice[] = [];
   await Promise.all(marks.map(async ({ device, member }) => {
-    const mark = { fsid, member, epoch, present };
+    const absent = absentSince(device, present);
+    const mark = { fsid, member, epoch, present, absent };
     const slot = MARK.slotsAt[epoch % MARK.slotsAt.length];
     try {
       await writeBytes(device.path, slot, formatMark(mark));
@@ -1924,6 +1947,18 @@ async function markMembers(
     }
   }));
   return failed;
+}
+
+/** Who is not present, and the generation when this device last saw it. */
+function absentSince(
+  { mark, btrfs }: BlockDevice,
+  present: string[],
+): Record<string, number> {
+  if (!mark || !btrfs) return {};
+  const seen = mark.present.map((id) => [id, btrfs.generation] as const);
+  const gone = [...Object.entries(mark.absent), ...seen]
+    .filter(([id]) => !present.includes(id));
+  return Object.fromEntries(gone.slice(-16)); // a block has room for so many
 }
 
 async function mountMembers(
@@ -2599,16 +2634,22 @@ async function startJob(
       await cancelReplace(place);
       await wipe(job.device);
       return;
-    case "rebuild":
-      // Armed, it is a disk to be formatted should the power fail now.
-      await arm(job.device);
-      await wipe(job.device);
-      await startReplace(job.devid, job.device, data, place);
-      return () => finishReplace(job.devid, job.device, data, place);
+    case "rebuild": {
+      const device = await arm(job.device);
+      await wipe(device);
+      await startReplace(job.devid, device, data, place);
+      return () => finishReplace(job.devid, device, data, place);
+    }
     case "replace": {
       await cancelReplace(place);
       const device = await prepareMember(job.member);
-      await startReplace(job.devid, device, data, place);
+      try {
+        await startReplace(job.devid, device, data, place);
+      } catch (error) { // btrfs-progs refuse a target that is too small
+        say("info", `${messageOf(error)}; it is added instead`);
+        await addInstead(device, data, place);
+        return;
+      }
       return () => finishReplace(job.devid, device, data, place);
     }
     case "add":
@@ -2617,6 +2658,7 @@ async function startJob(
       return;
     case "remove missing":
       return async () => {
+        await packChunks(place);
         await run(["btrfs", "device", "remove", "missing", place.data], {
           to: `mirror the data of the missing device anew`,
           timeoutMs: Infinity,
@@ -2660,10 +2702,17 @@ async function waitForOperation(data: DataFilesystem): Promise<void> {
   while (!["none", "balance paused"].includes(operation())) await sleep(1000);
 }
 
-/** Marks the disk of a device to be formatted at the next boot. */
-async function arm(device: BlockDevice): Promise<void> {
-  const magic = new TextEncoder().encode(MAGIC);
-  await writeBytes(`/dev/${device.disk}`, 0, magic);
+/**
+ * Marks a device to be formatted, should the power fail now. Of a partition
+ * the name and not the header: there may be other partitions on its disk.
+ */
+async function arm(device: BlockDevice): Promise<BlockDevice> {
+  if (device.kind === "partition") {
+    await attempt(() => namePartition(device, MAGIC)); // an MBR has no names
+    return { ...device, partitionName: MAGIC };
+  }
+  await writeBytes(device.path, 0, new TextEncoder().encode(MAGIC));
+  return device;
 }
 
 /** Takes marks and signatures away from a device. */
@@ -2690,15 +2739,10 @@ async function startReplace(
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  try {
-    await run(
-      ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
-      { to: `let ${device.path} take the place of device ${devid}` },
-    );
-  } catch (error) {
-    say("info", messageOf(error)); // too small: finishReplace() adds it
-    return;
-  }
+  await run(
+    ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
+    { to: `let ${device.path} take the place of device ${devid}` },
+  );
   // It went to the background before the kernel began.
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
   while (Date.now() < giveUpAt) {
@@ -2709,9 +2753,8 @@ async function startReplace(
 }
 
 /**
- * Waits for a replace. It fails for a device that is smaller than the missing
- * one, and on a full filesystem, where the kernel finds no room to set a block
- * group read-only: then the device is added and the missing one removed.
+ * Waits for a replace. It fails where the kernel finds no room to set a block
+ * group read-only; chunks that are packed more tightly leave room.
  */
 async function finishReplace(
   devid: number,
@@ -2719,21 +2762,48 @@ async function finishReplace(
   data: DataFilesystem,
   place: ReturnType<typeof places>,
 ): Promise<void> {
-  await waitForOperation(data);
-  const found = await superblockOf(device.path);
-  if (found?.fsid === data.fsid && found.devid === devid) {
-    await growFilesystem([{ ...device, btrfs: found }], place);
-  } else {
-    say("info", `${device.path} is added and device ${devid} removed instead`);
+  for (let packed = false;; packed = true) {
+    await waitForOperation(data);
+    const found = await superblockOf(device.path);
+    if (found?.fsid === data.fsid && found.devid === devid) {
+      await growFilesystem([{ ...device, btrfs: found }], place);
+      return await disarm([bearerOfMark(device)]);
+    }
+    if (packed) {
+      throw new Error(
+        `Cannot let ${device.path} take the place of device ${devid}: there ` +
+          `is too little free space; delete something, then reboot`,
+      );
+    }
     await cancelReplace(place);
-    await addDevice(device, data, place);
-    fs.writeFileSync(wishFile("remove missing", place), "");
+    await packChunks(place);
+    await startReplace(devid, device, data, place);
   }
-  await disarm([wholeDisk(device)]);
 }
 
-/** The disk that bears the header for a device, unless it is a partition. */
-function wholeDisk(device: BlockDevice): BlockDevice {
+/** Moves what is in half-empty chunks together, if there is room even so. */
+async function packChunks(place: ReturnType<typeof places>): Promise<void> {
+  await run(["btrfs", "balance", "start", "-dusage=85", place.data], {
+    to: `make room on "${place.data}"`,
+    accept: [0, 1],
+    timeoutMs: Infinity,
+  });
+}
+
+/** Adds a device that is smaller than the missing one, to remove that next. */
+async function addInstead(
+  device: BlockDevice,
+  data: DataFilesystem,
+  place: ReturnType<typeof places>,
+): Promise<void> {
+  await addDevice(device, data, place);
+  fs.writeFileSync(wishFile("remove missing", place), "");
+  await disarm([bearerOfMark(device)]);
+}
+
+/** The disk that has the header, or the partition that has the name. */
+function bearerOfMark(device: BlockDevice): BlockDevice {
+  if (device.partitionName === MAGIC) return device;
   return { ...device, path: `/dev/${device.disk}`, kind: "disk" };
 }
 
