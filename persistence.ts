@@ -3622,6 +3622,12 @@ export function parseCommandLine(args: string[], kernel: string) {
       throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
     }
     settings.root = fs.realpathSync(parsed.root);
+    if (/[\s\\,:]/.test(settings.root)) {
+      throw new UsageError(
+        `Cannot use --root "${parsed.root}": mount options cannot hold ` +
+          `spaces, commas, colons and backslashes`,
+      );
+    }
   }
   if (parsed.devices !== undefined) {
     settings.only = parsed.devices.split(",").filter(Boolean).map(nameOfDisk);
