@@ -341,7 +341,7 @@ const refusals: {
     name: "a disk with a GPT",
     disks: [{ ...disk, contents: gpt }],
     enable: ["%1"],
-    says: /partition table.*--force|GPT.*--force/i,
+    says: /\bGPT\b.*--force/i,
     force: "overrules",
   },
   {
@@ -352,7 +352,7 @@ const refusals: {
         sfdisk -q --no-reread --no-tell-kernel "$DISK"`,
     }],
     enable: ["%1"],
-    says: /partition table.*--force|MBR.*--force/i,
+    says: /\b(dos|MBR)\b.*--force/,
     force: "overrules",
   },
   {
@@ -481,7 +481,8 @@ onDisks(
       [...report.devices].sort(),
     );
     assertEquals(status.health, []);
-    assertEquals(status.swap.length, 1);
+    // The machine may have swap of its own.
+    assert(status.swap.includes(`${system.disks[0].path}p1`), status.swap);
     assertEquals(status.lastBoot.mode, "persistent");
     const targets = status.mounts.map(({ target }: { target: string }) =>
       target.replace(system.root, "")

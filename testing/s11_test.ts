@@ -54,7 +54,10 @@ status 0
   );
   assertEquals(
     await system.sh("cat tmp/environ tmp/stdin"),
-    "PATH=/usr/sbin:/usr/bin:/sbin:/bin\n/dev/null\n",
+    `PATH=/usr/sbin:/usr/bin:/sbin:/bin
+UV_THREADPOOL_SIZE=128
+/dev/null
+`,
   );
 });
 
