@@ -108,6 +108,8 @@ export function places(root: string) {
   };
 }
 
+type Places = ReturnType<typeof places>;
+
 // ---------------------------------------------------------------------------
 // The facts: what is known about the machine before anything is decided.
 // ---------------------------------------------------------------------------
@@ -546,9 +548,7 @@ async function makePlan(settings: Settings, waitMs: number): Promise<Plan> {
 }
 
 /** A run that was killed may have left its scratch mounts. */
-async function removeScratchMounts(
-  place: ReturnType<typeof places>,
-): Promise<void> {
+async function removeScratchMounts(place: Places): Promise<void> {
   for (const target of [place.topLevel, place.copyUp]) {
     while (mountedOn(target)) await unmount(target);
   }
@@ -1284,10 +1284,7 @@ function countAbsent(data: DataFilesystem): number {
   return Math.max(0, data.missing - present);
 }
 
-function findSwap(
-  data: DataFilesystem,
-  devices: BlockDevice[],
-): BlockDevice[] {
+function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
   const disks = new Set(
     data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
   );
@@ -1725,7 +1722,7 @@ function isBlockDevice(path: string): boolean {
 /** Makes swap and the data filesystem, and commits it by its label. */
 async function createDataFilesystem(
   create: NewFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   const paths = create.members.map((member) => member.dataPath);
   say(
@@ -1798,7 +1795,7 @@ async function verifySuperblocks(
 async function withTopLevel(
   paths: string[],
   options: string[],
-  place: ReturnType<typeof places>,
+  place: Places,
   use: (directory: string) => Promise<void>,
 ): Promise<void> {
   fs.mkdirSync(place.topLevel, { recursive: true });
@@ -1816,7 +1813,7 @@ async function withTopLevel(
 
 async function mountDataFilesystem(
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   if (!mountedOn(place.data)) {
     await repairTables(data);
@@ -1835,7 +1832,7 @@ async function mountDataFilesystem(
  */
 async function mountTheUsual(
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   const [first, ...others] = data.members.map((member) => member.path);
   const subvolumes = (["state", "snapshots"] as const)
@@ -1900,7 +1897,7 @@ async function growPartitions(data: DataFilesystem): Promise<void> {
 /** Lets the filesystem follow partitions that are larger than it knows. */
 async function growFilesystem(
   members: BlockDevice[],
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   for (const member of members) {
     const sizeBytes = 512 *
@@ -1963,7 +1960,7 @@ function absentSince(
 
 async function mountMembers(
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   const unwanted = [...data.excluded, ...data.stale];
   if (unwanted.length > 0) {
@@ -2011,7 +2008,7 @@ async function mountMembers(
 async function mountDataSubvolume(
   paths: string[],
   options: string[],
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   const subvolume = [`subvol=/${SUBVOLUMES.data}`, ...options];
   let atTopLevel = false;
@@ -2036,7 +2033,7 @@ async function mountDataSubvolume(
 async function mountSubvolume(
   which: "state" | "snapshots",
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   const target = place[which];
   if (!isFree(target)) return;
@@ -2092,14 +2089,14 @@ function makeMountPoint(path: string): void {
 /** Without a data filesystem: a tmpfs in its place, or what is there. */
 async function mountVolatile(
   plan: Plan,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<Outcome["mode"]> {
   if (plan.mode !== "mounted") await mountTmpfs(place);
   return plan.errors.length > 0 ? "fallback" : "volatile";
 }
 
 /** tmpfs(5): half of the memory, and said so, that Docker may not take all. */
-async function mountTmpfs(place: ReturnType<typeof places>): Promise<void> {
+async function mountTmpfs(place: Places): Promise<void> {
   makeMountPoint(place.data);
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
   await run([
@@ -2120,7 +2117,7 @@ async function mountTmpfs(place: ReturnType<typeof places>): Promise<void> {
 }
 
 /** The last resort: whatever failed, the system gets writable. */
-async function fallBack(place: ReturnType<typeof places>): Promise<void> {
+async function fallBack(place: Places): Promise<void> {
   try {
     const targets = [...OVERLAYS.map((name) => join(place.root, name))]
       .filter((target) => mountedOn(target)?.type === "overlay")
@@ -2141,7 +2138,7 @@ async function fallBack(place: ReturnType<typeof places>): Promise<void> {
 // ---------------------------------------------------------------------------
 
 /** Puts an overlay on each key directory. */
-async function mountOverlays(place: ReturnType<typeof places>): Promise<void> {
+async function mountOverlays(place: Places): Promise<void> {
   const names = OVERLAYS.filter((name) => !isOverlaid(name, place));
   if (names.length === 0) return;
   for (const name of names) {
@@ -2158,17 +2155,14 @@ async function mountOverlays(place: ReturnType<typeof places>): Promise<void> {
   }
 }
 
-function isOverlaid(name: string, place: ReturnType<typeof places>): boolean {
+function isOverlaid(name: string, place: Places): boolean {
   const mount = mountedOn(join(place.root, name));
   return mount?.type === "overlay" && !mount.superOptions.includes("ro") &&
     mount.superOptions.includes(`upperdir=${join(place.upper, name)}`);
 }
 
 /** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
-function overlayEntries(
-  name: string,
-  place: ReturnType<typeof places>,
-): string[][] {
+function overlayEntries(name: string, place: Places): string[][] {
   const directory = join(place.root, name);
   const lower = join(place.lower, name);
   const options = [
@@ -2189,7 +2183,7 @@ function overlayEntries(
 /** Many mounts by one process; which of them exist is seen afterwards. */
 async function mountFromTable(
   entries: string[][],
-  place: ReturnType<typeof places>,
+  place: Places,
   level: Level = "warning",
 ): Promise<void> {
   const escape = (field: string) =>
@@ -2213,10 +2207,7 @@ async function mountFromTable(
  * Mounts an overlay again whose mount failed or came out read-only, as it does
  * when a crash left something in `work` that the kernel cannot remove.
  */
-async function mountOverlayAnew(
-  name: string,
-  place: ReturnType<typeof places>,
-): Promise<void> {
+async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   const target = join(place.root, name);
   const work = join(place.work, name);
   say("warning", `Clearing "${work}" and mounting "${target}" again`);
@@ -2235,10 +2226,7 @@ async function mountOverlayAnew(
  * be the lower's. The kernel copies them best: an overlay of the whole root,
  * with `upper` as its upper, makes `upper/etc` when `etc` is changed in it.
  */
-async function makeUppers(
-  names: string[],
-  place: ReturnType<typeof places>,
-): Promise<void> {
+async function makeUppers(names: string[], place: Places): Promise<void> {
   fs.mkdirSync(place.upper, { recursive: true });
   const missing = names.filter((name) =>
     !fs.existsSync(join(place.upper, name))
@@ -2281,7 +2269,7 @@ async function makeUppers(
  * @throws {Error} When `daemon.json` is not a JSON object: it is never
  * replaced.
  */
-function configureDocker(place: ReturnType<typeof places>): void {
+function configureDocker(place: Places): void {
   // As dockerd makes it: others may pass through, but not look.
   fs.mkdirSync(place.docker, { recursive: true, mode: 0o710 });
   const before = readFile(place.daemonJson);
@@ -2347,7 +2335,7 @@ async function swapOn(all: BlockDevice[]): Promise<void> {
 /** Writes `/run/lightwhale/persistence.json`: what this boot did. */
 function writeReport(
   { mode, plan, status, started }: Outcome,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): void {
   const data = plan?.mount;
   const report = {
@@ -2516,10 +2504,10 @@ export function balanceFilters(state: FilesystemState): string[] {
 }
 
 /** The file that keeps a wish over a power cut. */
-const wishFile = (wish: keyof Wishes, place: ReturnType<typeof places>) =>
+const wishFile = (wish: keyof Wishes, place: Places) =>
   join(place.state, `.wanted: ${wish}`);
 
-function readWishes(place: ReturnType<typeof places>): Wishes {
+function readWishes(place: Places): Wishes {
   return {
     scrub: fs.existsSync(wishFile("scrub", place)),
     "remove missing": fs.existsSync(wishFile("remove missing", place)),
@@ -2527,11 +2515,7 @@ function readWishes(place: ReturnType<typeof places>): Wishes {
 }
 
 /** Starts {@linkcode maintain} in the background if there is work for it. */
-function startMaintenance(
-  plan: Plan,
-  settings: Settings,
-  place: ReturnType<typeof places>,
-): void {
+function startMaintenance(plan: Plan, settings: Settings, place: Places): void {
   if (!plan.mount) return;
   if (plan.mount.needsScrub) fs.writeFileSync(wishFile("scrub", place), "");
   const state = stateOf(plan.mount);
@@ -2592,7 +2576,7 @@ export async function maintain(settings: Settings): Promise<number> {
 async function doNextJob(
   done: Set<string>,
   settings: Settings,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<boolean> {
   const lock = await takeLock(join(place.run, "lock"));
   let longPart: (() => Promise<void>) | undefined;
@@ -2625,7 +2609,7 @@ async function doNextJob(
 async function startJob(
   job: Job,
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<(() => Promise<void>) | undefined> {
   switch (job.kind) {
     case "wait":
@@ -2725,7 +2709,7 @@ async function wipe(device: BlockDevice): Promise<void> {
   });
 }
 
-async function cancelReplace(place: ReturnType<typeof places>): Promise<void> {
+async function cancelReplace(place: Places): Promise<void> {
   // Its status 2: there was none to cancel (btrfs-replace(8)).
   await run(["btrfs", "replace", "cancel", place.data], {
     to: "give up a replace that lost its target",
@@ -2737,7 +2721,7 @@ async function startReplace(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   await run(
     ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
@@ -2760,7 +2744,7 @@ async function finishReplace(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   for (let packed = false;; packed = true) {
     await waitForOperation(data);
@@ -2782,7 +2766,7 @@ async function finishReplace(
 }
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
-async function packChunks(place: ReturnType<typeof places>): Promise<void> {
+async function packChunks(place: Places): Promise<void> {
   await run(["btrfs", "balance", "start", "-dusage=85", place.data], {
     to: `make room on "${place.data}"`,
     accept: [0, 1],
@@ -2794,7 +2778,7 @@ async function packChunks(place: ReturnType<typeof places>): Promise<void> {
 async function addInstead(
   device: BlockDevice,
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   await addDevice(device, data, place);
   fs.writeFileSync(wishFile("remove missing", place), "");
@@ -2812,9 +2796,7 @@ const fresh = (device: BlockDevice) => ({ ...device, mark: undefined });
 async function superblockOf(path: string): Promise<Superblock | undefined> {
   let superblock: Superblock | undefined;
   await withDevice(path, async (read) => {
-    superblock = parseSuperblock(
-      await read(BTRFS.superblockAt, BTRFS.bytes),
-    );
+    superblock = parseSuperblock(await read(BTRFS.superblockAt, BTRFS.bytes));
   });
   return superblock;
 }
@@ -2822,7 +2804,7 @@ async function superblockOf(path: string): Promise<Superblock | undefined> {
 async function addDevice(
   device: BlockDevice,
   data: DataFilesystem,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<void> {
   await run(["btrfs", "device", "add", "-f", device.path, place.data], {
     to: `let ${device.path} join the data filesystem`,
@@ -3023,10 +3005,7 @@ async function lookAtOne(
 }
 
 /** Why a device must not be marked, whatever is forced; undefined if it may. */
-function refuseToEnable(
-  device: BlockDevice,
-  facts: Facts,
-): string | undefined {
+function refuseToEnable(device: BlockDevice, facts: Facts): string | undefined {
   const user = partsOf(device, facts.devices).find((part) => part.inUse);
   const whole = facts.devices.find((other) => other.name === device.disk);
   if (user) return `${user.path} is ${user.inUse}`;
@@ -3207,7 +3186,7 @@ async function readMembers(
 /** What runs in the background, in the words of btrfs(8). */
 async function readWork(
   state: FilesystemState,
-  place: ReturnType<typeof places>,
+  place: Places,
 ): Promise<Status["work"]> {
   const ask = async (kind: string, command: string[]) => {
     const output = await run(["btrfs", ...command, place.data], {
