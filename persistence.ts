@@ -527,12 +527,17 @@ interface Outcome {
  * Looks and decides, and looks again while a disk that is needed is late:
  * at most `waitMs`, and only as long as one is missing.
  */
-async function makePlan(settings: Settings, waitMs: number): Promise<Plan> {
+async function makePlan(
+  settings: Settings,
+  waitMs: number,
+  forNextBoot = false,
+): Promise<Plan> {
   const giveUpAt = Date.now() + waitMs;
   const tooSmall = new Set<string>();
   let saidWaiting = false;
   for (;;) {
     const facts = { ...await look(settings), tooSmall };
+    if (forNextBoot) facts.mounted = undefined;
     const plan = decide(facts, settings);
     const late = whatIsLate(plan, facts);
     if (late && Date.now() < giveUpAt) {
@@ -2120,7 +2125,7 @@ async function mountTmpfs(place: Places): Promise<void> {
 async function fallBack(place: Places): Promise<void> {
   try {
     const targets = [...OVERLAYS.map((name) => join(place.root, name))]
-      .filter((target) => mountedOn(target)?.type === "overlay")
+      .filter((target) => isOurOverlay(target, place))
       .concat(place.snapshots, place.state, place.data, place.topLevel);
     for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
@@ -2155,10 +2160,17 @@ async function mountOverlays(place: Places): Promise<void> {
   }
 }
 
+function isOurOverlay(target: string, place: Places): boolean {
+  const upper = `upperdir=${join(place.upper, basename(target))}`;
+  const mount = mountedOn(target);
+  return mount?.type === "overlay" && mount.superOptions.includes(upper);
+}
+
+/** Is there our overlay, and writable? */
 function isOverlaid(name: string, place: Places): boolean {
-  const mount = mountedOn(join(place.root, name));
-  return mount?.type === "overlay" && !mount.superOptions.includes("ro") &&
-    mount.superOptions.includes(`upperdir=${join(place.upper, name)}`);
+  const target = join(place.root, name);
+  return isOurOverlay(target, place) &&
+    !mountedOn(target)?.superOptions.includes("ro");
 }
 
 /** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
@@ -2211,7 +2223,7 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   const target = join(place.root, name);
   const work = join(place.work, name);
   say("warning", `Clearing "${work}" and mounting "${target}" again`);
-  if (mountedOn(target)?.type === "overlay") await unmount(target);
+  if (isOurOverlay(target, place)) await unmount(target);
   fs.rmSync(work, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
   await mountFromTable(overlayEntries(name, place), place);
@@ -3058,7 +3070,8 @@ async function describeSignatures(path: string): Promise<string | undefined> {
   const lines = listed.split("\n").map((line) => line.trim().split(/\s+/, 2));
   const found = lines.filter(([type]) => type)
     .map(([type, label]) => label ? `${type} "${label}"` : type);
-  return found.length > 0 ? [...new Set(found)].join(", ") : undefined;
+  const unique = [...new Set(found)].join(", ").replaceAll(/\p{Cc}/gu, "?");
+  return unique || undefined;
 }
 
 function describeDevice(device: BlockDevice): string {
@@ -3070,8 +3083,7 @@ function describeDevice(device: BlockDevice): string {
 
 /** Says what the next boot would make of the marks. */
 async function foretell(settings: Settings): Promise<void> {
-  const facts = await look(settings);
-  const plan = decide({ ...facts, mounted: undefined }, settings);
+  const plan = await makePlan(settings, 0, true);
   print("At the next boot:");
   for (const line of describePlan(plan)) print(`  ${line}`);
   for (const line of [...plan.warnings, ...plan.errors]) print(`  ${line}`);
@@ -3299,7 +3311,7 @@ async function showStatus(settings: Settings, json: boolean): Promise<void> {
 }
 
 async function dryRun(settings: Settings, json: boolean): Promise<void> {
-  const plan = await makePlan(settings, 0);
+  const plan = await makePlan(settings, 0, true);
   if (json) return print(JSON.stringify(plan, null, 2));
   for (const line of describePlan(plan)) print(line);
   for (const line of plan.warnings) print(`warning: ${line}`);
