@@ -23,6 +23,8 @@ const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 const rough = [
   "testing/fuzz_test.ts",
   "testing/hostile_names_test.ts",
+  "testing/bystanders_test.ts",
+  "testing/lock_test.ts",
 ];
 
 const groups: Record<string, () => Promise<Count>> = {
