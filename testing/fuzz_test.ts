@@ -299,17 +299,18 @@ fuzz("parseMark() gives a mark or none, never half of one", (random) => {
       member: random.pick(hostileTexts),
       epoch: random.below(100),
       present: [random.pick(hostileTexts), "a"],
+      absent: { b: random.below(100) },
     };
     start.set(formatMark(mark), at * KiB);
     return mark;
   });
   const newest = marks[1].epoch > marks[0].epoch ? marks[1] : marks[0];
   const wellFormed = JSON.parse(JSON.stringify(newest).toWellFormed());
-  assertEquals(parseMark(start), wellFormed);
+  assertEquals(parseMark(start.subarray(56 * KiB)), wellFormed);
   // A torn write: what is found must be one of the two, or nothing.
   const at = random.pick([56, 60]) * KiB;
   mutate(start.subarray(at, at + 300), random);
-  const found = parseMark(cutShort(start, random));
+  const found = parseMark(cutShort(start.subarray(56 * KiB), random));
   if (!found) return;
   const written = marks.map((mark) => JSON.stringify(mark).toWellFormed());
   assert(written.includes(JSON.stringify(found)), JSON.stringify(found));
@@ -413,7 +414,11 @@ function someStart(random: Random, isDisk: boolean): Uint8Array {
     if (!random.chance(0.5)) continue;
     const [fsid, member] = [random.pick(fsids), random.pick(members)];
     const present = members.filter((id) => id === member || random.chance(0.5));
-    const mark = { fsid, member, epoch: random.below(9), present };
+    const absent = Object.fromEntries(
+      members.filter((id) => !present.includes(id))
+        .map((id) => [id, random.below(6)]),
+    );
+    const mark = { fsid, member, epoch: random.below(9), present, absent };
     start.set(formatMark(mark), at * KiB);
   }
   if (isDisk && random.chance(0.5)) {
@@ -457,7 +462,7 @@ function someMachine(random: Random): Machine {
     device.header = beginsWithHeader(start);
     device.btrfs = parseSuperblock(start.subarray(64 * KiB));
     device.swapLabel = parseSwapLabel(start);
-    const mark = device.btrfs && parseMark(start);
+    const mark = device.btrfs && parseMark(start.subarray(56 * KiB));
     if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
     if (device.kind === "disk") device.gpt = gptOf(start, 512);
     if (random.chance(0.05)) device.backupLabel = random.pick(hostileTexts);
@@ -471,6 +476,7 @@ function someMachine(random: Random): Machine {
       kind: random.chance(0.9) ? "disk" : "volume",
       disk: name,
       number: 0,
+      deviceNumber: `8:${16 * i}`,
       startBytes: 0,
       sizeBytes: random.pick(sizes),
       sectorBytes: 512,
