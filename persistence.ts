@@ -612,7 +612,7 @@ function listDevices(settings: Settings): BlockDevice[] {
   const disks = settings.only ??
     listDirectory("/sys/block").filter((name) => !NEVER_LOOKED_AT.test(name));
   return disks.flatMap(listDisk)
-    .sort((a, b) => naturalOrder.compare(a.name, b.name));
+    .sort(byName);
 }
 
 /** A whole disk and its partitions. */
@@ -653,7 +653,10 @@ function listDisk(disk: string): BlockDevice[] {
   return devices;
 }
 
-const naturalOrder = new Intl.Collator("en", { numeric: true });
+/** `sdb` before `sdaa`, `loop9` before `loop10`. */
+function byName(a: BlockDevice, b: BlockDevice): number {
+  return a.name.length - b.name.length || (a.name < b.name ? -1 : 1);
+}
 
 /**
  * Who uses which device (by name in sysfs). The strongest test first: holders
@@ -1147,7 +1150,7 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const ranked = [...devices].sort((a, b) =>
     isCurrent(b) - isCurrent(a) || epochOf(b) - epochOf(a) ||
     generationOf(b) - generationOf(a) ||
-    naturalOrder.compare(a.name, b.name)
+    byName(a, b)
   );
   const byDevid = new Map<number, BlockDevice>();
   for (const device of ranked) {
@@ -3381,9 +3384,6 @@ function findProgram(name: string): string | undefined {
     .find((path) => fs.existsSync(path));
 }
 
-/** Set when something was given up that may keep this process from ending. */
-let abandoned = false;
-
 /** Gives up on something that does not answer. */
 async function withTimeout<T>(
   promise: PromiseLike<T>,
@@ -3394,7 +3394,6 @@ async function withTimeout<T>(
   let timer: ReturnType<typeof setTimeout> | undefined;
   const timeout = new Promise<never>((_, reject) => {
     timer = setTimeout(() => {
-      abandoned = true;
       reject(new Error(`${what}: no answer in ${timeoutMs / 1000} s`));
     }, timeoutMs);
   });
@@ -3447,7 +3446,7 @@ async function takeLock(
 type Level = "error" | "warning" | "info" | "debug";
 
 /** How much is said on stderr; the kernel log gets all but debug messages. */
-const speech = { level: 2, toKernelLog: false };
+const speech = { level: 2, kernelLog: undefined as number | undefined };
 const LEVELS: Level[] = ["error", "warning", "info", "debug"];
 /** Priorities of syslog(2). */
 const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
@@ -3462,10 +3461,9 @@ function say(level: Level, message: string): void {
   if (LEVELS.indexOf(level) <= speech.level) {
     attemptNow(() => fs.writeSync(2, line + "\n")); // console.error colours
   }
-  if (!speech.toKernelLog || level === "debug") return;
-  attemptNow(() =>
-    fs.writeFileSync("/dev/kmsg", `<${PRIORITY[level]}>${line}\n`)
-  );
+  const { kernelLog } = speech;
+  if (kernelLog === undefined || level === "debug") return;
+  attemptNow(() => fs.writeSync(kernelLog, `<${PRIORITY[level]}>${line}\n`));
 }
 
 function sayError(error: unknown): void {
@@ -3677,7 +3675,9 @@ async function main(args: string[]): Promise<number> {
     process.env.PATH = `${
       process.env.PATH ?? ""
     }:/usr/sbin:/usr/bin:/sbin:/bin`;
-    speech.toKernelLog = mode === "boot" || mode === "maintain";
+    if (mode === "boot" || mode === "maintain") {
+      speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
+    }
     switch (mode) {
       case "help":
         print(HELP);
@@ -3709,7 +3709,6 @@ async function main(args: string[]): Promise<number> {
 }
 
 if (import.meta.main) {
-  process.exitCode = await main(process.argv.slice(2));
-  // Something that never answered must not keep init waiting.
-  if (abandoned) process.exit();
+  // Not exitCode: something that never answered must not keep init waiting.
+  process.exit(await main(process.argv.slice(2)));
 }
