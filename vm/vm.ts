@@ -74,6 +74,8 @@ export interface BootOptions {
 
 /** A machine while it runs. */
 export interface RunningVm {
+  /** All that the recorded disks have received so far. */
+  received: Received[];
   /** Send a command of QEMU's machine protocol and await its result. */
   qmp(command: string, args?: Record<string, unknown>): Promise<unknown>;
   /** Attach the disk with this index, which was declared `late`. */
@@ -165,6 +167,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
     const errors = new Response(qemu.stderr).text();
     const qmp = openQmp(`${dir}/qmp`);
     const vm: RunningVm = {
+      received: recorded.received,
       qmp: qmp.execute,
       async plug(i) {
         await qmp.execute("device_add", deviceProperties(disks[i], i));
