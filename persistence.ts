@@ -478,12 +478,13 @@ export async function boot(settings: Settings): Promise<number> {
   let swapping: Promise<void> | undefined;
   import("dax"); // needed soon: it loads while the lock is taken
   try {
-    fs.mkdirSync(place.run, { recursive: true });
     lock = await takeLock(join(place.run, "lock"));
     await removeScratchMounts(place);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     sayPlan(plan);
+    await repairTables(plan.mount?.repair ?? []);
     await makePartitionNodes(plan.nodes);
+    await growPartitions(plan.mount?.grow ?? []);
     await disarm(plan.disarm);
     if (plan.create) {
       await partition(plan.create); //                      step 3
@@ -1698,6 +1699,57 @@ async function waitForPartitions(create: NewFilesystem): Promise<void> {
   }
 }
 
+/** Restores primary partition tables: sfdisk falls back to the backup. */
+async function repairTables(disks: BlockDevice[]): Promise<void> {
+  for (const disk of disks) {
+    say("warning", `Restoring the primary partition table of ${disk.path}`);
+    await restoreProtectiveMbr(disk);
+    const dump = await run(["sfdisk", "--dump", disk.path], {
+      to: `read the backup partition table of ${disk.path}`,
+    });
+    await run([
+      "sfdisk",
+      "--quiet",
+      "--no-reread",
+      "--no-tell-kernel",
+      ...["--wipe", "never", "--wipe-partitions", "never"],
+      disk.path,
+    ], { to: `restore the partition table of ${disk.path}`, stdin: dump });
+  }
+}
+
+/** Without a protective MBR sfdisk does not look for the backup table. */
+async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
+  const mbr = new Uint8Array(512);
+  await withDevice(disk.path, async (read) => mbr.set(await read(0, 512)));
+  if (mbr[510] === 0x55 && mbr[511] === 0xaa && mbr[450] === 0xee) return;
+  const sectors = Math.min(disk.sizeBytes / disk.sectorBytes - 1, 0xffffffff);
+  mbr.fill(0, 446, 510); // boot code before it stays
+  mbr.set([0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1], 446);
+  viewOf(mbr).setUint32(458, sectors, true);
+  mbr.set([0x55, 0xaa], 510);
+  await writeBytes(disk.path, 0, mbr);
+}
+
+/** Lets a partition follow its enlarged disk; moves the backup table too. */
+async function growPartitions(members: BlockDevice[]): Promise<void> {
+  for (const member of members) {
+    say("info", `Growing ${member.path} to the end of its disk`);
+    const disk = `/dev/${member.disk}`;
+    await run([
+      "sfdisk",
+      "--quiet",
+      "--no-reread",
+      "--no-tell-kernel",
+      ...["-N", `${member.number}`],
+      disk,
+    ], { to: `grow ${member.path}`, stdin: ", +\n" });
+    await run(["partx", "--update", "--nr", `${member.number}`, disk], {
+      to: `tell the kernel the new size of ${member.path}`,
+    });
+  }
+}
+
 /** Shows the partitions of disks that the kernel itself did not parse. */
 async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
   for (const disk of disks) await updatePartitions(disk.path);
@@ -1824,8 +1876,7 @@ async function mountDataFilesystem(
   place: Places,
 ): Promise<void> {
   if (!mountedOn(place.data)) {
-    await repairTables(data);
-    await growPartitions(data);
+    for (const member of data.members) await waitForNode(member.path);
     await mountMembers(data, place);
     await growFilesystem(data.members, place);
   }
@@ -1863,43 +1914,6 @@ async function mountTheUsual(
 function isFree(target: string): boolean {
   return !mountedOn(target) && listDirectory(target).length === 0 &&
     !isSubvolume(target);
-}
-
-/** Restores primary partition tables: sfdisk falls back to the backup. */
-async function repairTables(data: DataFilesystem): Promise<void> {
-  for (const disk of data.repair) {
-    say("warning", `Restoring the primary partition table of ${disk.path}`);
-    const dump = await run(["sfdisk", "--dump", disk.path], {
-      to: `read the backup partition table of ${disk.path}`,
-    });
-    await run([
-      "sfdisk",
-      "--quiet",
-      "--no-reread",
-      "--no-tell-kernel",
-      ...["--wipe", "never", "--wipe-partitions", "never"],
-      disk.path,
-    ], { to: `restore the partition table of ${disk.path}`, stdin: dump });
-  }
-}
-
-/** Lets a partition follow its enlarged disk; moves the backup table too. */
-async function growPartitions(data: DataFilesystem): Promise<void> {
-  for (const member of data.grow) {
-    say("info", `Growing ${member.path} to the end of its disk`);
-    const disk = `/dev/${member.disk}`;
-    await run([
-      "sfdisk",
-      "--quiet",
-      "--no-reread",
-      "--no-tell-kernel",
-      ...["-N", `${member.number}`],
-      disk,
-    ], { to: `grow ${member.path}`, stdin: ", +\n" });
-    await run(["partx", "--update", "--nr", `${member.number}`, disk], {
-      to: `tell the kernel the new size of ${member.path}`,
-    });
-  }
 }
 
 /** Lets the filesystem follow partitions that are larger than it knows. */
@@ -2931,32 +2945,34 @@ async function checkImage(
   const holds = await describeSignatures(path);
   const size = fs.statSync(path).size;
   print(`${path}: image file, ${inMiB(size)}, ${holds ?? "empty"}`);
-  const marked = () => {
-    const start = new Uint8Array(MAGIC.length);
-    const file = fs.openSync(path, "r");
-    fs.readSync(file, start, 0, start.length, 0);
-    fs.closeSync(file);
-    return text(start, 0, start.length) === MAGIC;
-  };
-  if (holds && !force && !marked()) {
+  if (holds && !force && !isMarkedImage(path)) {
     throw new UsageError(
       `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
     );
   }
   return async () => {
-    if (marked()) return print(`${path} is enabled already`);
+    if (isMarkedImage(path)) return print(`${path} is enabled already`);
     await writeBytes(path, 0, new TextEncoder().encode(MAGIC));
-    if (!marked()) throw new Error(`Cannot read the mark back from ${path}`);
+    if (!isMarkedImage(path)) {
+      throw new Error(`Cannot read the mark back from ${path}`);
+    }
     print(`${path} is enabled: a machine that has it as a disk formats it`);
   };
+}
+
+function isMarkedImage(path: string): boolean {
+  const start = new Uint8Array(MAGIC.length);
+  const file = fs.openSync(path, "r");
+  fs.readSync(file, start, 0, start.length, 0);
+  fs.closeSync(file);
+  return text(start, 0, start.length) === MAGIC;
 }
 
 /** Takes the marks away again. */
 async function disable(paths: string[], settings: Settings): Promise<void> {
   for (const path of paths) {
     if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
-      const file = fs.readFileSync(path).subarray(0, MAGIC.length);
-      if (text(file, 0, MAGIC.length) !== MAGIC) {
+      if (!isMarkedImage(path)) {
         print(`${path} is not enabled`);
         continue;
       }
@@ -3409,8 +3425,8 @@ interface Lock {
 }
 
 /**
- * Keeps others from working at the same time. The kernel's lock (flock(2)) is
- * held by a child that ends when this process does, however it ends.
+ * Keeps others from working at the same time. flock(2) belongs to the open
+ * file, which flock(1) shares with us: it ends when we do, however we end.
  *
  * @throws {Error} When another one holds it for longer than `timeoutMs`.
  */
@@ -3423,24 +3439,22 @@ async function takeLock(
     say("warning", `Working without a lock: "flock" is not installed`);
     return { release: () => {} };
   }
-  const wait = ["--timeout", `${timeoutMs / 1000}`];
-  const child = spawn(
-    flock,
-    ["--no-fork", ...wait, path, "cat"],
-    { stdio: ["pipe", "pipe", "ignore"] },
-  );
-  child.stdin.on("error", () => {}).write("locked?\n"); // cat echoes it
-  const locked = await new Promise<boolean>((resolve) => {
-    child.stdout.once("data", () => resolve(true));
-    child.once("error", () => resolve(false));
-    child.once("exit", () => resolve(false));
+  fs.mkdirSync(dirname(path), { recursive: true });
+  const file = fs.openSync(path, "a");
+  const status = await new Promise((resolve) => {
+    const wait = ["--timeout", `${timeoutMs / 1000}`];
+    spawn(flock, [...wait, "3"], {
+      stdio: ["ignore", "ignore", "ignore", file],
+    })
+      .on("error", resolve).on("exit", resolve);
   });
-  if (!locked) {
+  if (status !== 0) {
+    fs.closeSync(file);
     throw new Error(
       `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
     );
   }
-  return { release: () => child.stdin.end() };
+  return { release: () => fs.closeSync(file) };
 }
 
 type Level = "error" | "warning" | "info" | "debug";
@@ -3692,11 +3706,13 @@ async function main(args: string[]): Promise<number> {
         await dryRun(settings, parsed.json);
         return 0;
       case "enable":
-        await enable(operands, parsed.force, settings);
+      case "disable": {
+        const lock = await takeLock(join(places(settings.root).run, "lock"));
+        if (mode === "disable") await disable(operands, settings);
+        else await enable(operands, parsed.force, settings);
+        lock.release();
         return 0;
-      case "disable":
-        await disable(operands, settings);
-        return 0;
+      }
       case "maintain":
         return await maintain(settings);
       default:
