@@ -19,6 +19,7 @@ import {
   type Result,
   type System,
   type SystemOptions,
+  tool,
 } from "./system.ts";
 
 const disk: DiskSpec = { sizeBytes: 600 * MiB };
@@ -94,6 +95,33 @@ onDisks("--version is one line", { disks: [disk] }, async (system) => {
   assertEquals([status, stderr], [0, ""]);
   assertMatch(stdout, /^[^\n]*\d+\.\d+[^\n]*\n$/);
 });
+
+onDisks(
+  "nothing is read from the working directory",
+  { disks: [disk] },
+  async (system) => {
+    const version = `env -i PATH=/usr/bin ${tool.join(" ")} --version 2>&1`;
+    const expected = await system.sh(`cd /; ${version}`);
+    assertEquals(
+      await system.sh(
+        `mkdir tmp/here; cd tmp/here
+         echo 'require("fs").writeFileSync("obeyed", "")' > preload.js
+         echo 'preload = ["./preload.js"]' > bunfig.toml
+         echo 'BUN_OPTIONS="--preload ./preload.js"' > .env
+         for file in package.json tsconfig.json deno.json; do
+           echo '{ broken' > $file
+         done
+         ${version}; ls`,
+      ),
+      `${expected}bunfig.toml
+deno.json
+package.json
+preload.js
+tsconfig.json
+`,
+    );
+  },
+);
 
 // Marking
 
