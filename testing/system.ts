@@ -472,14 +472,18 @@ async function detach(disk: Disk): Promise<void> {
   // The kernel may still be letting go of a file system.
   for (let tries = 0; (await partitionsOf(path)).length > 0; tries++) {
     const { stderr } = await output(["partx", "--delete", path]);
-    if (tries === 100) throw new Error(`Cannot free ${path}: ${stderr}`);
+    if (tries === 600) throw new Error(`Cannot free ${path}: ${stderr}`);
     if (tries > 0) await sleep(50);
   }
   // The next user of the loop device would find it as a test left it.
   await command(["blockdev", "--setrw", path]);
   await command(["losetup", "--detach", path]);
-  for (let tries = 0; await exists(`/sys/block/${name}/loop`); tries++) {
-    if (tries === 100) throw new Error(`Cannot detach ${path}: it is in use`);
+  // Somebody else may have the number already.
+  const stillOurs = async () =>
+    await Deno.readTextFile(`/sys/block/${name}/loop/backing_file`)
+      .catch(() => "") === `${disk.image}\n`; // it goes away at any instant
+  for (let tries = 0; await stillOurs(); tries++) {
+    if (tries === 600) throw new Error(`Cannot detach ${path}: it is in use`);
     await sleep(50);
   }
   disk.path = "";
@@ -521,16 +525,6 @@ async function packRoot(folder: string, script: string): Promise<void> {
     ...["mksquashfs", tree, image, "-quiet", "-no-progress", "-comp", "lzo"],
   ]);
   await Deno.remove(tree, { recursive: true });
-}
-
-async function exists(path: string): Promise<boolean> {
-  try {
-    await Deno.lstat(path);
-    return true;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
 }
 
 function sleep(ms: number): Promise<void> {
