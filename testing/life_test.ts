@@ -414,22 +414,31 @@ for (const [name, { operation, prepare }] of Object.entries(cuts)) {
     { disks: [bigDisk, bigDisk] },
     async (system) => {
       const sums = await persist(system);
-      sums.large = await write(system, "large", 200);
-      const without = await prepare(system);
-      await system.reboot({ without });
-      const boot = await system.boot(["--wait", "0"]);
-      assertEquals(boot.report.mode, "persistent", boot.stderr);
-      const whileOff = await cutDuring(system, operation);
-      await system.reboot({ without, whileOff });
+      sums.large = await write(system, "large", 150);
+      const freezer = await makeFreezer(await uuid(system));
+      try {
+        const without = await prepare(system);
+        await system.reboot({
+          without,
+          whileOff: () => freezer.take(system.disks),
+        });
+        await freezer.copyDuring(operation, async () => {
+          const boot = await system.boot(["--wait", "0"]);
+          assertEquals(boot.report.mode, "persistent", boot.stderr);
+        });
+        await system.reboot({ without, whileOff: () => freezer.give() });
 
-      const next = await system.boot(["--wait", "0"]);
-      assertEquals([next.status, next.report.mode], [0, "persistent"]);
-      await assertKept(system, sums);
-      await idle(system);
-      const whole = mirrors[system.disks.length - without.length];
-      assertEquals(await profiles(system), whole, next.stderr);
-      assertEquals((await status(system)).health, []);
-      await assertMirrored(system, sums, { without });
+        const next = await system.boot(["--wait", "0"]);
+        assertEquals([next.status, next.report.mode], [0, "persistent"]);
+        await assertKept(system, sums);
+        await idle(system);
+        const whole = mirrors[system.disks.length - without.length];
+        assertEquals(await profiles(system), whole, next.stderr);
+        assertEquals((await status(system)).health, []);
+        await assertMirrored(system, sums, { without });
+      } finally {
+        await freezer.close();
+      }
     },
   );
 }
@@ -481,20 +490,28 @@ onDisks(
   { disks: [bigDisk, bigDisk] },
   async (system) => {
     const sums = await persist(system);
-    sums.large = await write(system, "large", 200);
+    sums.large = await write(system, "large", 150);
     const target = await system.plug({ sizeBytes: bigDisk.sizeBytes });
-    await system.sh(
-      `btrfs replace start 2 ${target.path} mnt/lightwhale-data`,
-    );
-    const whileOff = await cutDuring(system, "device replace");
-    await system.reboot({ whileOff });
+    const freezer = await makeFreezer(await uuid(system));
+    try {
+      await system.reboot({ whileOff: () => freezer.take(system.disks) });
+      await system.boot();
+      await freezer.copyDuring(
+        "device replace",
+        () =>
+          system.sh(`btrfs replace start 2 ${target.path} mnt/lightwhale-data`),
+      );
+      await system.reboot({ whileOff: () => freezer.give() });
 
-    const boot = await system.boot(["--wait", "0"]);
-    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
-    await assertKept(system, sums);
-    await idle(system);
-    assertEquals(await profiles(system), mirrors[2], boot.stderr);
-    await assertMirrored(system, sums);
+      const boot = await system.boot(["--wait", "0"]);
+      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+      await assertKept(system, sums);
+      await idle(system);
+      assertEquals(await profiles(system), mirrors[2], boot.stderr);
+      await assertMirrored(system, sums);
+    } finally {
+      await freezer.close();
+    }
   },
 );
 
@@ -519,7 +536,9 @@ for (const sectorBytes of [512, 4096] as const) {
         const boot = await system.boot();
         assertPersistent(boot, { devices: 2 });
         const now = await sizes(system);
-        assertEquals(now[n] - before[n], 1024 * MiB, boot.stderr);
+        const grown = (now[n] - before[n]) / MiB;
+        // The last partition also takes what was left of the last mebibyte.
+        assert(grown >= 1024 && grown <= 1025, `${grown}: ${boot.stderr}`);
         if (n === 0) assertEquals(now[1], before[1]);
         await command(["sfdisk", "--verify", disk.path]);
         const parts = await partitionNames(disk);
@@ -739,6 +758,7 @@ onDisks(
   async (system) => {
     const sums = await persist(system);
     sums.large = await write(system, "large", 120);
+    delete sums["no checksums"]; // no error can be seen there
     const [, disk] = system.disks;
     await system.reboot({
       whileOff: () =>
@@ -796,7 +816,7 @@ async function assertKept(system: System, sums: Sums): Promise<void> {
   for (const [name, sum] of Object.entries(sums)) {
     // A stale half of a mirror shows when it is asked often enough; nocache
     // lets the kernel forget the file, so that it is read from a disk again.
-    for (let reader = 0; reader < 4; reader++) {
+    for (let reader = 0; reader < 2; reader++) {
       const found = await system.sh(
         `cd ${state}; dd if="${name}" iflag=nocache count=0 status=none
          sha256sum < "${name}"`,
@@ -815,12 +835,10 @@ async function assertMirrored(
   for (const lost of system.disks) {
     if (without.includes(lost)) continue;
     await system.reboot({ without: [lost, ...without] });
-    for (const { path } of system.disks.filter(({ path }) => path)) {
-      await command(["partx", "--update", path]);
-    }
     const found = await system.sh(
       `set --
        for disk in ${system.disks.map(({ path }) => path).join(" ")}; do
+         sfdisk --dump "$disk" >/dev/null 2>&1 && partx --update "$disk"
          for node in "$disk" "$disk"p*; do
            case $(blkid -p -s LABEL -o value "$node" 2>/dev/null) in
              lightwhale-data) set -- "$@" "$node" ;;
@@ -935,32 +953,79 @@ async function sizes(system: System): Promise<number[]> {
     .map(([, size]) => Number(size));
 }
 
-/** Stops the system's clock in the middle of something long. */
-async function cutDuring(
-  system: System,
-  operation: string,
-): Promise<() => Promise<void>> {
-  const directory = `/sys/fs/btrfs/${await uuid(system)}`;
-  const running = () => Deno.readTextFile(`${directory}/exclusive_operation`);
-  const giveUpAt = Date.now() + 20_000; // another long work may come first
-  while (await running() !== `${operation}\n`) {
-    assert(Date.now() < giveUpAt, `There is no ${operation}`);
-    await sleep(1);
-  }
-  await system.sh("fsfreeze --freeze mnt/lightwhale-data");
-  assertEquals(await running(), `${operation}\n`, "It was too fast");
-  const copies: [string, string][] = [];
-  try {
-    for (const { image, path } of system.disks) {
-      if (!path) continue;
-      await copyImage(image, `${image}.cut`);
-      copies.push([`${image}.cut`, image]);
-    }
-  } finally {
-    await system.sh("fsfreeze --unfreeze mnt/lightwhale-data");
-  }
-  return async () => {
-    for (const [copy, image] of copies) await Deno.rename(copy, image);
+/** Images in a place where the clock can be stopped for all of them. */
+interface Freezer {
+  /** Moves the disks' images there, while the system is off. */
+  take(disks: Disk[]): Promise<void>;
+  /**
+   * Starts something long and, in the middle of it, copies the images, as a
+   * power cut would leave them.
+   */
+  copyDuring(operation: string, start: () => Promise<unknown>): Promise<void>;
+  /** Makes the copies the disks' images, while the system is off. */
+  give(): Promise<void>;
+  close(): Promise<void>;
+}
+
+/**
+ * A filesystem for the images. While it is frozen, no write to the disks gets
+ * on: what was written before is what a power cut leaves. (Freezing the Btrfs
+ * itself would wait for the end of a balance.)
+ */
+async function makeFreezer(fsid: string): Promise<Freezer> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-freezer-" });
+  const inside = `${folder}/inside`;
+  const file = `/sys/fs/btrfs/${fsid}/exclusive_operation`;
+  let taken: Disk[] = [];
+  await command([
+    ...["sh", "-euc"],
+    `mkdir "$1/inside"
+     truncate -s 8G "$1/filesystem"
+     mkfs.ext4 -q -O ^has_journal "$1/filesystem"
+     mount -o loop,noatime "$1/filesystem" "$1/inside"`,
+    ...["sh", folder],
+  ]);
+  return {
+    async take(disks) {
+      taken = disks;
+      for (const [n, disk] of disks.entries()) {
+        await copyImage(disk.image, `${inside}/${n}`);
+        disk.image = `${inside}/${n}`;
+      }
+    },
+    async copyDuring(operation, start) {
+      const freezing = command([
+        ...["timeout", "60", "sh", "-euc"],
+        // No process is started between what it sees and what it does.
+        `until test "\${operation-}" = "$1"; do
+           test ! -e "$2" || read -r operation < "$2" || :
+         done
+         exec fsfreeze --freeze "$3"`,
+        ...["sh", operation, file, inside],
+      ]);
+      await Promise.all([
+        start(),
+        freezing.then(async () => {
+          try {
+            for (const [n] of taken.entries()) {
+              await copyImage(`${inside}/${n}`, `${folder}/${n}`);
+            }
+            assertEquals(await Deno.readTextFile(file), `${operation}\n`);
+          } finally {
+            await command(["fsfreeze", "--unfreeze", inside]);
+          }
+        }),
+      ]);
+    },
+    // deno-lint-ignore require-await
+    async give() {
+      for (const [n, disk] of taken.entries()) disk.image = `${folder}/${n}`;
+    },
+    async close() {
+      // The disks may still be attached; the system's end lets go of them.
+      await command(["umount", "--lazy", inside]);
+      await Deno.remove(folder, { recursive: true });
+    },
   };
 }
 
