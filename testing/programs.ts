@@ -12,6 +12,7 @@ const packages: Record<string, string> = {
   "cpio": "cpio",
   "depmod": "kmod",
   "dockerd": "docker.io",
+  "getfattr": "attr",
   "losetup": "mount",
   "lvm": "lvm2",
   "mkfs.btrfs": "btrfs-progs",
@@ -26,6 +27,7 @@ const packages: Record<string, string> = {
   "setfattr": "attr",
   "sfdisk": "fdisk",
   "shellcheck": "shellcheck",
+  "time": "time",
 };
 
 /** Where the tool, its tests and init look for programs. */

@@ -1,0 +1,1 @@
+// The smallest program that there is: what starting the runtime costs.
