@@ -1040,6 +1040,13 @@ export function decide(facts: Facts, settings: Settings): Plan {
     );
     return plan;
   }
+  if (chosen && chosen.members.every((member) => member.readOnly)) {
+    plan.errors.push(
+      `Cannot write to ${pathsOf(chosen.members)}, which holds the data ` +
+        `filesystem: it is read-only (a locked card?); unlock it`,
+    );
+    return plan;
+  }
   if (chosen) {
     plan.mode = "persistent";
     plan.mount = chosen;
@@ -1595,6 +1602,7 @@ async function writeBytes(
     `seek=${at / bytes.length}`,
     "iflag=fullblock", // a pipe may give less than asked for
     "conv=notrunc,fsync",
+    "status=none",
   ], { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes });
 }
 
@@ -3441,18 +3449,23 @@ async function takeLock(
   }
   fs.mkdirSync(dirname(path), { recursive: true });
   const file = fs.openSync(path, "a");
-  const status = await new Promise((resolve) => {
-    const wait = ["--timeout", `${timeoutMs / 1000}`];
-    spawn(flock, [...wait, "3"], {
-      stdio: ["ignore", "ignore", "ignore", file],
-    })
-      .on("error", resolve).on("exit", resolve);
+  const child = spawn(flock, ["--timeout", `${timeoutMs / 1000}`, "3"], {
+    stdio: ["ignore", "ignore", "ignore", file],
   });
-  if (status !== 0) {
+  const status = new Promise((resolve) =>
+    child.on("error", resolve).on("exit", resolve)
+  );
+  const end = await withTimeout(status, timeoutMs + 5000, "flock")
+    .catch(messageOf);
+  if (end === 1) { // flock(1): the time is up
     fs.closeSync(file);
     throw new Error(
       `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
     );
+  }
+  if (end !== 0) {
+    child.kill("SIGKILL");
+    say("warning", `Working without a lock: "flock" failed (${end})`);
   }
   return { release: () => fs.closeSync(file) };
 }
