@@ -1,0 +1,933 @@
+/**
+ * What is decided, by situation: facts in, plan out. No disk is touched, no
+ * root is needed.
+ */
+import { assertEquals, assertMatch } from "@std/assert";
+import {
+  balanceFilters,
+  type BlockDevice,
+  DATA,
+  decide,
+  decideJob,
+  type Facts,
+  type FilesystemState,
+  findDataFilesystems,
+  MAGIC,
+  type Mark,
+  type Plan,
+  type Settings,
+  SWAP,
+  type Wishes,
+} from "../persistence.ts";
+
+const MiB = 1024 ** 2;
+const GiB = 1024 ** 3;
+const diskBytes = 100 * GiB;
+
+/** What of a plan is compared: names, and how much is said. */
+interface Decision {
+  mode: Plan["mode"];
+  create: string[];
+  members: string[];
+  missing: number;
+  stale: string[];
+  excluded: string[];
+  target: string[];
+  join: string[];
+  disarm: string[];
+  grow: string[];
+  repair: string[];
+  swap: string[];
+  scrub: boolean;
+  errors: number;
+}
+
+const nothing: Decision = {
+  mode: "volatile",
+  create: [],
+  members: [],
+  missing: 0,
+  stale: [],
+  excluded: [],
+  target: [],
+  join: [],
+  disarm: [],
+  grow: [],
+  repair: [],
+  swap: [],
+  scrub: false,
+  errors: 0,
+};
+
+const two = { of: 2 };
+const three = { of: 3 };
+/** Two members that were there at the last mount. */
+const pair = [
+  data("sda", { ...two, mark: mark("a", 5, ["a", "b"]) }),
+  data("sdb", { ...two, devid: 2, mark: mark("b", 5, ["a", "b"]) }),
+];
+const [first, second] = pair;
+/** The same, after the first was mounted without the second. */
+const writtenAlone = data("sda", {
+  ...two,
+  generation: 12,
+  mark: mark("a", 6, ["a"], { b: 10 }),
+});
+const mirrored: Partial<Decision> = {
+  mode: "persistent",
+  members: ["sda2", "sdb2"],
+};
+const degraded: Partial<Decision> = {
+  mode: "persistent",
+  members: ["sda2"],
+  missing: 1,
+};
+
+const situations: {
+  name: string;
+  devices: BlockDevice[][];
+  settings?: Partial<Settings>;
+  facts?: Partial<Facts>;
+  decides: Partial<Decision>;
+  /** What is said of it. */
+  says?: RegExp;
+}[] = [
+  { name: "no disk at all", devices: [], decides: {} },
+  { name: "an empty disk", devices: [disk("sda")], decides: {} },
+  {
+    name: "magic disks",
+    devices: [magic("sda"), magic("sdb")],
+    decides: { mode: "persistent", create: ["sda", "sdb"] },
+  },
+  {
+    name: "a magic disk that is read-only",
+    devices: [magic("sda", { readOnly: true })],
+    decides: { errors: 1 },
+    says: /\/dev\/sda: it is read-only/,
+  },
+  {
+    name: "a magic disk that is in use",
+    devices: [magic("sda", { inUse: 'mounted on "/srv"' })],
+    decides: { errors: 1 },
+    says: /mounted on/,
+  },
+  {
+    name: "a magic disk below an md array",
+    devices: [magic("sda", { inUse: "held by /dev/md0" })],
+    decides: {},
+  },
+  {
+    name: "a header at the start of an md array",
+    devices: [[device("md0", { kind: "volume", header: true })]],
+    decides: {},
+    says: /\/dev\/md0 .*not obeyed/,
+  },
+  {
+    name: "a data filesystem on an md array",
+    devices: [[device("md0", { kind: "volume", btrfs: superblock({}) })]],
+    decides: { mode: "persistent", members: ["md0"] },
+  },
+  {
+    name: "a data filesystem without partitions, without marks",
+    devices: [disk("sda", { btrfs: superblock({}) })],
+    decides: { mode: "persistent", members: ["sda"] },
+  },
+  {
+    name: "a Btrfs of another name",
+    devices: [disk("sda", { btrfs: superblock({ label: "other" }) })],
+    decides: {},
+  },
+  {
+    name: "a data filesystem that is not finished",
+    devices: [
+      disk("sda", {
+        header: true,
+        btrfs: superblock({ label: "lightwhale-unfinished" }),
+      }),
+    ],
+    decides: { mode: "persistent", create: ["sda"] },
+  },
+  {
+    name: "a data filesystem and a magic disk",
+    devices: [data("sda"), magic("sdb")],
+    decides: { mode: "persistent", members: ["sda2"], join: ["sdb"] },
+  },
+  {
+    name: "a header on a data disk",
+    devices: [data("sda").map((part) => ({ ...part, header: !part.number }))],
+    decides: { mode: "persistent", members: ["sda2"], disarm: ["sda"] },
+    says: /the data wins/,
+  },
+  {
+    name: "a header on a member that is stale",
+    devices: [
+      writtenAlone,
+      second.map((part) => ({ ...part, header: !part.number })),
+    ],
+    decides: { ...degraded, stale: ["sdb2"], disarm: ["sdb"] },
+  },
+  {
+    name: "lightwhale.persistence=off",
+    devices: [data("sda"), magic("sdb")],
+    settings: { off: true },
+    decides: { mode: "off" },
+  },
+
+  // Missing, returned
+  { name: "both halves", devices: pair, decides: mirrored },
+  { name: "the second half is missing", devices: [first], decides: degraded },
+  {
+    name: "the first half is missing",
+    devices: [second],
+    decides: { ...degraded, members: ["sdb2"] },
+  },
+  {
+    name: "one of two is missing and a magic disk is there",
+    devices: [first, magic("sdc")],
+    decides: { ...degraded, join: ["sdc"] },
+  },
+  {
+    name: "the second returns after the first was written",
+    devices: [writtenAlone, second],
+    decides: { ...degraded, stale: ["sdb2"] },
+    says: /sdb2 missed writes/,
+  },
+  {
+    name: "the second returns in the first's place",
+    devices: [
+      data("sda", { ...two, devid: 2, mark: mark("b", 5, ["a", "b"]) }),
+      data("sdb", {
+        ...two,
+        generation: 12,
+        mark: mark("a", 6, ["a"], { b: 10 }),
+      }),
+    ],
+    decides: { ...degraded, members: ["sdb2"], stale: ["sda2"] },
+  },
+  {
+    name: "the first was mounted without the second, but not written",
+    devices: [
+      data("sda", { ...two, mark: mark("a", 6, ["a"], { b: 10 }) }),
+      second,
+    ],
+    decides: mirrored,
+  },
+  {
+    name: "the first was written without the second, only to its log",
+    devices: [
+      data("sda", {
+        ...two,
+        hasLog: true,
+        mark: mark("a", 6, ["a"], { b: 10 }),
+      }),
+      second,
+    ],
+    decides: { ...degraded, stale: ["sdb2"] },
+  },
+  {
+    name: "the first was mounted without the second, after equal generations",
+    // Superblocks alone would say that the second is the newer one.
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 12,
+        mark: mark("a", 6, ["a"], { b: 10 }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 90,
+        mark: mark("b", 5, ["a", "b"]),
+      }),
+    ],
+    decides: { ...degraded, stale: ["sdb2"] },
+  },
+  {
+    name: "both halves without marks, one of them behind",
+    devices: [
+      data("sda", { ...two, generation: 12 }),
+      data("sdb", { ...two, devid: 2 }),
+    ],
+    decides: { ...mirrored, scrub: true },
+  },
+  {
+    name: "one half has a mark, the other has none",
+    devices: [first, data("sdb", { ...two, devid: 2 })],
+    decides: mirrored,
+  },
+  {
+    name: "the mark on the second is of another filesystem's time",
+    devices: [
+      first,
+      data("sdb", { ...two, devid: 2, mark: mark("x", 90, ["x", "y"]) }),
+    ],
+    // Each says that it was alone: they are not mixed.
+    decides: {
+      ...degraded,
+      members: ["sdb2"],
+      excluded: ["sda2"],
+    },
+  },
+  {
+    name: "one of three returns after the others were written",
+    devices: [
+      data("sda", {
+        ...three,
+        generation: 14,
+        mark: mark("a", 7, ["a", "b"], { c: 10 }),
+      }),
+      data("sdb", {
+        ...three,
+        devid: 2,
+        generation: 14,
+        mark: mark("b", 7, ["a", "b"], { c: 10 }),
+      }),
+      data("sdc", {
+        ...three,
+        devid: 3,
+        mark: mark("c", 5, ["a", "b", "c"]),
+      }),
+    ],
+    decides: { ...mirrored, missing: 1, stale: ["sdc2"] },
+  },
+
+  // Split
+  {
+    name: "each half was written alone, equally often",
+    devices: [
+      writtenAlone,
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        mark: mark("b", 6, ["b"], { a: 10 }),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /each written without the other.*--force \/dev\/sdb/,
+  },
+  {
+    name: "each half was written alone, the second more often",
+    devices: [
+      writtenAlone,
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        mark: mark("b", 7, ["b"], { a: 10 }),
+      }),
+    ],
+    decides: { ...degraded, members: ["sdb2"], excluded: ["sda2"] },
+    says: /--force \/dev\/sda/,
+  },
+  {
+    name: "a third of a mirror was written alone, more often than two thirds",
+    devices: [
+      data("sda", {
+        ...three,
+        generation: 40,
+        mark: mark("a", 30, ["a"], { b: 10, c: 10 }),
+      }),
+      data("sdb", {
+        ...three,
+        devid: 2,
+        generation: 12,
+        mark: mark("b", 6, ["b", "c"], { a: 10 }),
+      }),
+      data("sdc", {
+        ...three,
+        devid: 3,
+        generation: 12,
+        mark: mark("c", 6, ["b", "c"], { a: 10 }),
+      }),
+    ],
+    decides: {
+      mode: "persistent",
+      members: ["sdb2", "sdc2"],
+      missing: 1,
+      excluded: ["sda2"],
+    },
+  },
+
+  // Replaced
+  {
+    name: "the old disk returns after another one has its devid",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 20,
+        mark: mark("a", 8, ["a", "c"], { b: 10 }),
+      }),
+      second,
+      data("sdc", {
+        ...two,
+        devid: 2,
+        generation: 20,
+        mark: mark("c", 8, ["a", "c"]),
+      }),
+    ],
+    decides: { ...mirrored, members: ["sda2", "sdc2"], excluded: ["sdb2"] },
+    says: /sdb2 .*replaced/,
+  },
+  {
+    name: "the old disk returns after another one was added for it",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 20,
+        mark: mark("a", 8, ["a", "c"], { b: 10 }),
+      }),
+      second,
+      data("sdc", {
+        ...two,
+        devid: 3,
+        generation: 20,
+        mark: mark("c", 8, ["a", "c"], { b: 10 }),
+      }),
+    ],
+    decides: { ...mirrored, members: ["sda2", "sdc2"], excluded: ["sdb2"] },
+    says: /sdb2 .*replaced/,
+  },
+  {
+    name: "a replace was cut",
+    devices: [
+      first,
+      data("sdc", { ...two, devid: 0, mark: mark("c", 5, ["a", "c"]) }),
+    ],
+    decides: { ...degraded, target: ["sdc2"] },
+  },
+  {
+    name: "only the target of a replace is there",
+    devices: [data("sdc", { ...two, devid: 0 }), magic("sdd")],
+    decides: { errors: 1 },
+    says: /cannot be used alone/,
+  },
+
+  // Two data filesystems, copies
+  {
+    name: "two data filesystems: the one that was mounted more often",
+    devices: [
+      data("sda", { fsid: "1", mark: mark("a", 3, ["a"]) }),
+      data("sdb", { fsid: "2", mark: mark("b", 4, ["b"]) }),
+    ],
+    decides: { mode: "persistent", members: ["sdb2"] },
+    says: /1 on \/dev\/sda2 is not touched.*lightwhale\.data=1/,
+  },
+  {
+    name: "two data filesystems: the one that is asked for",
+    devices: [
+      data("sda", { fsid: "1", mark: mark("a", 3, ["a"]) }),
+      data("sdb", { fsid: "2", mark: mark("b", 4, ["b"]) }),
+    ],
+    settings: { dataUuid: "1" },
+    decides: { mode: "persistent", members: ["sda2"] },
+  },
+  {
+    name: "the one that is asked for is not there",
+    devices: [data("sda", { fsid: "1" })],
+    settings: { dataUuid: "2" },
+    decides: { mode: "persistent", members: ["sda2"] },
+    says: /No data filesystem has the UUID 2/,
+  },
+  {
+    name: "a copy, which was not used since",
+    devices: [
+      data("sda", { mark: mark("a", 5, ["a"]) }),
+      data("sdb", { generation: 12, mark: mark("a", 6, ["a"]) }),
+    ],
+    decides: { mode: "persistent", members: ["sdb2"], excluded: ["sda2"] },
+    says: /sda2 is a copy of \/dev\/sdb2/,
+  },
+  {
+    name: "a copy that is equal in all",
+    devices: [
+      data("sdb", { mark: mark("a", 5, ["a"]) }),
+      data("sda", { mark: mark("a", 5, ["a"]) }),
+    ],
+    decides: { mode: "persistent", members: ["sda2"], excluded: ["sdb2"] },
+  },
+
+  // Grown, damaged
+  {
+    name: "a disk that grew",
+    devices: [data("sda", { disk: { sizeBytes: 2 * diskBytes } })],
+    decides: { mode: "persistent", members: ["sda2"], grow: ["sda2"] },
+  },
+  {
+    name: "a disk that grew by less than a mebibyte",
+    devices: [data("sda", { disk: { sizeBytes: diskBytes + MiB - 512 } })],
+    decides: { mode: "persistent", members: ["sda2"] },
+  },
+  {
+    name: "only the backup of the table is left",
+    devices: [data("sda", { primaryDamaged: true })],
+    decides: { mode: "persistent", members: ["sda2"], repair: ["sda"] },
+  },
+  {
+    name: "a damaged superblock and a magic disk",
+    devices: [data("sda", { intact: false }), magic("sdb")],
+    decides: { errors: 2 },
+    says: /sda2 seems to have been .* its superblock is damaged/,
+  },
+  {
+    name: "no superblock, only the partition's name, and a magic disk",
+    devices: [without(data("sda"), "btrfs"), magic("sdb")],
+    decides: { errors: 2 },
+    says: /sdb will not be formatted/,
+  },
+  {
+    name: "only a backup superblock and a magic disk",
+    devices: [disk("sda", { backupLabel: DATA }), magic("sdb")],
+    decides: { errors: 2 },
+    says: /only a backup superblock is left/,
+  },
+  {
+    name: "only a swap partition is left, and a magic disk",
+    devices: [data("sda").slice(0, 2), magic("sdb")],
+    decides: { errors: 2 },
+  },
+  {
+    name: "a disk that cannot be read and a magic disk",
+    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), magic("sdb")],
+    decides: { errors: 1 },
+    says: /Cannot read \/dev\/sda/,
+  },
+  {
+    name: "one half has a damaged superblock, and a magic disk is there",
+    devices: [first, data("sdb", { ...two, intact: false }), magic("sdc")],
+    decides: degraded,
+    says: /sdc does not join/,
+  },
+  {
+    name: "swap on the disk of a member, and on another disk",
+    devices: [
+      data("sda", { swapLabel: SWAP }),
+      disk("sdb", { swapLabel: SWAP }),
+    ],
+    decides: { mode: "persistent", members: ["sda2"], swap: ["sda1"] },
+  },
+  {
+    name: "noswap",
+    devices: [data("sda", { swapLabel: SWAP })],
+    settings: { noSwap: true },
+    decides: { mode: "persistent", members: ["sda2"] },
+  },
+];
+
+for (const { name, devices, decides, says, ...other } of situations) {
+  Deno.test(`decide(): ${name}`, () => {
+    const found = plan(devices, other);
+    const said = [...found.warnings, ...found.errors].join("\n");
+    assertEquals(summary(found), { ...nothing, ...decides }, said);
+    if (says) assertMatch(said, says);
+  });
+
+  Deno.test(`decide() does not depend on the order: ${name}`, () => {
+    const found = plan(devices.toReversed(), other);
+    assertEquals(summary(found), { ...nothing, ...decides });
+  });
+}
+
+Deno.test("findDataFilesystems() keeps filesystems apart", () => {
+  const devices = [...pair, data("sdc", { fsid: "other" })].flat();
+  assertEquals(
+    findDataFilesystems(devices).map(({ fsid, members }) => [
+      fsid,
+      ...members.map(({ name }) => name),
+    ]),
+    [["data", "sda2", "sdb2"], ["other", "sdc2"]],
+  );
+});
+
+const whole: FilesystemState = {
+  operation: "none",
+  devids: [1, 2],
+  missing: [],
+  profiles: { data: ["raid1"], metadata: ["raid1"], system: ["raid1"] },
+  errors: {},
+};
+const lacking: FilesystemState = { ...whole, missing: [2] };
+
+const jobs: {
+  name: string;
+  devices: BlockDevice[][];
+  state: FilesystemState;
+  wishes?: Partial<Wishes>;
+  /** Its kind, or its kind and what it is done to. */
+  job: string | undefined;
+}[] = [
+  { name: "all is well", devices: pair, state: whole, job: undefined },
+  {
+    name: "a member is missing, nothing can be done",
+    devices: [first],
+    state: lacking,
+    job: undefined,
+  },
+  {
+    name: "something runs",
+    devices: [first, magic("sdc")],
+    state: { ...lacking, operation: "balance" },
+    job: "wait",
+  },
+  {
+    name: "a person has paused the balance",
+    devices: [...pair, magic("sdc")],
+    state: { ...whole, operation: "balance paused" },
+    job: undefined,
+  },
+  {
+    name: "a stale member",
+    devices: [writtenAlone, second],
+    state: lacking,
+    job: "rebuild sdb2",
+  },
+  {
+    name: "a stale member and a magic disk: first what was there",
+    devices: [writtenAlone, second, magic("sdc")],
+    state: lacking,
+    job: "rebuild sdb2",
+  },
+  {
+    name: "a magic disk for a missing member",
+    devices: [first, magic("sdc")],
+    state: lacking,
+    job: "replace sdc",
+  },
+  {
+    name: "two magic disks for one missing member: one takes its place",
+    devices: [first, magic("sdc"), magic("sdd")],
+    state: lacking,
+    job: "replace sdc",
+  },
+  {
+    name: "a magic disk, nothing missing",
+    devices: [...pair, magic("sdc")],
+    state: whole,
+    job: "add sdc",
+  },
+  {
+    name: "a smaller disk was added for the missing one",
+    devices: [first],
+    state: { ...lacking, devids: [1, 2, 3] },
+    wishes: { "remove missing": true },
+    job: "remove missing",
+  },
+  {
+    name: "the missing one was removed, the wish was not",
+    devices: pair,
+    state: whole,
+    wishes: { "remove missing": true },
+    job: undefined,
+  },
+  {
+    name: "chunks without a mirror, and checksums to verify",
+    devices: pair,
+    state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
+    wishes: { scrub: true },
+    job: "balance",
+  },
+  {
+    name: "checksums to verify",
+    devices: pair,
+    state: whole,
+    wishes: { scrub: true },
+    job: "scrub",
+  },
+];
+
+for (const { name, devices, state, wishes, job } of jobs) {
+  Deno.test(`decideJob(): ${name}`, () => {
+    const found = decideJob(plan(devices), state, {
+      scrub: false,
+      "remove missing": false,
+      ...wishes,
+    });
+    const object = found && "device" in found
+      ? ` ${found.device.name}`
+      : found && "member" in found
+      ? ` ${found.member.device.name}`
+      : "";
+    assertEquals(found && found.kind + object, job);
+  });
+}
+
+const balances: {
+  name: string;
+  devices: number;
+  missing?: number[];
+  /** Profiles of data, metadata and system chunks. */
+  profiles: [string, string, string];
+  filters: string[];
+}[] = [
+  {
+    name: "a single disk stays as it is",
+    devices: 1,
+    profiles: ["single", "dup", "dup"],
+    filters: [],
+  },
+  {
+    name: "a mirror stays as it is",
+    devices: 2,
+    profiles: ["raid1", "raid1", "raid1"],
+    filters: [],
+  },
+  {
+    name: "a disk was added to a single one",
+    devices: 2,
+    profiles: ["single", "dup", "dup"],
+    filters: [
+      "-dprofiles=single,convert=raid1,soft",
+      "-mprofiles=dup,convert=raid1,soft",
+    ],
+  },
+  {
+    name: "chunks were written while a disk was missing",
+    devices: 2,
+    profiles: ["raid1+single", "raid1+single", "raid1+single"],
+    filters: [
+      "-dprofiles=single,convert=raid1,soft",
+      "-mprofiles=single,convert=raid1,soft",
+    ],
+  },
+  {
+    name: "only the system chunk is single",
+    devices: 2,
+    profiles: ["raid1", "raid1", "raid1+single"],
+    filters: ["-mprofiles=single,convert=raid1,soft"],
+  },
+  {
+    name: "one of two is missing: there is nothing to mirror on",
+    devices: 2,
+    missing: [2],
+    profiles: ["raid1+single", "raid1+single", "raid1"],
+    filters: [],
+  },
+  {
+    name: "one of three is missing: what is single is mirrored on two",
+    devices: 3,
+    missing: [3],
+    profiles: ["raid1+single", "raid1c3+single", "raid1c3"],
+    filters: [
+      "-dprofiles=single,convert=raid1,soft",
+      "-mprofiles=single,convert=raid1,soft",
+    ],
+  },
+  {
+    name: "one of three is missing: two copies of the metadata are enough",
+    devices: 3,
+    missing: [3],
+    profiles: ["raid1", "raid1+raid1c3", "raid1c3"],
+    filters: [],
+  },
+  {
+    name: "the third disk: three copies of the metadata",
+    devices: 3,
+    profiles: ["raid1", "raid1", "raid1"],
+    filters: ["-mprofiles=raid1,convert=raid1c3,soft"],
+  },
+  {
+    name: "the fourth disk: four copies of the metadata",
+    devices: 4,
+    profiles: ["raid1", "raid1c3", "raid1c3"],
+    filters: ["-mprofiles=raid1c3,convert=raid1c4,soft"],
+  },
+  {
+    name: "the fifth disk changes nothing",
+    devices: 5,
+    profiles: ["raid1", "raid1c4", "raid1c4"],
+    filters: [],
+  },
+  {
+    name: "more copies than needed stay",
+    devices: 2,
+    profiles: ["raid1c3", "raid1c3", "raid1c3"],
+    filters: [],
+  },
+  {
+    name: "profiles that a person chose stay",
+    devices: 4,
+    profiles: ["raid10", "raid10", "raid10"],
+    filters: [],
+  },
+];
+
+for (const { name, devices, missing = [], profiles, filters } of balances) {
+  Deno.test(`balanceFilters(): ${name}`, () => {
+    const [data, metadata, system] = profiles.map((all) => all.split("+"));
+    const devids = Array.from({ length: devices }, (_, index) => index + 1);
+    const state = { ...whole, devids, missing };
+    assertEquals(
+      balanceFilters({ ...state, profiles: { data, metadata, system } }),
+      filters,
+    );
+  });
+}
+
+function plan(
+  devices: BlockDevice[][],
+  { settings, facts }: {
+    settings?: Partial<Settings>;
+    facts?: Partial<Facts>;
+  } = {},
+): Plan {
+  return decide(
+    {
+      devices: structuredClone(devices.flat()),
+      diskPending: false,
+      memoryBytes: 2 * GiB,
+      tooSmall: new Set(),
+      ...facts,
+    },
+    { root: "/", waitMs: 0, off: false, noSwap: false, ...settings },
+  );
+}
+
+function summary(plan: Plan): Decision {
+  const { mode, mount, create, join, disarm, swap, errors } = plan;
+  const names = (devices: (BlockDevice | undefined)[] = []) =>
+    devices.flatMap((device) => device ? [device.name] : []).sort();
+  const newNames = (members: { device: BlockDevice }[] = []) =>
+    names(members.map(({ device }) => device));
+  return {
+    mode,
+    create: newNames(create?.members),
+    members: names(mount?.members),
+    missing: mount?.missing ?? 0,
+    stale: names(mount?.stale),
+    excluded: names(mount?.excluded),
+    target: names([mount?.replaceTarget]),
+    join: newNames(join),
+    disarm: names(disarm),
+    grow: names(mount?.grow),
+    repair: names(mount?.repair),
+    swap: names(swap),
+    scrub: mount?.needsScrub ?? false,
+    errors: errors.length,
+  };
+}
+
+function device(
+  name: string,
+  properties: Partial<BlockDevice> = {},
+): BlockDevice {
+  return {
+    name,
+    path: `/dev/${name}`,
+    deviceNumber: `8:${name.charCodeAt(2)}`,
+    kind: "disk",
+    disk: name,
+    number: 0,
+    startBytes: 0,
+    sizeBytes: diskBytes,
+    sectorBytes: 512,
+    readOnly: false,
+    hasNode: true,
+    header: false,
+    ...properties,
+  };
+}
+
+/** A disk without partitions. */
+function disk(name: string, properties?: Partial<BlockDevice>): BlockDevice[] {
+  return [device(name, properties)];
+}
+
+function magic(name: string, properties?: Partial<BlockDevice>): BlockDevice[] {
+  return disk(name, { header: true, ...properties });
+}
+
+function superblock(
+  properties: Partial<NonNullable<BlockDevice["btrfs"]>>,
+): NonNullable<BlockDevice["btrfs"]> {
+  return {
+    fsid: "data",
+    label: DATA,
+    generation: 10,
+    numDevices: 1,
+    devid: 1,
+    deviceBytes: diskBytes - GiB,
+    hasLog: false,
+    intact: true,
+    ...properties,
+  };
+}
+
+function mark(
+  member: string,
+  epoch: number,
+  present: string[],
+  absent: Mark["absent"] = {},
+): Mark {
+  return { fsid: "data", member, epoch, present, absent };
+}
+
+/** A data disk: the whole, the swap partition, the data partition. */
+function data(name: string, options: {
+  fsid?: string;
+  devid?: number;
+  /** How many members the filesystem has. */
+  of?: number;
+  generation?: number;
+  hasLog?: boolean;
+  intact?: boolean;
+  mark?: Mark;
+  swapLabel?: string;
+  primaryDamaged?: boolean;
+  disk?: Partial<BlockDevice>;
+} = {}): BlockDevice[] {
+  const { of = 1, mark, swapLabel, primaryDamaged = false } = options;
+  const { fsid = "data", devid = 1, generation = 10 } = options;
+  const { hasLog = false, intact = true } = options;
+  const sizes = [GiB, diskBytes - GiB - 2 * MiB];
+  const partitions = sizes.map((sizeBytes, index) => ({
+    number: index + 1,
+    name: [SWAP, DATA][index],
+    startBytes: [MiB, MiB + GiB][index],
+    sizeBytes,
+  }));
+  const [swap, main] = partitions.map((partition) =>
+    device(`${name}${partition.number}`, {
+      kind: "partition",
+      disk: name,
+      number: partition.number,
+      startBytes: partition.startBytes,
+      sizeBytes: partition.sizeBytes,
+      partitionName: partition.name,
+    })
+  );
+  const gpt = { partitions, primaryDamaged, endBytes: diskBytes };
+  return [
+    device(name, { gpt, ...options.disk }),
+    { ...swap, swapLabel },
+    {
+      ...main,
+      btrfs: superblock({
+        fsid,
+        devid,
+        generation,
+        hasLog,
+        intact,
+        numDevices: of,
+        deviceBytes: main.sizeBytes,
+      }),
+      mark: mark && { ...mark, fsid },
+    },
+  ];
+}
+
+function without(
+  devices: BlockDevice[],
+  property: "btrfs" | "mark",
+): BlockDevice[] {
+  return devices.map((device) => ({ ...device, [property]: undefined }));
+}
+
+Deno.test("decide(): a magic partition beside other partitions", () => {
+  const [whole, , main] = data("sda");
+  const partition = { ...main, partitionName: MAGIC, btrfs: undefined };
+  assertEquals(summary(plan([[whole, partition]])), {
+    ...nothing,
+    mode: "persistent",
+    create: ["sda2"],
+  });
+});
