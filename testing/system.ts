@@ -82,6 +82,8 @@ export interface Boot extends Result {
 
 /** How the tool is called. */
 export interface RunOptions {
+  /** The command to run in place of the tool. */
+  tool?: string[];
   /** Where programs are looked for first. */
   path?: string;
   /** The file that gets the tool's process id before it runs. */
@@ -237,7 +239,7 @@ export async function withSystem<T>(
         `echo $$ > "$0"; exec "$@" ${options.closeStdin ? "<&-" : ""}`,
       ],
       options.pidFile ?? "/dev/null",
-      ...tool,
+      ...(options.tool ?? tool),
       ...args,
     ]);
   }

@@ -1,0 +1,310 @@
+/**
+ * Faults: programs that are missing, killed or never end, disks that cannot be
+ * written or are full, a kernel log that takes nothing. Each boot ends writable
+ * within a bounded time, and says what went wrong, where, and what to do.
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { systemPath } from "./programs.ts";
+import {
+  type Boot,
+  command,
+  type DiskSpec,
+  header,
+  isMarked,
+  MiB,
+  onDisks,
+  projectFolder,
+  type System,
+} from "./system.ts";
+
+const magicDisk: DiskSpec = { sizeBytes: 2100 * MiB, contents: header };
+
+/** What the tool runs on a first boot, and what it says without it. */
+const onFirstBoot = [
+  ...["wipefs", "sfdisk", "partx", "mkfs.btrfs", "mkswap", "btrfs", "mount"],
+  ...["umount", "dd", "swapon", "flock"],
+];
+const onLaterBoot = ["mount", "dd", "swapon", "flock", "btrfs", "partx"];
+
+/** Without these there is no writable system, whatever is tried. */
+const indispensable = ["mount", "umount"];
+
+/** How a program fails. */
+const failures: Record<
+  string,
+  { script: string; says: (name: string) => RegExp }
+> = {
+  "fails": {
+    script: "#!/bin/sh\necho no can do >&2\nexit 7\n",
+    says: (name) => new RegExp(`${name}.*failed with status 7: no can do`),
+  },
+  "is killed": {
+    script: "#!/bin/sh\nkill -SEGV $$\n",
+    says: (name) => new RegExp(`${name}.*was killed by signal 11`),
+  },
+  "does nothing and says that it worked": {
+    script: "#!/bin/sh\ncat >/dev/null\nexit 0\n",
+    says: () => /Cannot .*/,
+  },
+};
+
+for (const [how, { script, says }] of Object.entries(failures)) {
+  for (const name of onFirstBoot) {
+    onDisks(
+      `first boot: ${name} ${how}`,
+      { disks: [magicDisk] },
+      async (system) => {
+        const boot = await bootWith(system, { [name]: script });
+        await assertWritable(system, boot, name);
+        if (boot.report.mode !== "persistent") {
+          assertMatch(boot.stderr, says(name), boot.stderr);
+          assertEquals(boot.status, 1, boot.stderr);
+        }
+        await assertRecovers(system);
+      },
+    );
+  }
+  for (const name of how === "is killed" ? onLaterBoot : []) {
+    onDisks(
+      `later boot: ${name} ${how}`,
+      { disks: [magicDisk] },
+      async (system) => {
+        await persist(system);
+        const boot = await bootWith(system, { [name]: script });
+        await assertWritable(system, boot, name);
+        if (boot.report.mode !== "persistent") {
+          assertEquals(boot.status, 1, boot.stderr);
+        }
+        await assertRecovers(system, "precious");
+      },
+    );
+  }
+}
+
+for (const name of onFirstBoot) {
+  onDisks(
+    `first boot: ${name} is not installed`,
+    { disks: [magicDisk] },
+    async (system) => {
+      await hide(system, [name]);
+      const boot = await system.boot();
+      await assertWritable(system, boot, name);
+      assertMatch(boot.stderr, new RegExp(`"${name}" is not installed`));
+      if (boot.report.mode === "fallback" && !indispensable.includes(name)) {
+        assert(await isMarked(system.disks[0]), "The disk was changed");
+      }
+      await assertRecovers(system);
+    },
+  );
+}
+
+onDisks(
+  "none of the programs is installed but mount",
+  { disks: [magicDisk] },
+  async (system) => {
+    await hide(
+      system,
+      onFirstBoot.filter((name) => !indispensable.includes(name)),
+    );
+    const boot = await system.boot();
+    await assertWritable(system, boot, "all");
+    assertEquals(boot.status, 1, boot.stderr);
+    assert(await isMarked(system.disks[0]), "The disk was changed");
+    await assertRecovers(system);
+  },
+);
+
+// Time-outs last minutes: they are tested thirty times as fast, with the
+// script, in which their table is all that is changed.
+for (const name of onFirstBoot) {
+  onDisks(
+    `first boot: ${name} never ends`,
+    { disks: [magicDisk] },
+    async (system) => {
+      const boot = await bootImpatiently(system, name);
+      await assertWritable(system, boot, name);
+      if (boot.report.mode !== "persistent") {
+        assertEquals(boot.status, 1, boot.stderr);
+      }
+      await assertRecovers(system);
+    },
+  );
+}
+
+onDisks(
+  "a disk that cannot be written is left alone",
+  { disks: [magicDisk] },
+  async (system) => {
+    await command(["blockdev", "--setro", system.disks[0].path]);
+    const boot = await system.boot();
+    await assertWritable(system, boot, "");
+    assertEquals(boot.status, 1, boot.stderr);
+    assertMatch(boot.stderr, /Cannot format \/dev\/loop\d+: it is read-only/);
+    await assertRecovers(system);
+  },
+);
+
+onDisks(
+  "a data disk that cannot be written: volatile, and said",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    await command(["blockdev", "--setro", system.disks[0].path]);
+    const boot = await system.boot();
+    await assertWritable(system, boot, "");
+    assertEquals([boot.status, boot.report.mode], [1, "fallback"], boot.stderr);
+    assertMatch(boot.stderr, /\/dev\/loop\d+.*read-only/);
+    await assertRecovers(system, "precious");
+  },
+);
+
+onDisks(
+  "a full data filesystem still boots persistent",
+  { disks: [{ ...magicDisk, sizeBytes: 300 * MiB }] },
+  async (system) => {
+    await persist(system);
+    await system.boot();
+    await system.sh(
+      `cd mnt/lightwhale-data
+       cat /dev/zero > zeros 2>/dev/null || true; sync
+       n=0; while [ $n -lt 100000 ]; do
+         n=$((n + 1)); echo x > small$n || break
+       done 2>/dev/null`,
+    );
+    await system.reboot();
+    const boot = await system.boot();
+    assertEquals(boot.report.mode, "persistent", boot.stderr);
+    assertEquals(await system.sh("cat etc/precious"), "precious\n");
+    const status = await system.run([...system.place(), "--status"]);
+    assertMatch(status.stdout, /full/, status.stdout);
+    // Room again by removing something, as a person would.
+    await system.sh("rm mnt/lightwhale-data/zeros; sync; echo x > etc/x");
+    await assertRecovers(system, "precious");
+  },
+);
+
+const kernelLogs: Record<string, string> = {
+  "refuses": "/proc/version",
+  "is full": "/dev/full",
+};
+for (const [how, instead] of Object.entries(kernelLogs)) {
+  onDisks(
+    `the kernel log ${how}: the boot goes on`,
+    { disks: [magicDisk] },
+    async (system) => {
+      await system.sh(`mount --bind ${instead} /dev/kmsg`);
+      const boot = await system.boot();
+      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+      assertMatch(boot.stderr, /^persistence: /);
+    },
+  );
+}
+
+/** A boot in which these programs are something else. */
+async function bootWith(
+  system: System,
+  programs: Record<string, string>,
+): Promise<Boot> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-faults-" });
+  try {
+    for (const [name, script] of Object.entries(programs)) {
+      await Deno.writeTextFile(`${folder}/${name}`, script, { mode: 0o755 });
+    }
+    return await system.boot([], { path: `${folder}:${systemPath}` });
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+/** Takes programs away for this system, wherever they are installed. */
+async function hide(system: System, names: string[]): Promise<void> {
+  await system.sh(
+    `over=$(mktemp -d "$1/tmp/over-XXXXXX")
+     mount -t tmpfs none "$over"
+     mkdir "$over/upper" "$over/work"
+     folders=/usr
+     [ -L /bin ] || folders="/usr /bin /sbin"
+     for folder in $folders; do
+       mkdir "$over/upper$folder" "$over/work$folder"
+       mount -t overlay none "$folder" -o "lowerdir=$folder,\
+upperdir=$over/upper$folder,workdir=$over/work$folder"
+     done
+     for name in ${names.join(" ")}; do
+       rm -f /usr/sbin/$name /usr/bin/$name /sbin/$name /bin/$name
+     done`,
+  );
+}
+
+/** A boot with the time-outs of the script divided by thirty. */
+async function bootImpatiently(system: System, hangs: string): Promise<Boot> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-faults-" });
+  const script = `${projectFolder}dist/impatient.ts`;
+  try {
+    const source = await Deno.readTextFile(`${projectFolder}persistence.ts`);
+    const [before, table, after] = source.split(
+      /(const TIMEOUT = \{.*?\n\};)/s,
+    );
+    let times = 0;
+    const shorter = table.replace(/(Ms: )([\d_]+)/g, (_, name, ms) => {
+      times++;
+      return `${name}${Number(ms.replaceAll("_", "")) / 30}`;
+    });
+    assert(times >= 5, `Only ${times} time-outs were found`);
+    await Deno.writeTextFile(script, before + shorter + after);
+    await Deno.writeTextFile(
+      `${folder}/${hangs}`,
+      `#!/bin/sh\nexec /bin/sleep 600\n`,
+      { mode: 0o755 },
+    );
+    const started = Date.now();
+    const path = `${folder}:${systemPath}`;
+    const boot = await system.boot([], { path, tool: impatient(script) });
+    const seconds = (Date.now() - started) / 1000;
+    assert(seconds < 90, `It took ${seconds} s`);
+    return boot;
+  } finally {
+    await Deno.remove(script);
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+const impatient = (script: string) => [
+  ...[Deno.execPath(), "run", "-A", "--no-check"],
+  ...["--config", `${projectFolder}deno.npm.json`, script],
+];
+
+/** /etc, /var, /home and the data mount take a file; the report is there. */
+async function assertWritable(
+  system: System,
+  boot: Boot,
+  fault: string,
+): Promise<void> {
+  if (indispensable.includes(fault) && boot.status === 1) return;
+  await system.sh(
+    `for name in etc var home mnt/lightwhale-data; do echo x > $name/x; done`,
+  ).catch((error) => {
+    throw new Error(`It is not writable: ${error.message}\n${boot.stderr}`);
+  });
+  assert(boot.report.mode, `There is no report: ${boot.stderr}`);
+}
+
+/** The next boot, without the fault, is a good one. */
+async function assertRecovers(system: System, text?: string): Promise<void> {
+  await system.settle();
+  for (const { path } of system.disks) {
+    await command(["blockdev", "--setrw", path]);
+  }
+  await system.reboot();
+  const boot = await system.boot();
+  assertEquals([boot.status, boot.report.mode], [0, "persistent"], boot.stderr);
+  assert(boot.report.degraded === false, boot.stderr);
+  if (text) assertEquals(await system.sh("cat etc/precious"), `${text}\n`);
+}
+
+/** A data filesystem with a file, then a reboot. */
+async function persist(system: System): Promise<void> {
+  const boot = await system.boot();
+  assertEquals(boot.status, 0, boot.stderr);
+  await system.sh("echo precious > etc/precious");
+  await system.reboot();
+}
