@@ -25,6 +25,8 @@ const rough = [
   "testing/hostile_names_test.ts",
   "testing/bystanders_test.ts",
   "testing/lock_test.ts",
+  "testing/fault_test.ts",
+  "testing/cuts_test.ts",
 ];
 
 const groups: Record<string, () => Promise<Count>> = {
