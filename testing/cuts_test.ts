@@ -39,8 +39,10 @@ const smallMagicDisk: DiskSpec = { ...smallDisk, contents: header };
 interface Scene {
   name: string;
   disks: [DiskSpec, ...DiskSpec[]];
-  /** What happens before, here and unrecorded; ends with the disks detached. */
+  /** What happens before, here and unrecorded. */
   before?: (system: System) => Promise<void>;
+  /** What happens to the disks then, while they are off. */
+  whileOff?: (system: System) => Promise<void>;
   /** Places in `disks` of those that the machine has; default: all. */
   used?: number[];
   /** A shell script that runs in the machine after its boot. */
@@ -48,7 +50,7 @@ interface Scene {
   /** The profiles in the end; undefined where there may be no data filesystem. */
   profiles?: string;
   /** What must hold in the end besides. */
-  after?: (cut: AfterCut) => Promise<void>;
+  after?: (cut: AfterCut) => Promise<void> | void;
 }
 
 /** A system that has booted after a cut. */
@@ -115,7 +117,7 @@ const scenes: Scene[] = [
     name: "--enable",
     disks: [smallDisk],
     does: "persistence.ts --enable /dev/vda; echo '@enabled '",
-    async after({ boot, said }) {
+    after({ boot, said }) {
       const { mode } = boot.report;
       if (said("enabled")) assertEquals(mode, "persistent");
     },
@@ -127,7 +129,7 @@ const scenes: Scene[] = [
     before: (system) => unmark(system, [0]),
     does: `persistence.ts --enable /dev/vda; echo '@enabled '
       persistence.ts --disable /dev/vda; echo '@disabled '`,
-    async after({ boot, said }) {
+    after({ boot, said }) {
       const { mode } = boot.report;
       if (said("disabled")) assertEquals(mode, "volatile");
     },
@@ -194,11 +196,8 @@ const scenes: Scene[] = [
   {
     name: "a disk has grown",
     disks: [smallMagicDisk],
-    before: async (system) => {
-      await persist(system);
-      const [{ image }] = system.disks;
-      await system.reboot({ whileOff: () => Deno.truncate(image, 700 * MiB) });
-    },
+    before: persist,
+    whileOff: ({ disks: [{ image }] }) => Deno.truncate(image, 700 * MiB),
     does: "sync; echo '@grown '",
     profiles: "single dup dup",
     async after({ system, said }) {
@@ -226,8 +225,10 @@ async function playScene(scene: Scene): Promise<void> {
     try {
       await scene.before?.(system);
       const sums = await sumsOf(system);
+      assert(!scene.before || !scene.profiles || sums, "There are no files");
       await system.reboot({
         whileOff: async () => {
+          await scene.whileOff?.(system);
           for (const [i, { image }] of system.disks.entries()) {
             await copy(image, `${folder}/before${i}`);
           }
