@@ -37,7 +37,7 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
   sizeMiB?: number;
   /** It begins with the magic header. */
   magic?: boolean;
-  /** A shell script that fills it; `$1` is the image file. */
+  /** A script that fills the image file `$1`; `$SYSTEM` is the squashfs. */
   contents?: string;
   /** It must stay byte-identical. */
   bystander?: boolean;
@@ -376,7 +376,6 @@ for (const situation of situations) {
 }
 
 async function runSituation(situation: Situation, dir: string): Promise<void> {
-  systemImage(); // the rented server's disk holds a copy of it
   const disks = situation.disks.map((before, i) => makeBefore(before, i, dir));
   const bystanders = disks.filter((_, i) => situation.disks[i].bystander);
   const sums = bystanders.map(({ file }) => checksum(file));
@@ -399,7 +398,10 @@ function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
   const { sizeMiB = bystander ? 64 : 3000 } = before;
   const file = makeDisk(`${dir}/disk${i}.img`, { sizeMiB, magic });
   if (contents) {
-    execFileSync("sh", ["-euc", contents, "sh", file], { stdio: "pipe" });
+    execFileSync("sh", ["-euc", contents, "sh", file], {
+      env: { ...Deno.env.toObject(), SYSTEM: systemImage() },
+      stdio: "pipe",
+    });
   }
   return { ...disk, file };
 }
@@ -411,7 +413,7 @@ function checksum(file: string): string {
 function rentedServer(): string {
   return `printf '%s\n' 'size=512MiB, name=system' 'size=32MiB, name=spare' \
       'name=lightwhale-please-format-me' | sfdisk -q --label gpt "$1"
-    dd if='${here}cache/system.squashfs' of="$1" bs=1M seek=1 conv=notrunc \
+    dd if="$SYSTEM" of="$1" bs=1M seek=1 conv=notrunc \
       status=none`;
 }
 

@@ -12,6 +12,7 @@
  */
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
+import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { type Cut, type Received, serveDisks } from "./recorded_disk.ts";
 
@@ -331,35 +332,46 @@ export function systemImage(
   const { name = "system", changes = "" } = options;
   const executable = options.executable ?? Deno.env.get("PERSISTENCE") ??
     `${here}../dist/persistence`;
-  const image = `${cache}/${name}.squashfs`;
 
   Deno.mkdirSync(cache, { recursive: true });
   using lock = Deno.openSync(`${cache}/lock`, { create: true, write: true });
   lock.lockSync(true);
 
   const recipe = [`${here}build.sh`, `${here}init`];
-  build("base", hashOf(recipe), ["base", cache]);
+  const base = hashOf(recipe);
+  if (readIfThere(`${cache}/base.hash`) !== base) {
+    build("base", cache);
+    Deno.writeTextFileSync(`${cache}/base.hash`, base);
+  }
   const parts = [`${here}system`, `${here}../S11persistence`, executable];
-  build(
-    name,
-    hashOf([...recipe, ...parts, ...(changes ? [changes] : [])]),
-    ["system", cache, executable, changes, image],
-  );
+  const hash = hashOf([...recipe, ...parts, ...(changes ? [changes] : [])]);
+  // The hash in the name: another run may be about to boot its own image.
+  const image = `${cache}/${name}-${hash.slice(0, 16)}.squashfs`;
+  if (!existsSync(image)) build("system", cache, executable, changes, image);
+  const now = new Date();
+  Deno.utimeSync(image, now, now);
+  removeOldImages();
   return image;
 }
 
-/** Run build.sh unless its last result came from the same things. */
-function build(name: string, hash: string, args: string[]): void {
-  const stamp = `${cache}/${name}.hash`;
-  if (readIfThere(stamp) === hash) return;
+function build(...args: string[]): void {
   try {
     execFileSync("sh", [`${here}build.sh`, ...args], { stdio: "pipe" });
   } catch (error) {
     const { stderr } = error as { stderr?: Uint8Array };
     const text = new TextDecoder().decode(stderr ?? new Uint8Array());
-    throw new Error(`Cannot build ${name}: ${text || error}`);
+    throw new Error(`Cannot build ${args[0]}: ${text || error}`);
   }
-  Deno.writeTextFileSync(stamp, hash);
+}
+
+/** Keep the images that were used last; each holds the 110 MB executable. */
+function removeOldImages(): void {
+  const images = [...Deno.readDirSync(cache)]
+    .filter(({ name }) => name.endsWith(".squashfs"))
+    .map(({ name }) => `${cache}/${name}`)
+    .map((path) => ({ path, usedAt: Deno.statSync(path).mtime! }))
+    .sort((a, b) => b.usedAt.getTime() - a.usedAt.getTime());
+  for (const { path } of images.slice(12)) Deno.removeSync(path);
 }
 
 function hashOf(paths: string[]): string {
