@@ -720,6 +720,13 @@ const balances: {
     filters: [],
   },
   {
+    name: "one of four is missing: what has a mirror waits for the fourth",
+    devices: 4,
+    missing: [4],
+    profiles: ["raid1", "raid1+raid1c4", "raid1c4"],
+    filters: [],
+  },
+  {
     name: "the third disk: three copies of the metadata",
     devices: 3,
     profiles: ["raid1", "raid1", "raid1"],

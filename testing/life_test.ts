@@ -399,7 +399,7 @@ const cuts: Record<string, {
   "the removal of a missing disk that a smaller one replaces": {
     operation: "device remove",
     async prepare(system) {
-      await system.plug({ sizeBytes: 600 * MiB, contents: header });
+      await system.plug({ sizeBytes: 800 * MiB, contents: header });
       return [system.disks[1]];
     },
   },
