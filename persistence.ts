@@ -721,8 +721,14 @@ async function readDevice(device: BlockDevice): Promise<void> {
       device.backupLabel = backup?.intact ? backup.label : undefined;
     });
   } catch (error) {
-    device.readError = messageOf(error);
+    device.readError = cannotRead(device, error);
   }
+}
+
+function cannotRead(device: BlockDevice, error: unknown): string {
+  const message = messageOf(error);
+  const named = message.includes(device.path);
+  return named ? message : `Cannot read ${device.path}: ${message}`;
 }
 
 /** Reads a device of which the first byte is at `at` of what is read. */
@@ -804,7 +810,7 @@ async function lookAtPartitionsWithoutNode(
         await readStart(device, read, device.startBytes);
       });
     } catch (error) {
-      device.readError = messageOf(error);
+      device.readError = cannotRead(device, error);
     }
   }));
   return found;
@@ -1229,8 +1235,9 @@ function allDevices(data: DataFilesystem): BlockDevice[] {
 
 /**
  * Chooses among several data filesystems by a rule that gives the same answer
- * at the next boot: the one asked for; a whole one; the one mounted most often;
- * the lower UUID.
+ * at the next boot: the one asked for; one that can be mounted, if only
+ * degraded; the one mounted most often, so that an old disk that is plugged in
+ * when another fails does not take over; a whole one; the lower UUID.
  */
 function chooseDataFilesystem(
   filesystems: DataFilesystem[],
@@ -1241,9 +1248,12 @@ function chooseDataFilesystem(
     Math.max(0, ...data.members.map(epochOf));
   const asked = (data: DataFilesystem) =>
     data.fsid === settings.dataUuid ? 1 : 0;
+  const usable = ({ members, missing }: DataFilesystem) =>
+    members.length > 0 && missing <= 1 ? 1 : 0;
   const [chosen, ...others] = [...filesystems].sort((a, b) =>
-    asked(b) - asked(a) || Math.sign(a.missing) - Math.sign(b.missing) ||
-    epoch(b) - epoch(a) || (a.fsid < b.fsid ? -1 : 1)
+    asked(b) - asked(a) || usable(b) - usable(a) || epoch(b) - epoch(a) ||
+    Math.sign(a.missing) - Math.sign(b.missing) ||
+    (a.fsid < b.fsid ? -1 : 1)
   );
   if (settings.dataUuid && (!chosen || !asked(chosen))) {
     plan.warnings.push(
@@ -2046,11 +2056,14 @@ async function mountDataSubvolume(
     return await mountBtrfs(paths, subvolume, place.data);
   } catch (error) {
     // Is it the filesystem, or only the subvolume that is not there?
+    let known = true;
     await withTopLevel(paths, options, place, async (top) => {
-      if (fs.existsSync(join(top, SUBVOLUMES.data))) throw error;
+      known = fs.existsSync(join(top, SUBVOLUMES.data));
+      if (known) return;
       atTopLevel = fs.existsSync(join(top, basename(place.state)));
       if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data));
-    });
+    }).catch((error) => say("debug", messageOf(error)));
+    if (known) throw error;
   }
   if (atTopLevel) subvolume[0] = "subvolid=5";
   await mountBtrfs(paths, subvolume, place.data);
@@ -2679,11 +2692,13 @@ async function startJob(
       return;
     case "remove missing":
       return async () => {
+        const remove = () =>
+          run(["btrfs", "device", "remove", "missing", place.data], {
+            to: `mirror the data of the missing device anew`,
+            timeoutMs: Infinity,
+          });
         await packChunks(place);
-        await run(["btrfs", "device", "remove", "missing", place.data], {
-          to: `mirror the data of the missing device anew`,
-          timeoutMs: Infinity,
-        });
+        await remove().catch(() => packChunks(place).then(remove));
         fs.rmSync(wishFile("remove missing", place), { force: true });
       };
     case "balance":
