@@ -79,10 +79,18 @@ async function check(): Promise<Count> {
   return { passed: checks.length - failed, failed, skipped: 0 };
 }
 
+/** All files of tests here but the rough ones. */
+function usual(): string[] {
+  const files = [...Deno.readDirSync(`${projectFolder}testing`)]
+    .map(({ name }) => `testing/${name}`)
+    .filter((path) => path.endsWith("_test.ts") && !rough.includes(path));
+  return ["persistence_test.ts", ...files.sort()];
+}
+
 /** These tests, with this command as the tool. */
 async function testWith(
   tool: string[],
-  tests = ["persistence_test.ts", "testing/", `--ignore=${rough}`],
+  tests = usual(),
 ): Promise<Count> {
   if (tool !== script && await run(["npm", "run", "--silent", "build"]) !== 0) {
     return { passed: 0, failed: 1, skipped: 0 };
