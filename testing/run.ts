@@ -19,8 +19,10 @@ const deno = Deno.execPath();
 const config = ["--config", `${projectFolder}deno.npm.json`];
 const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 
-/** Bad input, bad luck, bad timing: once is enough, with the executable. */
+/** Long lives, bad input, bad luck: once is enough, with the executable. */
 const rough = [
+  "testing/decide_test.ts",
+  "testing/life_test.ts",
   "testing/fuzz_test.ts",
   "testing/hostile_names_test.ts",
   "testing/bystanders_test.ts",
