@@ -474,6 +474,7 @@ export async function boot(settings: Settings): Promise<number> {
   const place = places(settings.root);
   let lock: Lock | undefined;
   let plan: Plan | undefined;
+  let planned: string[] = [];
   let mode: Outcome["mode"] = "persistent";
   let swapping: Promise<void> | undefined;
   import("dax"); // needed soon: it loads while the lock is taken
@@ -481,6 +482,7 @@ export async function boot(settings: Settings): Promise<number> {
     lock = await takeLock(join(place.run, "lock"));
     await removeScratchMounts(place);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
+    planned = describePlan(plan);
     sayPlan(plan);
     await repairTables(plan.mount?.repair ?? []);
     await makePartitionNodes(plan.nodes);
@@ -511,7 +513,9 @@ export async function boot(settings: Settings): Promise<number> {
     say("info", "Everything is set up already");
   }
   const status = messages.errors.length > 0 ? 1 : 0;
-  attemptNow(() => writeReport({ mode, plan, status, started }, place));
+  attemptNow(() =>
+    writeReport({ mode, plan, planned, status, started }, place)
+  );
   lock?.release();
   return status;
 }
@@ -520,6 +524,8 @@ export async function boot(settings: Settings): Promise<number> {
 interface Outcome {
   mode: "persistent" | "volatile" | "fallback";
   plan?: Plan;
+  /** What was planned at first, before a filesystem was created. */
+  planned: string[];
   status: number;
   started: number;
 }
@@ -2384,7 +2390,7 @@ async function swapOn(all: BlockDevice[]): Promise<void> {
 
 /** Writes `/run/lightwhale/persistence.json`: what this boot did. */
 function writeReport(
-  { mode, plan, status, started }: Outcome,
+  { mode, plan, planned, status, started }: Outcome,
   place: Places,
 ): void {
   const data = plan?.mount;
@@ -2397,7 +2403,7 @@ function writeReport(
     devices: data?.members.map((member) => member.path) ?? [],
     missing: data ? stateOf(data)?.missing ?? [] : [],
     degraded: (data?.missing ?? 0) > 0,
-    plan: plan ? describePlan(plan) : [],
+    plan: planned,
     ...messages,
     durationMs: Date.now() - started,
   };
