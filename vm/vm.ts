@@ -43,6 +43,8 @@ export interface VmDisk {
   recorded?: boolean;
   /** The machine can only read it. */
   readOnly?: boolean;
+  /** Each of these accesses fails; with a sector, only those that touch it. */
+  fails?: { io: "read" | "write" | "flush"; sector?: number };
 }
 
 /** What is to be booted. */
@@ -278,8 +280,7 @@ function blockdev(disk: VmDisk, i: number, sockets: string[] = []) {
   }
   // no-flush: the host does not lose power; the guest's flushes need not wait.
   const cache = { "no-flush": true };
-  return {
-    ...common,
+  const image = {
     driver: "raw",
     file: {
       driver: "file",
@@ -288,6 +289,10 @@ function blockdev(disk: VmDisk, i: number, sockets: string[] = []) {
     },
     cache,
   };
+  if (!disk.fails) return { ...common, ...image };
+  const { io, ...where } = disk.fails;
+  const error = { event: "none", iotype: io, errno: 5, ...where };
+  return { ...common, driver: "blkdebug", image, "inject-error": [error] };
 }
 
 function deviceProperties(disk: VmDisk, i: number): Record<string, unknown> {
