@@ -10,6 +10,7 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { execFileSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { needPrograms } from "../testing/programs.ts";
+import { all } from "./situation.ts";
 import {
   type BootOptions,
   bootVm,
