@@ -627,6 +627,7 @@ function listDisk(disk: string): BlockDevice[] {
   const directory = `/sys/block/${disk}`;
   const entries = listDirectory(directory);
   const volume = entries.includes("dm") || entries.includes("md");
+  const suspended = readText(`${directory}/dm/suspended`) === "1";
   const sectorBytes = Number(
     readText(`${directory}/queue/logical_block_size`) ?? 512,
   );
@@ -654,6 +655,9 @@ function listDisk(disk: string): BlockDevice[] {
       readOnly: readText(`${own}/ro`) === "1",
       hasNode: true,
       partitionName: value("PARTNAME"),
+      readError: suspended
+        ? `Cannot read /dev/${node}: it is suspended (dmsetup resume ${node})`
+        : undefined,
       header: false,
     });
   }
@@ -715,6 +719,7 @@ function readSwaps(): string[] {
 
 /** Reads where the formats that matter have their place. */
 async function readDevice(device: BlockDevice): Promise<void> {
+  if (device.readError) return; // to open it would be to wait for ever
   try {
     await withDevice(device.path, async (read) => {
       await readStart(device, read, 0);
@@ -833,8 +838,9 @@ type Read = (at: number, length: number) => Promise<Uint8Array>;
 /**
  * Opens a device for reading.
  *
- * @throws {Error} When it cannot be read or does not answer in time. (Buffered
- * reads are killable in the kernel: a stuck one does not keep us from exiting.)
+ * @throws {Error} When it cannot be read or does not answer in time. (Our exit
+ * then waits until the kernel gives the request up, as its drivers do after
+ * some minutes; a suspended volume, where it never would, is not opened.)
  */
 async function withDevice(
   path: string,
