@@ -320,9 +320,14 @@ function chooseCuts(received: Received[]): Cut[] {
     kind === "flush" ? [i] : []
   );
   assert(flushes.length > 0, "The machine flushed nothing");
-  return Array.from({ length: cuts }, (_, i) => {
-    const from = Math.floor(i * flushes.length / cuts);
-    const to = Math.max(from + 1, Math.floor((i + 1) * flushes.length / cuts));
+  // Where little is written, there is little to choose from.
+  const length = Math.min(cuts, 6 * flushes.length);
+  return Array.from({ length }, (_, i) => {
+    const from = Math.floor(i * flushes.length / length);
+    const to = Math.max(
+      from + 1,
+      Math.floor((i + 1) * flushes.length / length),
+    );
     const flush = flushes[from + random.below(to - from)];
     // Anywhere since the flush before, not only at its end.
     const before = flushes[flushes.indexOf(flush) - 1] ?? -1;
