@@ -1622,7 +1622,6 @@ async function writeBytes(
     `bs=${bytes.length}`,
     "count=1",
     `seek=${at / bytes.length}`,
-    "iflag=fullblock", // a pipe may give less than asked for
     "conv=notrunc,fsync",
     "status=none",
   ], { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes });
@@ -3401,24 +3400,22 @@ async function run(command: string[], options: RunOptions): Promise<string> {
   say("debug", [name, ...args].join(" "));
   const { $, KillController } = await import("dax");
   const killer = new KillController();
-  const script = 'exec 3<&0; trap "kill -KILL \\$!" TERM; ' +
+  // Input comes from a file: of a child that dies before it has read a pipe dax
+  // would tell the broken pipe, and not the signal.
+  const input = stdin === undefined ? "/dev/null" : writeInput(stdin);
+  const script = 'exec 3<"$0"; trap "kill -KILL \\$!" TERM; ' +
     '"$@" <&3 3<&- & exec 3<&-; wait $!';
-  const running = $`/bin/sh -c ${script} sh ${[program, ...args]}`
+  const running = $`/bin/sh -c ${script} ${input} ${[program, ...args]}`
     .env("LC_ALL", "C").signal(killer.signal).noThrow()
-    .stdin(
-      typeof stdin === "string"
-        ? new TextEncoder().encode(stdin)
-        : stdin ?? "null",
-    )
-    .stdout("piped").stderr("piped");
-  const result = await withTimeout(
-    running,
-    timeoutMs,
-    `Cannot ${to}: "${name}"`,
-  )
+    .stdin("null").stdout("piped").stderr("piped");
+  const what = `Cannot ${to}: "${name}"`;
+  const result = await withTimeout(running, timeoutMs, what)
     .catch((error) => {
       killer.kill("SIGTERM");
       throw error;
+    })
+    .finally(() => {
+      if (stdin !== undefined) fs.rmSync(input, { force: true });
     });
   if (accept.includes(result.code)) return result.stdout;
   const end = result.code > 128 && result.code <= 128 + 64
@@ -3426,6 +3423,14 @@ async function run(command: string[], options: RunOptions): Promise<string> {
     : `failed with status ${result.code}`;
   const said = result.stderr.trim().split("\n").slice(-3).join("; ");
   throw new Error(`Cannot ${to}: "${command.join(" ")}" ${end}: ${said}`);
+}
+
+let inputs = 0;
+
+function writeInput(contents: string | Uint8Array): string {
+  const path = `/run/lightwhale-input.${process.pid}.${inputs++}`;
+  fs.writeFileSync(path, contents, { mode: 0o600 });
+  return path;
 }
 
 /** Where a program is, or undefined where it is not installed. */
