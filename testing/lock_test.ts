@@ -90,49 +90,6 @@ for (const mode of ["--enable", "--disable"]) {
   );
 }
 
-onDisks(
-  "killed while mkfs.btrfs works: the next one neither waits nor interleaves",
-  { disks: [magicDisk] },
-  async (system) => {
-    const log = await makeLog(["killed", "next"]);
-    const slow = `${log}/killed/mkfs.btrfs`;
-    try {
-      // Its mkfs goes on alone for three seconds after the kill.
-      await Deno.writeTextFile(
-        slow,
-        (await Deno.readTextFile(slow)).replace(
-          "\nmkfs.btrfs",
-          "\nsleep 3\nmkfs.btrfs",
-        ),
-      );
-      const pidFile = `${log}/pid`;
-      const killed = system.boot([], {
-        path: `${log}/killed:${systemPath}`,
-        pidFile,
-      });
-      while (!(await Deno.readTextFile(`${log}/log`)).includes("mkfs.btrfs")) {
-        await new Promise((resolve) => setTimeout(resolve, 20));
-      }
-      Deno.kill(Number(await Deno.readTextFile(pidFile)), "SIGKILL");
-      const started = Date.now();
-      const next = await system.boot([], {
-        path: `${log}/next:${systemPath}`,
-      });
-      assertEquals((await killed).signal, "SIGKILL");
-      assertEquals(next.status, 0, next.stderr);
-      const seconds = (Date.now() - started) / 1000;
-      assert(
-        seconds < 15,
-        `It took ${seconds} s: the lock outlived its holder`,
-      );
-      await assertTurns(log);
-      await assertComplete(system);
-    } finally {
-      await Deno.remove(log, { recursive: true });
-    }
-  },
-);
-
 /**
  * Makes a folder with a folder of programs for each name; what they start and
  * end is written to one log, in order.
