@@ -105,6 +105,7 @@ export function places(root: string) {
     topLevel: join(run, "top-level"),
     fstab: join(run, "fstab"),
     report: join(run, "persistence.json"),
+    job: join(run, "job.json"),
   };
 }
 
@@ -2558,9 +2559,9 @@ export function balanceFilters(state: FilesystemState): string[] {
     if (old.length === 0) return [];
     return [`-${type}profiles=${old.join("|")},convert=${target},soft`];
   };
-  return [
-    ...filter("d", data, dataProfile),
+  return [ // metadata first: it needs little room, and data leave none
     ...filter("m", [...metadata, ...system], metadataProfile),
+    ...filter("d", data, dataProfile),
   ];
 }
 
@@ -2651,6 +2652,8 @@ async function doNextJob(
       done.add(describeJob(job));
       say("info", `Now ${describeJob(job)}`);
     }
+    const work = { what: describeJob(job), since: new Date().toISOString() };
+    replaceFile(place.job, JSON.stringify(work) + "\n");
     longPart = await startJob(job, plan.mount, place);
   } catch (error) {
     sayError(error);
@@ -2714,10 +2717,18 @@ async function startJob(
       };
     case "balance":
       return async () => {
-        await run(["btrfs", "balance", "start", ...job.filters, place.data], {
-          to: `give every chunk its profile on "${place.data}"`,
-          timeoutMs: Infinity,
-        });
+        const convert = (filter: string) =>
+          run(["btrfs", "balance", "start", filter, place.data], {
+            to: `give every chunk its profile on "${place.data}"`,
+            timeoutMs: Infinity,
+          });
+        for (const filter of job.filters) {
+          await makeRoom(place);
+          // What was converted has made room for more.
+          await convert(filter)
+            .catch(() => makeRoom(place).then(() => convert(filter)))
+            .catch(() => makeRoom(place).then(() => convert(filter)));
+        }
       };
     case "scrub":
       return async () => {
@@ -2825,6 +2836,36 @@ async function finishReplace(
     await cancelReplace(place);
     await packChunks(place);
     await startReplace(devid, device, data, place);
+  }
+}
+
+/**
+ * Makes sure that each device has space for new chunks, if need be by moving
+ * some to the device that was added. Where all is allocated, Linux 6.18 was
+ * seen to abort a conversion with ENOSPC: the filesystem went read-only.
+ */
+async function makeRoom(place: Places): Promise<void> {
+  const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
+  for (let moved = 0; moved < 8; moved++) {
+    const usage = await run(["btrfs", "device", "usage", "--raw", place.data], {
+      to: `see how much of each device is allocated`,
+    });
+    const devices = [...usage.matchAll(block)].map(([, devid, size, free]) => ({
+      devid,
+      sizeBytes: Number(size),
+      freeBytes: Number(free),
+    }));
+    const total = devices.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+    const chunkBytes = Math.min(GiB, total / 10); // the largest there can be
+    const most = Math.max(...devices.map(({ freeBytes }) => freeBytes));
+    const full = devices.find(({ freeBytes }) => freeBytes < chunkBytes);
+    if (!full || most < 2 * chunkBytes) return;
+    const filter = `-ddevid=${full.devid},profiles=single,limit=1`;
+    await run(["btrfs", "balance", "start", filter, place.data], {
+      to: `make room on device ${full.devid}`,
+      accept: [0, 1],
+      timeoutMs: Infinity,
+    });
   }
 }
 
@@ -3162,7 +3203,8 @@ export interface Status {
   mounts: { target: string; source: string; type: string }[];
   space: { sizeBytes: number; freeBytes: number } | null;
   swap: string[];
-  work: { kind: string; progress: string }[];
+  /** `since`: when it began, or went on after a boot (ISO 8601). */
+  work: { kind: string; progress: string; since: string | null }[];
   /** Sentences on what is wrong; empty when all is well. */
   health: string[];
   lastBoot: unknown;
@@ -3253,12 +3295,18 @@ async function readWork(
   state: FilesystemState,
   place: Places,
 ): Promise<Status["work"]> {
+  const job = attemptNow(() => JSON.parse(readText(place.job) ?? "null"));
+  const since = job?.since ?? null;
   const ask = async (kind: string, command: string[]) => {
     const output = await run(["btrfs", ...command, place.data], {
       to: `ask how far the ${kind} is`,
       accept: [0, 1], // 1: a balance runs
     });
-    return { kind, progress: output.trim().replaceAll(/\s*\n\s*/g, ", ") };
+    return {
+      kind,
+      since,
+      progress: output.trim().replaceAll(/\s*\n\s*/g, ", "),
+    };
   };
   const work: Status["work"] = [];
   if (state.operation === "device replace") {
@@ -3266,7 +3314,7 @@ async function readWork(
   } else if (state.operation.startsWith("balance")) {
     work.push(await ask("balance", ["balance", "status"]));
   } else if (state.operation !== "none") {
-    work.push({ kind: state.operation, progress: "running" });
+    work.push({ kind: state.operation, progress: "running", since });
   }
   if (readWishes(place).scrub) {
     work.push(await ask("scrub", ["scrub", "status"]));
@@ -3341,7 +3389,8 @@ function describeStatus(status: Status): string {
   }
   if (status.swap.length > 0) lines.push(`  swap: ${status.swap.join(", ")}`);
   for (const work of status.work) {
-    lines.push(`In the background: ${work.kind}: ${work.progress}`);
+    const since = work.since ? ` since ${work.since}` : "";
+    lines.push(`In the background${since}: ${work.kind}: ${work.progress}`);
   }
   for (const problem of status.health) lines.push(`Attention: ${problem}`);
   if (status.mode !== "none" && status.health.length === 0) {

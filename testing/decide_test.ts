@@ -676,8 +676,8 @@ const balances: {
     devices: 2,
     profiles: ["single", "dup", "dup"],
     filters: [
-      "-dprofiles=single,convert=raid1,soft",
       "-mprofiles=dup,convert=raid1,soft",
+      "-dprofiles=single,convert=raid1,soft",
     ],
   },
   {
@@ -685,8 +685,8 @@ const balances: {
     devices: 2,
     profiles: ["raid1+single", "raid1+single", "raid1+single"],
     filters: [
-      "-dprofiles=single,convert=raid1,soft",
       "-mprofiles=single,convert=raid1,soft",
+      "-dprofiles=single,convert=raid1,soft",
     ],
   },
   {
@@ -708,8 +708,8 @@ const balances: {
     missing: [3],
     profiles: ["raid1+single", "raid1c3+single", "raid1c3"],
     filters: [
-      "-dprofiles=single,convert=raid1,soft",
       "-mprofiles=single,convert=raid1,soft",
+      "-dprofiles=single,convert=raid1,soft",
     ],
   },
   {

@@ -311,6 +311,25 @@ for (const [size, mebibytes] of Object.entries(replacements)) {
 // Added
 
 onDisks(
+  "a full disk gets a second one: nothing is lost, the system stays writable",
+  { disks: [{ sizeBytes: 1500 * MiB, contents: header }] },
+  async (system) => {
+    await system.boot();
+    // Nearly all that is there is allocated: no room for a mirrored chunk.
+    await system.sh("head -c 900M /dev/urandom > etc/much; sync -f etc/much");
+    const sum = await system.sh("sha256sum etc/much");
+    await system.plug({ sizeBytes: 1500 * MiB, contents: header });
+    await system.reboot();
+    assertPersistent(await system.boot(), { devices: 1 });
+    await idle(system);
+    // Of the data as much is mirrored as there is room for.
+    assertMatch(await profiles(system), / raid1 raid1$/);
+    assertEquals(await system.sh("sha256sum etc/much"), sum);
+    await system.sh("touch etc/still-writable");
+  },
+);
+
+onDisks(
   "magic disks join one by one, from a single disk to five",
   { disks: [magicDisk] },
   async (system) => {
@@ -814,7 +833,7 @@ async function writeNoCow(system: System): Promise<string> {
   const name = "no checksums";
   return await system.sh(
     `cd ${state}; test -e "${name}" || { : > "${name}"; chattr +C "${name}"; }
-     head -c 2M /dev/urandom | dd of="${name}" conv=notrunc status=none
+     head -c 900M /dev/urandom | dd of="${name}" conv=notrunc status=none
      sync "${name}"; sha256sum < "${name}"`,
   );
 }
