@@ -833,7 +833,7 @@ async function writeNoCow(system: System): Promise<string> {
   const name = "no checksums";
   return await system.sh(
     `cd ${state}; test -e "${name}" || { : > "${name}"; chattr +C "${name}"; }
-     head -c 900M /dev/urandom | dd of="${name}" conv=notrunc status=none
+     head -c 2M /dev/urandom | dd of="${name}" conv=notrunc status=none
      sync "${name}"; sha256sum < "${name}"`,
   );
 }
