@@ -2022,28 +2022,34 @@ async function mountMembers(
     });
   }
   makeMountPoint(place.data);
-  const mountWith = async (devices: BlockDevice[]): Promise<void> => {
+  const mountWith = async (
+    devices: BlockDevice[],
+    degraded = data.missing > 0,
+  ): Promise<void> => {
     const dead = await markMembers(devices, data.fsid);
     if (dead.length > 0) {
       say("warning", `${pathsOf(dead)} cannot be written to: going on without`);
       data.members = data.members.filter((member) => !dead.includes(member));
       data.missing += dead.length;
-      return await mountWith(devices.filter((d) => !dead.includes(d)));
+      return await mountWith(devices.filter((d) => !dead.includes(d)), true);
     }
     const paths = devices.map((device) => device.path);
-    const options = data.missing > 0 ? ["degraded"] : [];
+    const options = degraded ? ["degraded"] : [];
     await mountDataSubvolume(paths, options, place);
   };
-  const { replaceTarget } = data;
-  if (replaceTarget && data.missing > 0) {
-    try { // an interrupted replace goes on
-      await mountWith([...data.members, replaceTarget]);
-    } catch (error) {
-      say("warning", messageOf(error)); // no replace knows it: freed later
-      await mountWith(data.members);
-    }
-  } else {
-    await mountWith(data.members);
+  const target = data.replaceTarget ? [data.replaceTarget] : [];
+  try { // an interrupted replace goes on, if its target is named
+    await mountWith(
+      data.missing > 0 ? [...data.members, ...target] : data.members,
+    );
+  } catch (error) {
+    // The source of an interrupted replace may still be there: the kernel then
+    // mounts only degraded, though nothing is missing. Or no replace knows the
+    // target any more, and it is freed later.
+    say("warning", messageOf(error));
+    await mountWith([...data.members, ...target], true)
+      .catch(() => mountWith(data.members, true))
+      .catch(() => Promise.reject(error));
   }
   if (mountedOn(place.data)?.superOptions.includes("ro")) {
     throw new Error(
