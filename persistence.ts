@@ -1864,20 +1864,16 @@ async function verifySuperblocks(
   label: string,
 ): Promise<void> {
   for (const path of paths) {
-    await withDevice(path, async (read) => {
-      const found = parseSuperblock(
-        await read(BTRFS.superblockAt, BTRFS.bytes),
+    const found = await superblockOf(path);
+    if (
+      !found?.intact || found.label !== label ||
+      found.numDevices !== paths.length
+    ) {
+      throw new Error(
+        `Cannot find a Btrfs of ${paths.length} device(s) labelled ` +
+          `"${label}" on ${path} after making it: the disk may be broken`,
       );
-      if (
-        !found?.intact || found.label !== label ||
-        found.numDevices !== paths.length
-      ) {
-        throw new Error(
-          `Cannot find a Btrfs of ${paths.length} device(s) labelled ` +
-            `"${label}" on ${path} after making it: the disk may be broken`,
-        );
-      }
-    });
+    }
   }
 }
 
@@ -3285,13 +3281,10 @@ async function readMembers(
   const members: { path: string; btrfs: Superblock }[] = [];
   for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
     const path = `/dev/${name}`;
-    await attempt(() =>
-      withDevice(path, async (read) => {
-        const block = await read(BTRFS.superblockAt, BTRFS.bytes);
-        const btrfs = parseSuperblock(block);
-        if (btrfs && btrfs.devid > 0) members.push({ path, btrfs });
-      })
-    );
+    await attempt(async () => {
+      const btrfs = await superblockOf(path);
+      if (btrfs && btrfs.devid > 0) members.push({ path, btrfs });
+    });
   }
   return members;
 }
