@@ -187,8 +187,6 @@ export interface Mount {
   source: string;
   /** `major:minor` of the mounted filesystem. */
   deviceNumber: string;
-  /** Directory of the filesystem that is the root of this mount. */
-  subtree: string;
   options: string[];
   /** Per-superblock options. */
   superOptions: string[];
@@ -901,7 +899,7 @@ function readMounts(): Mount[] {
 export function parseMountinfo(mountinfo: string): Mount[] {
   return mountinfo.split("\n").flatMap((line) => {
     const [before, after] = line.split(" - ");
-    const [, , deviceNumber, subtree, target, options] = before.split(" ");
+    const [, , deviceNumber, , target, options] = before.split(" ");
     const [type, source, superOptions] = after?.split(" ") ?? [];
     if (!options || !superOptions) return [];
     return [{
@@ -909,7 +907,6 @@ export function parseMountinfo(mountinfo: string): Mount[] {
       type,
       source: unescapeOctal(source),
       deviceNumber,
-      subtree: unescapeOctal(subtree),
       options: options.split(","),
       superOptions: superOptions.split(","),
     }];

@@ -514,7 +514,6 @@ function someMachine(random: Random): Machine {
     type: random.pick(["btrfs", "tmpfs"]),
     source: "/dev/sdb1",
     deviceNumber: "0:30",
-    subtree: "/@lightwhale-data",
     options: ["rw"],
     superOptions: ["rw"],
   };
