@@ -265,12 +265,15 @@ const CRC32C = crcTable(0x82f63b78);
 const CRC32 = crcTable(0xedb88320);
 
 function crcTable(polynomial: number): Uint32Array {
-  return Uint32Array.from({ length: 256 }, (_, crc) => {
+  const table = new Uint32Array(256);
+  for (let byte = 0; byte < 256; byte++) {
+    let crc = byte;
     for (let bit = 0; bit < 8; bit++) {
       crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
     }
-    return crc;
-  });
+    table[byte] = crc;
+  }
+  return table;
 }
 
 /** The checksum of bytes (node:zlib's crc32 alone would load for 6 ms). */
