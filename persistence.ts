@@ -1830,12 +1830,11 @@ async function createDataFilesystem(
   await verifySuperblocks(paths, UNFINISHED);
 
   await withTopLevel(paths, [], place, async (top) => {
-    for (const subvolume of Object.values(SUBVOLUMES)) {
-      await createSubvolume(join(top, subvolume));
-    }
-    await run(["btrfs", "filesystem", "sync", top], {
-      to: `write the subvolumes to ${paths.join(", ")}`,
-    });
+    await Promise.all(
+      Object.values(SUBVOLUMES).map((name) => createSubvolume(join(top, name))),
+    );
+    // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
+    // and with it what was done before: the label never comes without them.
     await run(["btrfs", "filesystem", "label", top, DATA], {
       to: `label the data filesystem on ${paths.join(", ")}`,
     });
@@ -1863,7 +1862,7 @@ async function verifySuperblocks(
   paths: string[],
   label: string,
 ): Promise<void> {
-  for (const path of paths) {
+  await Promise.all(paths.map(async (path) => {
     const found = await superblockOf(path);
     if (
       !found?.intact || found.label !== label ||
@@ -1874,7 +1873,7 @@ async function verifySuperblocks(
           `"${label}" on ${path} after making it: the disk may be broken`,
       );
     }
-  }
+  }));
 }
 
 /** Mounts the top level of a filesystem for the time of a function. */
