@@ -479,7 +479,6 @@ export async function boot(settings: Settings): Promise<number> {
   let planned: string[] = [];
   let mode: Outcome["mode"] = "persistent";
   let swapping: Promise<void> | undefined;
-  import("dax"); // needed soon: it loads while the lock is taken
   try {
     lock = await takeLock(join(place.run, "lock"));
     await removeScratchMounts(place);
@@ -1734,7 +1733,7 @@ async function repairTables(disks: BlockDevice[]): Promise<void> {
   for (const disk of disks) {
     say("warning", `Restoring the primary partition table of ${disk.path}`);
     await restoreProtectiveMbr(disk);
-    const dump = await run(["sfdisk", "--dump", disk.path], {
+    const dump = await ask(["sfdisk", "--dump", disk.path], {
       to: `read the backup partition table of ${disk.path}`,
     });
     await run([
@@ -2848,7 +2847,7 @@ async function finishReplace(
 async function makeRoom(place: Places): Promise<void> {
   const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
   for (let moved = 0; moved < 8; moved++) {
-    const usage = await run(["btrfs", "device", "usage", "--raw", place.data], {
+    const usage = await ask(["btrfs", "device", "usage", "--raw", place.data], {
       to: `see how much of each device is allocated`,
     });
     const devices = [...usage.matchAll(block)].map(([, devid, size, free]) => ({
@@ -3158,7 +3157,7 @@ async function describeContents(
 
 /** What wipefs(8) lists: every signature, where blkid(8) picks one. */
 async function describeSignatures(path: string): Promise<string | undefined> {
-  const listed = await run(
+  const listed = await ask(
     ["wipefs", "--noheadings", "--output", "TYPE,LABEL", path],
     { to: `see what is on ${path}` },
   );
@@ -3295,8 +3294,8 @@ async function readWork(
 ): Promise<Status["work"]> {
   const job = attemptNow(() => JSON.parse(readText(place.job) ?? "null"));
   const since = job?.since ?? null;
-  const ask = async (kind: string, command: string[]) => {
-    const output = await run(["btrfs", ...command, place.data], {
+  const askBtrfs = async (kind: string, command: string[]) => {
+    const output = await ask(["btrfs", ...command, place.data], {
       to: `ask how far the ${kind} is`,
       accept: [0, 1], // 1: a balance runs
     });
@@ -3308,14 +3307,14 @@ async function readWork(
   };
   const work: Status["work"] = [];
   if (state.operation === "device replace") {
-    work.push(await ask("replace", ["replace", "status", "-1"]));
+    work.push(await askBtrfs("replace", ["replace", "status", "-1"]));
   } else if (state.operation.startsWith("balance")) {
-    work.push(await ask("balance", ["balance", "status"]));
+    work.push(await askBtrfs("balance", ["balance", "status"]));
   } else if (state.operation !== "none") {
     work.push({ kind: state.operation, progress: "running", since });
   }
   if (readWishes(place).scrub) {
-    work.push(await ask("scrub", ["scrub", "status"]));
+    work.push(await askBtrfs("scrub", ["scrub", "status"]));
   }
   return work;
 }
@@ -3425,59 +3424,125 @@ async function dryRun(settings: Settings, json: boolean): Promise<void> {
 interface RunOptions {
   /** What the command is to achieve: "Cannot {to}: ...". */
   to: string;
-  stdin?: string | Uint8Array;
   /** Statuses that are no failure. */
   accept?: number[];
   timeoutMs?: number;
 }
 
 /**
- * Runs a command and gives its output. dax reports a child that was killed by a
- * signal as a success, so that a shell between them turns the signal into a
- * status; it also passes the end on when time is up.
+ * Runs a command that does something.
  *
  * @throws {Error} A sentence that tells apart: not installed, failed, killed,
  * no answer in time; with the end of what it wrote to stderr.
  */
-async function run(command: string[], options: RunOptions): Promise<string> {
+async function run(
+  command: string[],
+  options: RunOptions & { stdin?: string | Uint8Array },
+): Promise<void> {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
-  const [name, ...args] = command;
+  const program = findCommand(command, to);
+  // Files, not pipes: what reads a pipe takes 4 ms to load.
+  const input = stdin === undefined ? "ignore" : openNameless(stdin);
+  const errors = attemptNow(() => openNameless("")) ?? "inherit";
+  try {
+    const child = spawn(program, command.slice(1), {
+      env: { ...process.env, LC_ALL: "C" },
+      stdio: [input, "ignore", errors],
+    });
+    const ending = new Promise<number | string | null>((resolve, reject) => {
+      child.on("error", reject);
+      child.on("exit", (status, signal) => resolve(status ?? signal));
+    });
+    const end = await withTimeout(ending, timeoutMs, cannot(command, to))
+      .catch((error) => {
+        child.kill("SIGKILL");
+        throw error;
+      });
+    if (typeof end === "number" && accept.includes(end)) return;
+    throw failure(command, to, end, readNameless(errors));
+  } finally {
+    for (const file of [input, errors]) {
+      if (typeof file === "number") fs.closeSync(file);
+    }
+  }
+}
+
+/**
+ * Asks a command for what it prints.
+ *
+ * @returns Its output.
+ * @throws {Error} As {@linkcode run}.
+ */
+async function ask(command: string[], options: RunOptions): Promise<string> {
+  const { to, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
+  const program = findCommand(command, to);
+  // Loaded here: it takes 20 ms, and hardly a boot asks anything.
+  const { $, KillController } = await import("dax");
+  const killer = new KillController();
+  // dax reports a child that was killed by a signal as a success: the shell
+  // between them makes that a status, and passes on that the time is up.
+  const script = 'trap "kill -KILL \\$!" TERM; "$@" & wait $!';
+  const asking = $`/bin/sh -c ${script} sh ${[program, ...command.slice(1)]}`
+    .env("LC_ALL", "C").signal(killer.signal).noThrow()
+    .stdin("null").stdout("piped").stderr("piped");
+  const { code, stdout, stderr } = await withTimeout(
+    asking,
+    timeoutMs,
+    cannot(command, to),
+  ).catch((error) => {
+    killer.kill("SIGTERM");
+    throw error;
+  });
+  if (accept.includes(code)) return stdout;
+  const end = code > 128 && code <= 128 + 64 ? `signal ${code - 128}` : code;
+  throw failure(command, to, end, stderr);
+}
+
+function findCommand([name, ...args]: string[], to: string): string {
   const program = findProgram(name);
   if (!program) throw new Error(`Cannot ${to}: "${name}" is not installed`);
   say("debug", [name, ...args].join(" "));
-  const { $, KillController } = await import("dax");
-  const killer = new KillController();
-  // Input comes from a file: of a child that dies before it has read a pipe dax
-  // would tell the broken pipe, and not the signal.
-  const input = stdin === undefined ? "/dev/null" : writeInput(stdin);
-  const script = 'exec 3<"$0"; trap "kill -KILL \\$!" TERM; ' +
-    '"$@" <&3 3<&- & exec 3<&-; wait $!';
-  const running = $`/bin/sh -c ${script} ${input} ${[program, ...args]}`
-    .env("LC_ALL", "C").signal(killer.signal).noThrow()
-    .stdin("null").stdout("piped").stderr("piped");
-  const what = `Cannot ${to}: "${name}"`;
-  const result = await withTimeout(running, timeoutMs, what)
-    .catch((error) => {
-      killer.kill("SIGTERM");
-      throw error;
-    })
-    .finally(() => {
-      if (stdin !== undefined) fs.rmSync(input, { force: true });
-    });
-  if (accept.includes(result.code)) return result.stdout;
-  const end = result.code > 128 && result.code <= 128 + 64
-    ? `was killed by signal ${result.code - 128}`
-    : `failed with status ${result.code}`;
-  const said = result.stderr.trim().split("\n").slice(-3).join("; ");
-  throw new Error(`Cannot ${to}: "${command.join(" ")}" ${end}: ${said}`);
+  return program;
 }
 
-let inputs = 0;
+const cannot = ([name]: string[], to: string) => `Cannot ${to}: "${name}"`;
 
-function writeInput(contents: string | Uint8Array): string {
-  const path = `/run/lightwhale-input.${process.pid}.${inputs++}`;
-  fs.writeFileSync(path, contents, { mode: 0o600 });
-  return path;
+/** The error for a command that ended with a status or by a signal. */
+function failure(
+  command: string[],
+  to: string,
+  end: number | string | null,
+  stderr: string,
+): Error {
+  const how = typeof end === "number"
+    ? `failed with status ${end}`
+    : `was killed by ${end}`;
+  const said = stderr.trim().split("\n").slice(-3).join("; ");
+  return new Error(`Cannot ${to}: "${command.join(" ")}" ${how}: ${said}`);
+}
+
+let nameless = 0;
+
+/** Opens a file that has no name any more, for a command to read or write. */
+function openNameless(contents: string | Uint8Array): number {
+  const path = `/run/lightwhale-${process.pid}.${nameless++}`;
+  const file = fs.openSync(path, "wx+", 0o600);
+  fs.rmSync(path);
+  const bytes = typeof contents === "string"
+    ? new TextEncoder().encode(contents)
+    : contents;
+  // At a position, so that the command begins at the start.
+  const written = fs.writeSync(file, bytes, 0, bytes.length, 0);
+  assert(written === bytes.length, `Cannot write to "${path}": /run is full`);
+  return file;
+}
+
+/** What a command wrote to a nameless file. */
+function readNameless(file: number | "inherit"): string {
+  if (file === "inherit") return "";
+  const bytes = new Uint8Array(fs.fstatSync(file).size);
+  fs.readSync(file, bytes, 0, bytes.length, 0);
+  return text(bytes, 0, bytes.length);
 }
 
 /** Where a program is, or undefined where it is not installed. */

@@ -40,7 +40,7 @@ const failures: Record<
   },
   "is killed": {
     script: "#!/bin/sh\nkill -SEGV $$\n",
-    says: (name) => new RegExp(`${name}.*was killed by signal 11`),
+    says: (name) => new RegExp(`${name}.*was killed by SIGSEGV`),
   },
   "does nothing and says that it worked": {
     script: "#!/bin/sh\ncat >/dev/null\nexit 0\n",
@@ -200,17 +200,43 @@ for (const [how, instead] of Object.entries(kernelLogs)) {
   );
 }
 
+onDisks(
+  "--enable: wipefs is killed, so that nobody knows what the disk holds",
+  { disks: [{ ...magicDisk, contents: 'mkfs.ext4 -q -F "$DISK"' }] },
+  async (system) => {
+    const [disk] = system.disks;
+    const before = await system.checksum(disk);
+    const wipefs = "#!/bin/sh\nkill -SEGV $$\n";
+    const { status, stderr } = await withPrograms(
+      { wipefs },
+      (path) =>
+        system.run([...system.place(), "--enable", disk.path], { path }),
+    );
+    assertEquals(status, 1, stderr);
+    assertMatch(stderr, /"wipefs .* was killed by signal 11/);
+    assertEquals(await system.checksum(disk), before);
+  },
+);
+
 /** A boot in which these programs are something else. */
 async function bootWith(
   system: System,
   programs: Record<string, string>,
 ): Promise<Boot> {
+  return await withPrograms(programs, (path) => system.boot([], { path }));
+}
+
+/** Gives a PATH in which these programs are something else. */
+async function withPrograms<T>(
+  programs: Record<string, string>,
+  use: (path: string) => Promise<T>,
+): Promise<T> {
   const folder = await Deno.makeTempDir({ prefix: "persistence-faults-" });
   try {
     for (const [name, script] of Object.entries(programs)) {
       await Deno.writeTextFile(`${folder}/${name}`, script, { mode: 0o755 });
     }
-    return await system.boot([], { path: `${folder}:${systemPath}` });
+    return await use(`${folder}:${systemPath}`);
   } finally {
     await Deno.remove(folder, { recursive: true });
   }
