@@ -1,5 +1,6 @@
 /**
- * Disks that remember every write and can lose power at an exact one.
+ * Disks that remember every write and can lose power at an exact one, or be in
+ * trouble at an exact access.
  *
  * QEMU reaches such a disk over NBD (protocol: the NetworkBlockDevice
  * project's doc/proto.md), so the harness itself is the disk: it sees each
@@ -11,6 +12,21 @@
 export type Received =
   | { kind: "write"; disk: number; offset: number; data: Uint8Array }
   | { kind: "flush"; disk: number };
+
+/** What a machine asks of a disk, before the disk obeys. */
+export interface Access {
+  kind: "read" | "write" | "flush";
+  offset: number;
+  length: number;
+}
+
+/** What a disk does first, or instead. */
+export interface Trouble {
+  /** It takes so long; Infinity: it never answers. */
+  takesMs?: number;
+  /** It does nothing and answers with this error (errno(3)). */
+  errno?: number;
+}
 
 /** When and how the power goes. */
 export interface Cut {
@@ -37,12 +53,17 @@ export interface RecordedDisks {
 /**
  * Serve disks to one QEMU.
  *
- * @param disks The image file and the socket of each disk.
+ * @param disks The image file and the socket of each disk, and what troubles
+ * it: asked at each access.
  * @param options When the power goes, and what to do then (kill QEMU).
  * @returns The disks, to be closed when QEMU has ended.
  */
 export function serveDisks(
-  disks: { file: string; socket: string }[],
+  disks: {
+    file: string;
+    socket: string;
+    trouble?: (access: Access) => Trouble | undefined;
+  }[],
   options: { cut?: Cut; onCut: () => void },
 ): RecordedDisks {
   const { cut, onCut } = options;
@@ -60,13 +81,14 @@ export function serveDisks(
     }
   }
 
-  const servers = disks.map(({ file, socket }, disk) => {
+  const servers = disks.map(({ file, socket, trouble }, disk) => {
     const listener = Deno.listen({ transport: "unix", path: socket });
     const image = Deno.openSync(file, { read: true, write: true });
     const unflushed: Unflushed[] = [];
 
     const device: Device = {
       sizeBytes: image.statSync().size,
+      trouble: (access) => trouble?.(access) ?? {},
       read: (offset, length) => readAt(image, offset, length),
       write(offset, data) {
         if (!powered) return false;
@@ -170,6 +192,7 @@ export function randomFrom(seed: number): () => number {
 
 interface Device {
   sizeBytes: number;
+  trouble(access: Access): Trouble;
   read(offset: number, length: number): Uint8Array;
   /** False when the power is gone: nothing is answered any more. */
   write(offset: number, data: Uint8Array): boolean;
@@ -187,6 +210,11 @@ const NBD_CMD_READ = 0;
 const NBD_CMD_WRITE = 1;
 const NBD_CMD_DISC = 2;
 const NBD_CMD_FLUSH = 3;
+const KINDS: Record<number, Access["kind"]> = {
+  [NBD_CMD_READ]: "read",
+  [NBD_CMD_WRITE]: "write",
+  [NBD_CMD_FLUSH]: "flush",
+};
 const NBD_CMD_FLAG_FUA = 1;
 const NBD_EINVAL = 22;
 /** HAS_FLAGS, SEND_FLUSH and SEND_FUA. */
@@ -259,12 +287,24 @@ async function serveConnection(connection: Deno.Conn, device: Device) {
     const length = header.getUint32(24);
     const reply = (error: number, data: Uint8Array = new Uint8Array()) =>
       writeAll(connection, u32(0x67446698), u32(error), u64(cookie), data);
+    const isWrite = command === NBD_CMD_WRITE;
+    const written = isWrite ? (await read(length)).slice() : new Uint8Array();
+    if (command in KINDS) {
+      const access = { kind: KINDS[command], offset, length };
+      const { takesMs = 0, errno } = device.trouble(access);
+      if (takesMs === Infinity) continue;
+      if (takesMs > 0) await new Promise((done) => setTimeout(done, takesMs));
+      if (errno) {
+        await reply(errno);
+        continue;
+      }
+    }
     switch (command) {
       case NBD_CMD_READ:
         await reply(0, device.read(offset, length));
         break;
       case NBD_CMD_WRITE:
-        if (!device.write(offset, (await read(length)).slice())) return;
+        if (!device.write(offset, written)) return;
         if (flags & NBD_CMD_FLAG_FUA && !device.flush()) return;
         await reply(0);
         break;

@@ -14,7 +14,13 @@ import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { type Cut, type Received, serveDisks } from "./recorded_disk.ts";
+import {
+  type Access,
+  type Cut,
+  type Received,
+  serveDisks,
+  type Trouble,
+} from "./recorded_disk.ts";
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 const cache = `${here}cache`;
@@ -45,6 +51,8 @@ export interface VmDisk {
   readOnly?: boolean;
   /** Each of these accesses fails; with a sector, only those that touch it. */
   fails?: { io: "read" | "write" | "flush"; sector?: number };
+  /** Asked at each access, as of a recorded disk: what goes wrong with it. */
+  trouble?: (access: Access) => Trouble | undefined;
 }
 
 /** What is to be booted. */
@@ -137,8 +145,8 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
 
   const sockets = disks.map((_, i) => `${dir}/disk${i}`);
   const recorded = serveDisks(
-    disks.flatMap(({ file, recorded }, i) =>
-      recorded ? [{ file, socket: sockets[i] }] : []
+    disks.flatMap(({ file, recorded, trouble }, i) =>
+      recorded || trouble ? [{ file, socket: sockets[i], trouble }] : []
     ),
     {
       cut,
@@ -271,7 +279,7 @@ export function machineArguments(
 
 function blockdev(disk: VmDisk, i: number, sockets: string[] = []) {
   const common = { "node-name": `node${i}`, "read-only": !!disk.readOnly };
-  if (disk.recorded) {
+  if (disk.recorded || disk.trouble) {
     return {
       ...common,
       driver: "nbd",
@@ -302,7 +310,9 @@ function deviceProperties(disk: VmDisk, i: number): Record<string, unknown> {
       physical_block_size: disk.sectorBytes,
     }
     : {};
-  const device = { id: `disk${i}`, drive: `node${i}`, ...sectors };
+  // A full disk is the machine's trouble, not a reason for QEMU to stop it.
+  const errors = disk.trouble ? { werror: "report", rerror: "report" } : {};
+  const device = { id: `disk${i}`, drive: `node${i}`, ...sectors, ...errors };
   const serial = `disk${i}`;
   switch (disk.bus ?? "virtio") {
     case "virtio":
