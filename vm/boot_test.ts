@@ -284,7 +284,7 @@ const situations: Situation[] = [
     })),
   },
   {
-    name: "a mirror's second disk appears six seconds late",
+    name: "a mirror's second disk appears when it is waited for",
     disks: [{ magic: true, bus: "scsi" }, { magic: true, bus: "scsi" }],
     boots: [
       { after: { ...mirrored, boots: boots(1) } },
@@ -293,7 +293,8 @@ const situations: Situation[] = [
         late: 1,
         on: {
           "start S11persistence": async (vm) => {
-            await new Promise((resolve) => setTimeout(resolve, 6000));
+            if (!await vm.says(/Waiting for 1 missing/)) return;
+            await new Promise((resolve) => setTimeout(resolve, 4000));
             await vm.plug(1);
           },
         },

@@ -93,6 +93,8 @@ export interface RunningVm {
   plug(disk: number): Promise<void>;
   /** Take the disk with this index away (scsi, usb and uas). */
   pull(disk: number): Promise<void>;
+  /** Wait until the console says this; false when it ended without. */
+  says(text: RegExp): Promise<boolean>;
   /** Cut the power now. */
   kill(): void;
 }
@@ -134,6 +136,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
     wasCut: false,
   };
   let timedOut = false;
+  let ended = false;
   let qemu: Deno.ChildProcess | undefined;
   const kill = () => {
     try {
@@ -186,6 +189,13 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
       async pull(i) {
         await qmp.execute("device_del", { id: `disk${i}` });
       },
+      async says(text) {
+        const isSaid = () => text.test(readConsole(`${dir}/console`));
+        while (!ended && !isSaid()) {
+          await new Promise((resolve) => setTimeout(resolve, 100));
+        }
+        return isSaid();
+      },
       kill,
     };
 
@@ -207,6 +217,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
         boot.checkOutput += `${line}\n`;
       }
     });
+    ended = true;
     await Promise.all(handling);
     await qemu.status;
     clearTimeout(timer);
