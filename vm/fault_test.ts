@@ -3,13 +3,16 @@
  * they do, the boot ends writable within a bounded time, and names the device.
  *
  * The faults are real device-mapper targets (dm-error, dm-flakey, dm-delay, a
- * suspended device) below a data filesystem, and errors of the disk itself
- * (QEMU's blkdebug) below a magic disk, which device-mapper volumes never are.
+ * suspended device) below a data filesystem, and those of the disk itself
+ * (QEMU's blkdebug, or the harness that serves it) below a magic disk, which
+ * device-mapper volumes never are. Without the fault the next boot is a good
+ * one.
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { execFileSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { needPrograms } from "../testing/programs.ts";
+import type { Access } from "./recorded_disk.ts";
 import { all } from "./situation.ts";
 import {
   type BootOptions,
@@ -29,7 +32,11 @@ const here = fileURLToPath(new URL(".", import.meta.url));
 /** A disk before the boot: magic, or a data filesystem over the whole of it. */
 interface FaultyDisk extends Omit<VmDisk, "file"> {
   holds: "magic" | "data" | "half of a mirror";
+  /** From the start of S11persistence on. */
+  trouble?: Trouble;
 }
+
+type Trouble = NonNullable<VmDisk["trouble"]>;
 
 interface Fault {
   name: string;
@@ -49,6 +56,10 @@ interface Fault {
   withinMs?: number;
 }
 
+const neverAnswers = () => ({ takesMs: Infinity });
+const EIO = 5;
+const ENOSPC = 28;
+
 /** All of vda as the volume "faulty", read and written as this table says. */
 function mapped(...segments: string[]): string {
   return `printf '%s\\n' ${
@@ -65,14 +76,18 @@ const allErrors = mapped(
 /** The first bytes that a Btrfs keeps are at 64 KiB: sectors 128 to 135. */
 const superblock = { from: 128, to: 136 };
 
+const sizeMiB = 2200;
+/** Behind 1 MiB and the swap, an eighth of the disk; 64 KiB into the rest. */
+const newSuperblock = (1 + sizeMiB / 8) * 2 ** 20 + 512 * superblock.from;
+
 const faults: Fault[] = [
   {
     name: "a data disk answers every read with an error",
     disks: [{ holds: "data" }],
     before: allErrors,
-    mode: "volatile",
-    status: 0,
-    says: /Cannot read \/dev\/dm-0/,
+    mode: "fallback",
+    status: 1,
+    says: /\/dev\/dm-0: EIO[^]*\/dev\/dm-0 cannot be read.*unplug/,
   },
   {
     name: "a data disk answers every read with an error beside a magic disk",
@@ -126,16 +141,17 @@ const faults: Fault[] = [
     withinMs: 120_000,
   },
   {
-    name: "a data disk never answers",
+    name: "a data disk is suspended",
     disks: [{ holds: "data" }],
     before: `${mapped("0 $size linear /dev/vda 0")}
       dmsetup suspend --nolockfs faulty`,
-    mode: "volatile",
-    status: 0,
-    says: /Cannot read \/dev\/dm-0.*: no answer in 20 s/,
+    mode: "fallback",
+    status: 1,
+    says: /Cannot read \/dev\/dm-0: .*dmsetup resume "faulty"/,
+    withinMs: 10_000,
   },
   {
-    name: "a data disk never answers, beside a magic disk",
+    name: "a data disk is suspended, beside a magic disk",
     everyTime: false,
     disks: [{ holds: "data" }, { holds: "magic" }],
     before: `${mapped("0 $size linear /dev/vda 0")}
@@ -144,6 +160,69 @@ const faults: Fault[] = [
     status: 1,
     says: /\/dev\/vdb will not be formatted while \/dev\/dm-0/,
     marked: [1],
+    withinMs: 10_000,
+  },
+  {
+    name: "a data disk never answers",
+    disks: [{ holds: "data", trouble: neverAnswers }],
+    mode: "fallback",
+    status: 1,
+    says: /\/dev\/vda: no answer in 20 s[^]*vda cannot be read.*unplug/,
+    withinMs: 60_000,
+  },
+  {
+    name: "a data disk never answers, beside a magic disk",
+    everyTime: false,
+    disks: [{ holds: "data", trouble: neverAnswers }, { holds: "magic" }],
+    mode: "fallback",
+    status: 1,
+    says: /\/dev\/vdb will not be formatted while \/dev\/vda/,
+    marked: [1],
+  },
+  {
+    name: "a data disk answers no write",
+    disks: [{
+      holds: "data",
+      trouble: ({ kind }) => kind === "read" ? {} : neverAnswers(),
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot write .*\/dev\/vda: "dd": no answer in 60 s/,
+    withinMs: 90_000,
+  },
+  {
+    name: "a data disk answers no read after the first write",
+    everyTime: false,
+    disks: [{
+      holds: "data",
+      trouble: afterTheFirstWrite(({ kind }) =>
+        kind === "read" ? neverAnswers() : {}
+      ),
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot mount \/dev\/vda .*: "mount": no answer in 300 s/,
+    withinMs: 330_000,
+  },
+  {
+    name: "a data disk has no space left below it",
+    everyTime: false,
+    disks: [{
+      holds: "data",
+      bus: "scsi", // virtio knows no errors but EIO
+      trouble: ({ kind }) => kind === "write" ? { errno: ENOSPC } : {},
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot write .*\/dev\/sda: .*No space left/,
+  },
+  {
+    name: "a data disk is pulled before it is mounted",
+    disks: [{ holds: "data", bus: "scsi" }],
+    ...pullBefore("mount"),
+    mode: "fallback",
+    status: 1,
+    says: /Cannot mount \/dev\/sda/,
   },
   {
     name: "half of a mirror answers every read with an error",
@@ -163,13 +242,103 @@ const faults: Fault[] = [
     says: /\/dev\/dm-0/,
   },
   {
-    name: "half of a mirror never answers",
+    name: "half of a mirror is suspended",
+    everyTime: false,
     disks: [{ holds: "half of a mirror" }, { holds: "half of a mirror" }],
     before: `${mapped("0 $size linear /dev/vda 0")}
       dmsetup suspend --nolockfs faulty`,
     mode: "persistent",
     status: 0,
-    says: /Cannot read \/dev\/dm-0/,
+    says: /Cannot read \/dev\/dm-0: .*dmsetup resume "faulty"/,
+  },
+  {
+    name: "half of a mirror never answers",
+    disks: [
+      { holds: "half of a mirror", trouble: neverAnswers },
+      { holds: "half of a mirror" },
+    ],
+    mode: "persistent",
+    status: 0,
+    says: /Cannot read \/dev\/vda: no answer in 20 s/,
+  },
+  {
+    name: "half of a mirror is pulled before it is mounted",
+    disks: [
+      { holds: "half of a mirror", bus: "scsi" },
+      { holds: "half of a mirror" },
+    ],
+    ...pullBefore("mount"),
+    mode: "persistent",
+    status: 0,
+    says: /\/dev\/sda cannot be written to: going on without/,
+  },
+  {
+    name: "a magic disk answers every read with an error",
+    disks: [{
+      holds: "magic",
+      trouble: ({ kind }) => kind === "read" ? { errno: EIO } : {},
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /\/dev\/vda: EIO[^]*\/dev\/vda cannot be read.*unplug/,
+    marked: [0],
+  },
+  {
+    name: "a magic disk never answers",
+    disks: [{ holds: "magic", trouble: neverAnswers }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot read \/dev\/vda: no answer in 20 s/,
+    marked: [0],
+  },
+  {
+    name: "a magic disk answers no write",
+    disks: [{
+      holds: "magic",
+      trouble: ({ kind }) => kind === "read" ? {} : neverAnswers(),
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot .*\/dev\/vda.*: no answer in 60 s/,
+    marked: [0],
+    withinMs: 90_000,
+  },
+  {
+    name: "a magic disk takes a fifth of a second for each access",
+    everyTime: false,
+    disks: [{ holds: "magic", trouble: () => ({ takesMs: 200 }) }],
+    mode: "persistent",
+    status: 0,
+    says: /./,
+    withinMs: 120_000,
+  },
+  {
+    name: "a magic disk has no space left below it",
+    disks: [{
+      holds: "magic",
+      bus: "scsi",
+      trouble: ({ kind, offset }) =>
+        kind === "write" && offset > 64 * 2 ** 20 ? { errno: ENOSPC } : {},
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot .*\/dev\/sda.*No space left/,
+    marked: [0],
+  },
+  {
+    name: "a magic disk cannot read back the superblock that it wrote",
+    disks: [{
+      holds: "magic",
+      trouble: ({ kind, offset, length }) =>
+        kind === "read" && offset <= newSuperblock &&
+          newSuperblock < offset + length
+          ? { errno: EIO }
+          : {},
+    }],
+    mode: "fallback",
+    status: 1,
+    says: /Cannot .*\/dev\/vda2/,
+    marked: [0],
   },
   {
     name: "a magic disk answers every write with an error",
@@ -183,8 +352,7 @@ const faults: Fault[] = [
     name: "a magic disk cannot write where the superblock will be",
     disks: [{
       holds: "magic",
-      // Behind 1 MiB and the swap, an eighth of the disk.
-      fails: { io: "write", sector: 2048 * (1 + 2200 / 8) + superblock.from },
+      fails: { io: "write", sector: newSuperblock / 512 },
     }],
     mode: "fallback",
     status: 1,
@@ -208,6 +376,27 @@ const faults: Fault[] = [
     status: 1,
     says: /Cannot .*\/dev\/sda/,
   },
+  ...[
+    ...["wipefs", "sfdisk", "partx", "mkfs.btrfs", "mkswap", "mount", "btrfs"],
+    "dd",
+  ].map((program): Fault => ({
+    name: `a magic disk is pulled before ${program}`,
+    everyTime: false,
+    disks: [{ holds: "magic", bus: "scsi" }],
+    ...pullBefore(program),
+    mode: "fallback",
+    status: 1,
+    says: /Cannot .*\/dev\/sda/,
+  })),
+  {
+    name: "one of two magic disks is pulled before mkfs.btrfs",
+    disks: [{ holds: "magic", bus: "scsi" }, { holds: "magic" }],
+    ...pullBefore("mkfs.btrfs"),
+    mode: "fallback",
+    status: 1,
+    says: /Cannot .*\/dev\/sda2/,
+    marked: [0, 1],
+  },
 ];
 
 /** Take this disk away when it has received twenty writes and flushes. */
@@ -219,6 +408,33 @@ function pullWhileWritten(disk: number): BootOptions["on"] {
       }
       await vm.pull(disk);
     },
+  };
+}
+
+/** In trouble once it has been written to. */
+function afterTheFirstWrite(trouble: Trouble): Trouble {
+  let written = false;
+  return (access) => {
+    written ||= access.kind === "write";
+    return written ? trouble(access) : undefined;
+  };
+}
+
+/** Take the disk sda away when this program is about to run. */
+function pullBefore(program: string): Pick<Fault, "before" | "on"> {
+  return {
+    before: `path=$(command -v ${program})
+      mkdir /tmp/real
+      cp "$path" /tmp/real/
+      cat >/tmp/${program} <<"end"
+#!/bin/sh
+[ ! -e /sys/block/sda ] || echo @pull >/dev/ttyS1
+while [ -e /sys/block/sda ]; do sleep 0.05; done
+exec /tmp/real/${program} "$@"
+end
+      chmod 755 /tmp/${program}
+      mount --bind /tmp/${program} "$path"`,
+    on: { pull: (vm) => vm.pull(0) },
   };
 }
 
@@ -235,10 +451,12 @@ for (const fault of faults) {
 }
 
 async function bootWithFault(fault: Fault, folder: string): Promise<void> {
-  const disks = fault.disks.map(({ holds, ...disk }, i) => ({
+  let started = false;
+  const disks = fault.disks.map(({ holds, trouble, ...disk }, i) => ({
     ...disk,
+    trouble: trouble && ((access: Access) => started ? trouble(access) : {}),
     file: makeDisk(`${folder}/disk${i}.img`, {
-      sizeMiB: 2200,
+      sizeMiB,
       magic: holds === "magic",
     }),
   }));
@@ -248,17 +466,21 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
   const before = `size=$(cat /sys/block/vda/size)\n${fault.before ?? ""}`;
   const boot = await bootVm({
     disks,
-    on: fault.on,
+    on: {
+      ...fault.on,
+      "start S11persistence": async (vm, words) => {
+        started = true;
+        await fault.on?.["start S11persistence"]?.(vm, words);
+      },
+    },
     image: faultImage(),
     append: `vm.before=${btoa(before)}`,
-    check: `for name in /etc /var /home /mnt/lightwhale-data; do
-        echo x >$name/x && grep -q x $name/x || echo "$name is not writable"
-      done
-      cat /run/lightwhale/persistence.json`,
-    timeoutMs: 180_000,
+    check,
+    timeoutMs: 400_000,
     pullThePlug: true, // a stuck disk would keep it from shutting down
   });
   const seen = `${boot.console}\n${boot.checkOutput}`;
+  assert(!seen.includes("S05before failed"), seen);
   assert(!boot.checkOutput.includes("is not writable"), seen);
   const report = JSON.parse(boot.checkOutput);
   assertEquals([report.mode, boot.s11Status], [fault.mode, fault.status], seen);
@@ -270,14 +492,37 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
   const { withinMs = 60_000 } = fault;
   assert(boot.s11Ms! <= withinMs, `S11persistence took ${boot.s11Ms} ms`);
   console.log(`S11persistence took ${boot.s11Ms} ms`);
+  await bootWithoutFault(disks.map(({ file, bus }) => ({ file, bus })), {
+    holdsData: data.length > 0,
+  });
 }
+
+/** The disks as the fault has left them, all well again. */
+async function bootWithoutFault(
+  disks: VmDisk[],
+  { holdsData }: { holdsData: boolean },
+): Promise<void> {
+  const boot = await bootVm({ disks, check, pullThePlug: true });
+  const seen = `Without the fault:\n${boot.console}\n${boot.checkOutput}`;
+  assert(!boot.checkOutput.includes("is not writable"), seen);
+  const report = JSON.parse(boot.checkOutput);
+  assertEquals([report.mode, boot.s11Status], ["persistent", 0], seen);
+  assertEquals(report.uuid === dataUuid, holdsData, seen);
+}
+
+const check = `for name in /etc /var /home /mnt/lightwhale-data; do
+    echo x >$name/x && grep -q x $name/x || echo "$name is not writable"
+  done
+  cat /run/lightwhale/persistence.json`;
+
+const dataUuid = "0f2d1c8e-54a4-4e0b-9d55-6f1f3a3c7b11";
 
 /** As someone would make it by hand, on whole disks. */
 function makeDataFilesystem(files: string[]): void {
   const profile = files.length > 1
     ? ["--data", "raid1", "--metadata", "raid1"]
     : [];
-  const label = ["--label", "lightwhale-data"];
+  const label = ["--label", "lightwhale-data", "--uuid", dataUuid];
   execFileSync("mkfs.btrfs", ["--quiet", ...label, ...profile, ...files]);
 }
 
