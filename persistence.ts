@@ -629,6 +629,7 @@ function listDisk(disk: string): BlockDevice[] {
   const entries = listDirectory(directory);
   const volume = entries.includes("dm") || entries.includes("md");
   const suspended = readText(`${directory}/dm/suspended`) === "1";
+  const volumeName = suspended && readText(`${directory}/dm/name`);
   const sectorBytes = Number(
     readText(`${directory}/queue/logical_block_size`) ?? 512,
   );
@@ -657,7 +658,8 @@ function listDisk(disk: string): BlockDevice[] {
       hasNode: true,
       partitionName: value("PARTNAME"),
       readError: suspended
-        ? `Cannot read /dev/${node}: it is suspended (dmsetup resume ${node})`
+        ? `Cannot read /dev/${node}: it is suspended (dmsetup resume ` +
+          `"${volumeName}")`
         : undefined,
       header: false,
     });
