@@ -1085,6 +1085,12 @@ export function decide(facts: Facts, settings: Settings): Plan {
         `a bad day: repair it, or unplug it to start anew`,
     );
     plan.reason = "a data disk may be damaged";
+  } else if (unreadable.length > 0) {
+    plan.errors.push(
+      `${pathsOf(unreadable)} cannot be read and may be the data disk: check ` +
+        `its cable and power, replace it, or unplug it`,
+    );
+    plan.reason = "a disk cannot be read";
   } else {
     plan.create = planCreation(candidates, facts, settings, plan);
     if (plan.create) {

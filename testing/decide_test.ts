@@ -493,6 +493,18 @@ const situations: {
     says: /Cannot read \/dev\/sda/,
   },
   {
+    name: "a disk that cannot be read",
+    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), disk("sdb")],
+    decides: { errors: 1 },
+    says: /\/dev\/sda cannot be read and may be the data disk/,
+  },
+  {
+    name: "a disk that cannot be read beside the data filesystem",
+    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), data("sdb")],
+    decides: { mode: "persistent", members: ["sdb2"] },
+    says: /Cannot read \/dev\/sda/,
+  },
+  {
     name: "one half has a damaged superblock, and a magic disk is there",
     devices: [first, data("sdb", { ...two, intact: false }), magic("sdc")],
     decides: degraded,
