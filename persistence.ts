@@ -841,16 +841,16 @@ type Read = (at: number, length: number) => Promise<Uint8Array>;
 /**
  * Opens a device for reading.
  *
- * @throws {Error} When it cannot be read or does not answer in time. (Our exit
- * then waits until the kernel gives the request up, as its drivers do after
- * some minutes; a suspended volume, where it never would, is not opened.)
+ * @throws {Error} When it cannot be read or does not answer in time. (A
+ * suspended volume, of which the open itself may never end, is not opened.)
  */
 async function withDevice(
   path: string,
   use: (read: Read) => Promise<void>,
 ): Promise<void> {
+  let open: fs.promises.FileHandle | undefined;
   const reading = (async () => {
-    const file = await fs.promises.open(path, "r");
+    const file = open = await fs.promises.open(path, "r");
     try {
       await use(async (at, length) => {
         const buffer = new Uint8Array(length);
@@ -859,9 +859,31 @@ async function withDevice(
       });
     } finally {
       await file.close();
+      open = undefined;
     }
   })();
-  await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
+  try {
+    await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
+  } catch (error) {
+    if (open) keepOpen(open.fd);
+    throw error;
+  }
+}
+
+/**
+ * Lets another process hold a device that does not answer. A read of it ends
+ * when its process is killed, but the last one to close it waits in the kernel
+ * for what was asked of it (block/bdev.c, blkdev_flush_mapping()): our exit,
+ * and init with it, for ever.
+ */
+function keepOpen(file: number): void {
+  const sleep = findProgram("sleep");
+  attemptNow(() =>
+    sleep && spawn(sleep, ["86400"], {
+      stdio: ["ignore", "ignore", "ignore", file],
+      detached: true,
+    }).on("error", () => {}).unref()
+  );
 }
 
 /**
