@@ -2067,6 +2067,7 @@ async function mountMembers(
       data.missing > 0 ? [...data.members, ...target] : data.members,
     );
   } catch (error) {
+    if (error instanceof NoAnswer) throw error;
     // The source of an interrupted replace may still be there: the kernel then
     // mounts only degraded, though nothing is missing. Or no replace knows the
     // target any more, and it is freed later.
@@ -2097,6 +2098,7 @@ async function mountDataSubvolume(
   try {
     return await mountBtrfs(paths, subvolume, place.data);
   } catch (error) {
+    if (error instanceof NoAnswer) throw error;
     // Is it the filesystem, or only the subvolume that is not there?
     let known = true;
     await withTopLevel(paths, options, place, async (top) => {
@@ -2129,6 +2131,7 @@ async function mountSubvolume(
   try {
     await mountBtrfs(paths, options, target);
   } catch (error) {
+    if (error instanceof NoAnswer) throw error;
     await withTopLevel(paths, [], place, async (top) => {
       if (fs.existsSync(join(top, name))) throw error;
       await createSubvolume(join(top, name));
@@ -2291,6 +2294,7 @@ async function mountFromTable(
       timeoutMs: TIMEOUT.mountMs,
     });
   } catch (error) {
+    if (error instanceof NoAnswer) throw error;
     say(level, messageOf(error));
   }
 }
@@ -3582,7 +3586,14 @@ function findProgram(name: string): string | undefined {
     .find((path) => fs.existsSync(path));
 }
 
-/** Gives up on something that does not answer. */
+/** Of what did not answer: to ask again would be to wait as long again. */
+class NoAnswer extends Error {}
+
+/**
+ * Gives up on something that does not answer.
+ *
+ * @throws {NoAnswer} When the time is up.
+ */
 async function withTimeout<T>(
   promise: PromiseLike<T>,
   timeoutMs: number,
@@ -3592,7 +3603,7 @@ async function withTimeout<T>(
   let timer: ReturnType<typeof setTimeout> | undefined;
   const timeout = new Promise<never>((_, reject) => {
     timer = setTimeout(() => {
-      reject(new Error(`${what}: no answer in ${timeoutMs / 1000} s`));
+      reject(new NoAnswer(`${what}: no answer in ${timeoutMs / 1000} s`));
     }, timeoutMs);
   });
   try {
