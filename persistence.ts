@@ -1860,7 +1860,8 @@ async function createDataFilesystem(
 
   await withTopLevel(paths, [], place, async (top) => {
     await Promise.all(
-      Object.values(SUBVOLUMES).map((name) => createSubvolume(join(top, name))),
+      Object.values(SUBVOLUMES)
+        .map((name) => createSubvolume(join(top, name), paths)),
     );
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
     // and with it what was done before: the label never comes without them.
@@ -1880,9 +1881,12 @@ async function makeSwap(path: string): Promise<void> {
   });
 }
 
-async function createSubvolume(path: string): Promise<void> {
+async function createSubvolume(
+  path: string,
+  devices: string[],
+): Promise<void> {
   await run(["btrfs", "subvolume", "create", path], {
-    to: `create the subvolume ${basename(path)}`,
+    to: `create the subvolume ${basename(path)} on ${devices.join(", ")}`,
   });
 }
 
@@ -2105,7 +2109,7 @@ async function mountDataSubvolume(
       known = fs.existsSync(join(top, SUBVOLUMES.data));
       if (known) return;
       atTopLevel = fs.existsSync(join(top, basename(place.state)));
-      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data));
+      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data), paths);
     }).catch((error) => say("debug", messageOf(error)));
     if (known) throw error;
   }
@@ -2134,7 +2138,7 @@ async function mountSubvolume(
     if (error instanceof NoAnswer) throw error;
     await withTopLevel(paths, [], place, async (top) => {
       if (fs.existsSync(join(top, name))) throw error;
-      await createSubvolume(join(top, name));
+      await createSubvolume(join(top, name), paths);
     });
     await mountBtrfs(paths, options, target);
   }
