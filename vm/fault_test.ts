@@ -214,7 +214,7 @@ const faults: Fault[] = [
     }],
     mode: "fallback",
     status: 1,
-    says: /Cannot write .*\/dev\/sda: .*No space left/,
+    says: /space allocation error[^]*Cannot write .* of \/dev\/sda/,
   },
   {
     name: "a data disk is pulled before it is mounted",
@@ -304,9 +304,9 @@ const faults: Fault[] = [
     withinMs: 90_000,
   },
   {
-    name: "a magic disk takes a fifth of a second for each access",
+    name: "a magic disk takes a tenth of a second for each access",
     everyTime: false,
-    disks: [{ holds: "magic", trouble: () => ({ takesMs: 200 }) }],
+    disks: [{ holds: "magic", trouble: () => ({ takesMs: 100 }) }],
     mode: "persistent",
     status: 0,
     says: /./,
@@ -322,7 +322,7 @@ const faults: Fault[] = [
     }],
     mode: "fallback",
     status: 1,
-    says: /Cannot .*\/dev\/sda.*No space left/,
+    says: /Cannot write a partition table to \/dev\/sda/,
     marked: [0],
   },
   {
@@ -422,6 +422,7 @@ function afterTheFirstWrite(trouble: Trouble): Trouble {
 
 /** Take the disk sda away when this program is about to run. */
 function pullBefore(program: string): Pick<Fault, "before" | "on"> {
+  let pulled = false;
   return {
     before: `path=$(command -v ${program})
       mkdir /tmp/real
@@ -434,7 +435,13 @@ exec /tmp/real/${program} "$@"
 end
       chmod 755 /tmp/${program}
       mount --bind /tmp/${program} "$path"`,
-    on: { pull: (vm) => vm.pull(0) },
+    on: {
+      pull: async (vm) => {
+        if (pulled) return; // several at once may run the program
+        pulled = true;
+        await vm.pull(0);
+      },
+    },
   };
 }
 
