@@ -493,8 +493,14 @@ export async function boot(settings: Settings): Promise<number> {
       await partition(plan.create); //                      step 3
       await waitForPartitions(plan.create); //              step 4
       await createDataFilesystem(plan.create, place); //    step 5
+      const made = pathsOf(plan.create.members.map((m) => m.device));
       plan = await makePlan(settings, 0);
-      if (!plan.mount) throw new Error(`Cannot find "${DATA}" after making it`);
+      if (!plan.mount) {
+        throw new Error(
+          `Cannot find "${DATA}" on ${made} after making it: the disk may be ` +
+            `broken, or unplugged`,
+        );
+      }
     }
     if (plan.mount) swapping = attempt(() => swapOn(plan!.swap));
     if (plan.mount) await mountDataFilesystem(plan.mount, place); // step 6
