@@ -389,12 +389,13 @@ const faults: Fault[] = [
     says: /Cannot .*\/dev\/sda/,
   })),
   {
-    name: "one of two magic disks is pulled before mkfs.btrfs",
+    // So small that mkfs.btrfs is rehearsed on files first.
+    name: "one of two magic disks is pulled before the rehearsal of mkfs.btrfs",
     disks: [{ holds: "magic", bus: "scsi" }, { holds: "magic" }],
     ...pullBefore("mkfs.btrfs"),
     mode: "fallback",
     status: 1,
-    says: /Cannot .*\/dev\/sda2/,
+    says: /Cannot .*\/dev\/sda/,
     marked: [0, 1],
   },
 ];
@@ -424,17 +425,19 @@ function afterTheFirstWrite(trouble: Trouble): Trouble {
 function pullBefore(program: string): Pick<Fault, "before" | "on"> {
   let pulled = false;
   return {
+    // In /usr/sbin, which comes first in PATH: an applet is only a link.
     before: `path=$(command -v ${program})
-      mkdir /tmp/real
-      cp "$path" /tmp/real/
-      cat >/tmp/${program} <<"end"
+      mkdir /tmp/real /tmp/upper /tmp/work
+      cp -P "$path" /tmp/real/
+      cat >/tmp/upper/${program} <<"end"
 #!/bin/sh
 [ ! -e /sys/block/sda ] || echo @pull >/dev/ttyS1
 while [ -e /sys/block/sda ]; do sleep 0.05; done
 exec /tmp/real/${program} "$@"
 end
-      chmod 755 /tmp/${program}
-      mount --bind /tmp/${program} "$path"`,
+      chmod 755 /tmp/upper/${program}
+      mount -t overlay overlay /usr/sbin \\
+        -o lowerdir=/usr/sbin,upperdir=/tmp/upper,workdir=/tmp/work`,
     on: {
       pull: async (vm) => {
         if (pulled) return; // several at once may run the program
