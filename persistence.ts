@@ -2702,6 +2702,7 @@ async function doNextJob(
   } catch (error) {
     sayError(error);
   } finally {
+    fs.rmSync(place.job, { force: true });
     lock.release();
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
