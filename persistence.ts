@@ -515,6 +515,7 @@ export async function boot(settings: Settings): Promise<number> {
   await swapping; //                                        step 9
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, place));
+    if (isNoSpace(error)) sayHowToMakeRoom(place);
   }
   if (plan?.mode === "mounted" && messages.errors.length === 0) {
     say("info", "Everything is set up already");
@@ -2221,6 +2222,20 @@ async function fallBack(place: Places): Promise<void> {
       .filter((target) => isOurOverlay(target, place))
       .concat(place.snapshots, place.state, place.data, place.topLevel);
     for (const target of targets) {
+const isNoSpace = (error: unknown) =>
+  /ENOSPC|No space left on device/.test(messageOf(error));
+
+/** To mount an overlay takes a new directory: full is too full for that. */
+function sayHowToMakeRoom(place: Places): void {
+  const { type, source } = mountedOn(place.data) ?? {};
+  if (type !== "btrfs") return;
+  say(
+    "error",
+    `The data filesystem on ${source} is full: log in, mount it elsewhere ` +
+      `("mount ${source} /mnt"), delete files or snapshots, reboot`,
+  );
+}
+
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
     if (!mountedOn(place.data)) await mountTmpfs(place);
@@ -2285,12 +2300,16 @@ function overlayEntries(name: string, place: Places): string[][] {
   return mountedOn(lower) ? [overlay] : [bind, overlay];
 }
 
-/** Many mounts by one process; which of them exist is seen afterwards. */
+/**
+ * Many mounts by one process; which of them exist is seen afterwards.
+ *
+ * @returns What went wrong, if anything did.
+ */
 async function mountFromTable(
   entries: string[][],
   place: Places,
   level: Level = "warning",
-): Promise<void> {
+): Promise<string | undefined> {
   const escape = (field: string) =>
     field.replace(
       /[\s\\#]/g,
@@ -2313,6 +2332,7 @@ async function mountFromTable(
  * Mounts an overlay again whose mount failed or came out read-only, as it does
  * when a crash left something in `work` that the kernel cannot remove.
  */
+    return messageOf(error);
 async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   const target = join(place.root, name);
   const work = join(place.work, name);
@@ -2320,9 +2340,11 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   if (isOurOverlay(target, place)) await unmount(target);
   fs.rmSync(work, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
-  await mountFromTable(overlayEntries(name, place), place);
+  const problem = await mountFromTable(overlayEntries(name, place), place);
   if (!isOverlaid(name, place)) {
-    throw new Error(`Cannot make "${target}" writable: its overlay failed`);
+    throw new Error(
+      `Cannot make "${target}" writable: ${problem ?? "it is read-only"}`,
+    );
   }
 }
 
