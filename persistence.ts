@@ -75,6 +75,13 @@ const SURELY_FITS_BYTES = 2 * GiB;
 /** A disk smaller than this gets no swap partition. */
 const MINIMUM_DISK_FOR_SWAP_BYTES = 2 * GiB;
 
+/**
+ * To make a directory, Btrfs was seen to fail with 4 MiB of metadata free: it
+ * reserves the worst case, two nodes a level for each item (fs/btrfs/fs.h,
+ * btrfs_calc_insert_metadata_size()).
+ */
+const LARGEST_METADATA_RESERVATION_BYTES = 8 * MiB;
+
 /** How long an answer is waited for before a device or program is given up. */
 const TIMEOUT = {
   readMs: 20_000, // a hard disk that spins up needs some 10 s
@@ -508,6 +515,7 @@ export async function boot(settings: Settings): Promise<number> {
     await mountOverlays(place); //                          step 7
   } catch (error) {
     sayError(error);
+    if (isNoSpace(error)) sayHowToMakeRoom(place);
     mode = "fallback";
     await fallBack(place);
   }
@@ -515,7 +523,6 @@ export async function boot(settings: Settings): Promise<number> {
   await swapping; //                                        step 9
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, place));
-    if (isNoSpace(error)) sayHowToMakeRoom(place);
   }
   if (plan?.mode === "mounted" && messages.errors.length === 0) {
     say("info", "Everything is set up already");
@@ -2215,13 +2222,6 @@ async function mountTmpfs(place: Places): Promise<void> {
   );
 }
 
-/** The last resort: whatever failed, the system gets writable. */
-async function fallBack(place: Places): Promise<void> {
-  try {
-    const targets = [...OVERLAYS.map((name) => join(place.root, name))]
-      .filter((target) => isOurOverlay(target, place))
-      .concat(place.snapshots, place.state, place.data, place.topLevel);
-    for (const target of targets) {
 const isNoSpace = (error: unknown) =>
   /ENOSPC|No space left on device/.test(messageOf(error));
 
@@ -2236,6 +2236,13 @@ function sayHowToMakeRoom(place: Places): void {
   );
 }
 
+/** The last resort: whatever failed, the system gets writable. */
+async function fallBack(place: Places): Promise<void> {
+  try {
+    const targets = [...OVERLAYS.map((name) => join(place.root, name))]
+      .filter((target) => isOurOverlay(target, place))
+      .concat(place.snapshots, place.state, place.data, place.topLevel);
+    for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
     if (!mountedOn(place.data)) await mountTmpfs(place);
@@ -2325,6 +2332,7 @@ async function mountFromTable(
   } catch (error) {
     if (error instanceof NoAnswer) throw error;
     say(level, messageOf(error));
+    return messageOf(error);
   }
 }
 
@@ -2332,7 +2340,6 @@ async function mountFromTable(
  * Mounts an overlay again whose mount failed or came out read-only, as it does
  * when a crash left something in `work` that the kernel cannot remove.
  */
-    return messageOf(error);
 async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   const target = join(place.root, name);
   const work = join(place.work, name);
@@ -2695,6 +2702,7 @@ export async function maintain(settings: Settings): Promise<number> {
     const done = new Set<string>();
     while (await doNextJob(done, settings, place));
   } finally {
+    fs.rmSync(place.job, { force: true });
     only.release();
   }
   return messages.errors.length > 0 ? 1 : 0;
@@ -2724,7 +2732,6 @@ async function doNextJob(
   } catch (error) {
     sayError(error);
   } finally {
-    fs.rmSync(place.job, { force: true });
     lock.release();
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
@@ -3268,13 +3275,21 @@ export interface Status {
     errors: Record<string, number>;
   }[];
   mounts: { target: string; source: string; type: string }[];
-  space: { sizeBytes: number; freeBytes: number } | null;
+  space: Space | null;
+  /** For metadata, which may be full while there is room for data. */
+  metadataSpace: Space | null;
   swap: string[];
   /** `since`: when it began, or went on after a boot (ISO 8601). */
   work: { kind: string; progress: string; since: string | null }[];
   /** Sentences on what is wrong; empty when all is well. */
   health: string[];
   lastBoot: unknown;
+}
+
+/** Room on a filesystem. */
+interface Space {
+  sizeBytes: number;
+  freeBytes: number;
 }
 
 /** Collects what is mounted where, from what, and how healthy it is. */
@@ -3293,13 +3308,6 @@ async function readStatus(settings: Settings): Promise<Status> {
     ...OVERLAYS.map((name) => join(place.root, name)),
   ];
   const mounts = readMounts().filter(({ target }) => targets.includes(target));
-  const statfs = base && attemptNow(() => fs.statfsSync(place.data));
-  const space = statfs
-    ? {
-      sizeBytes: statfs.blocks * statfs.bsize,
-      freeBytes: statfs.bavail * statfs.bsize,
-    }
-    : null;
   const report = readText(place.report);
   const status: Status = {
     mode: !base ? "none" : fsid ? "persistent" : "volatile",
@@ -3321,7 +3329,10 @@ async function readStatus(settings: Settings): Promise<Status> {
       source,
       type,
     })),
-    space,
+    space: base ? readSpace(place.data) : null,
+    metadataSpace: fsid
+      ? readMetadataSpace(fsid, members.map((member) => member.btrfs))
+      : null,
     swap: readSwaps(),
     work: state ? await readWork(state, place) : [],
     health: [],
@@ -3329,6 +3340,34 @@ async function readStatus(settings: Settings): Promise<Status> {
   };
   status.health = judgeHealth(status, state);
   return status;
+}
+
+function readSpace(directory: string): Space | null {
+  const found = attemptNow(() => fs.statfsSync(directory));
+  return found
+    ? {
+      sizeBytes: found.blocks * found.bsize,
+      freeBytes: found.bavail * found.bsize,
+    }
+    : null;
+}
+
+/**
+ * Metadata chunks, and what they may still grow by. Of what is free in them the
+ * kernel keeps a reserve for itself (btrfs-filesystem(8), df, GlobalReserve).
+ */
+function readMetadataSpace(fsid: string, members: Superblock[]): Space {
+  const value = (name: string) =>
+    Number(readText(`/sys/fs/btrfs/${fsid}/allocation/${name}`) ?? 0);
+  const allocatedBytes = ["data", "metadata", "system"]
+    .reduce((sum, type) => sum + value(`${type}/disk_total`), 0);
+  const deviceBytes = members
+    .reduce((sum, member) => sum + member.deviceBytes, 0);
+  const sizeBytes = value("metadata/total_bytes");
+  const copies = value("metadata/disk_total") / sizeBytes || 1;
+  const freeBytes = sizeBytes - value("metadata/bytes_used") -
+    value("global_rsv_size") + (deviceBytes - allocatedBytes) / copies;
+  return { sizeBytes, freeBytes: Math.max(0, Math.floor(freeBytes)) };
 }
 
 /** The UUID of a mounted Btrfs, from the device that stands for it. */
@@ -3386,6 +3425,11 @@ async function readWork(
   return work;
 }
 
+function isNearlyFull(space: Space | null, atLeastBytes = 0): space is Space {
+  if (space === null) return false;
+  return space.freeBytes < Math.max(space.sizeBytes / 20, atLeastBytes);
+}
+
 /** Says what is wrong, in sentences with a remedy. */
 function judgeHealth(
   status: Status,
@@ -3412,11 +3456,19 @@ function judgeHealth(
   if (state && balanceFilters(state).length > 0) {
     health.push("Not all chunks are mirrored yet");
   }
-  const { space } = status;
-  if (space && space.freeBytes < space.sizeBytes / 20) {
+  const { space, metadataSpace } = status;
+  if (isNearlyFull(space)) {
     health.push(
       `"/${DATA_MOUNT}" is nearly full: ${inMiB(space.freeBytes)} of ` +
-        `${inMiB(space.sizeBytes)} are free`,
+        `${inMiB(space.sizeBytes)} are free: delete something, or enlarge ` +
+        `or add a disk`,
+    );
+  }
+  if (isNearlyFull(metadataSpace, LARGEST_METADATA_RESERVATION_BYTES)) {
+    health.push(
+      `The metadata of "/${DATA_MOUNT}" are nearly full: ` +
+        `${inMiB(metadataSpace.freeBytes)} are free: delete files or ` +
+        `snapshots, or enlarge or add a disk`,
     );
   }
   return health;

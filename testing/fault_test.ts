@@ -159,26 +159,53 @@ onDisks(
 );
 
 onDisks(
-  "a full data filesystem still boots persistent",
+  "a data filesystem without room for data still boots persistent",
   { disks: [{ ...magicDisk, sizeBytes: 300 * MiB }] },
   async (system) => {
     await persist(system);
     await system.boot();
-    await system.sh(
-      `cd mnt/lightwhale-data
-       cat /dev/zero > zeros 2>/dev/null || true; sync
-       n=0; while [ $n -lt 100000 ]; do
-         n=$((n + 1)); echo x > small$n || break
-       done 2>/dev/null`,
-    );
+    assertMatch(await statusOf(system), /^Healthy$/m);
+    await fillWithData(system);
     await system.reboot();
     const boot = await system.boot();
     assertEquals(boot.report.mode, "persistent", boot.stderr);
     assertEquals(await system.sh("cat etc/precious"), "precious\n");
-    const status = await system.run([...system.place(), "--status"]);
-    assertMatch(status.stdout, /full/, status.stdout);
+    const status = await statusOf(system);
+    assertMatch(status, /^Attention: "\/mnt.*" is nearly full/m);
+    assert(!/metadata .*nearly full/.test(status), status);
     // Room again by removing something, as a person would.
     await system.sh("rm mnt/lightwhale-data/zeros; sync; echo x > etc/x");
+    await assertRecovers(system, "precious");
+  },
+);
+
+onDisks(
+  "a data filesystem without room for a directory: writable, and how to go on",
+  { disks: [{ ...magicDisk, sizeBytes: 300 * MiB }] },
+  async (system) => {
+    await persist(system);
+    await system.boot();
+    await fillWithData(system);
+    await system.sh(
+      `cd mnt/lightwhale-data
+       # Empty files take metadata only; long names take more of them.
+       name=$(printf %0200d 0)
+       seq -f "%g-$name" 60000 | # 255: xargs stops
+         xargs -n 50 sh -c 'touch "$@" 2>/dev/null || exit 255' sh || true`,
+    );
+    const status = await statusOf(system);
+    assertMatch(status, /^Attention: The metadata .* nearly full/m);
+    await system.reboot();
+    const boot = await system.boot();
+    await assertWritable(system, boot, "");
+    assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+    const [, source] = /on (\S+) is full: .* delete files/.exec(boot.stderr) ??
+      [];
+    assert(source, boot.stderr);
+    await system.sh(
+      `mount ${source} tmp; rm tmp/@lightwhale-data/zeros
+       find tmp/@lightwhale-data -name "*-0*" -delete; umount tmp`,
+    );
     await assertRecovers(system, "precious");
   },
 );
@@ -217,6 +244,17 @@ onDisks(
     assertEquals(await system.checksum(disk), before);
   },
 );
+
+async function statusOf(system: System): Promise<string> {
+  return (await system.run([...system.place(), "--status"])).stdout;
+}
+
+/** Until there is no room for data; metadata have their own. */
+async function fillWithData(system: System): Promise<void> {
+  await system.sh(
+    "cat /dev/zero > mnt/lightwhale-data/zeros 2>/dev/null || sync",
+  );
+}
 
 /** A boot in which these programs are something else. */
 async function bootWith(
