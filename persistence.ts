@@ -651,17 +651,15 @@ function listDisk(disk: string): BlockDevice[] {
   for (const name of [disk, ...entries.filter((e) => e.startsWith(disk))]) {
     const own = name === disk ? directory : `${directory}/${name}`;
     const sizeBytes = 512 * Number(readText(`${own}/size`) ?? 0);
-    const uevent = readText(`${own}/uevent`) ?? "";
-    const value = (key: string) =>
-      new RegExp(`^${key}=(.*)$`, "m").exec(uevent)?.[1];
-    const node = value("DEVNAME");
+    const uevent = parseUevent(readText(`${own}/uevent`) ?? "");
+    const node = uevent.DEVNAME;
     // Without a medium (card readers), or hidden (a path of NVMe multipath).
     if (sizeBytes === 0 || !node) continue;
-    const number = Number(value("PARTN") ?? 0);
+    const number = Number(uevent.PARTN ?? 0);
     devices.push({
       name,
       path: `/dev/${node}`,
-      deviceNumber: `${value("MAJOR")}:${value("MINOR")}`,
+      deviceNumber: `${uevent.MAJOR}:${uevent.MINOR}`,
       kind: number ? "partition" : volume ? "volume" : "disk",
       disk,
       number,
@@ -670,7 +668,7 @@ function listDisk(disk: string): BlockDevice[] {
       sectorBytes,
       readOnly: readText(`${own}/ro`) === "1",
       hasNode: true,
-      partitionName: value("PARTNAME"),
+      partitionName: uevent.PARTNAME,
       readError: suspended
         ? `Cannot read /dev/${node}: it is suspended (dmsetup resume ` +
           `"${volumeName}")`
@@ -679,6 +677,21 @@ function listDisk(disk: string): BlockDevice[] {
     });
   }
   return devices;
+}
+
+/**
+ * Reads the text of a `uevent` file in sysfs: KEY=value, a line each. Of a key
+ * that comes twice the first counts: the partition's name, which anybody may
+ * have chosen, stands last (block/partitions/core.c, part_uevent()).
+ */
+export function parseUevent(
+  uevent: string,
+): Record<string, string | undefined> {
+  const pairs = uevent.split("\n").map((line) => {
+    const [key] = line.split("=", 1);
+    return [key, line.slice(key.length + 1)];
+  });
+  return Object.fromEntries(pairs.reverse());
 }
 
 /** `sdb` before `sdaa`, `loop9` before `loop10`. */
@@ -3831,7 +3844,7 @@ function assert(condition: boolean, message: string): void {
 // ---------------------------------------------------------------------------
 
 /** Bad input: exit status 2. */
-class UsageError extends Error {}
+export class UsageError extends Error {}
 
 const HELP = `Usage:
   persistence.ts                       set up persistence (done at every boot)
@@ -3903,6 +3916,7 @@ export function parseCommandLine(args: string[], kernel: string) {
     throw new UsageError("Option --json goes with --status or --dry-run only");
   }
   const settings = { ...defaultSettings };
+  const warnings: string[] = [];
   if (parsed.root !== undefined) {
     if (!attemptNow(() => fs.statSync(parsed.root).isDirectory())) {
       throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
@@ -3927,7 +3941,7 @@ export function parseCommandLine(args: string[], kernel: string) {
       const where = parsed.wait === undefined ? "lightwhale.wait" : "--wait";
       const message = `Cannot wait "${wait}" seconds (${where}): no number`;
       if (parsed.wait !== undefined) throw new UsageError(message);
-      say("warning", message);
+      warnings.push(message);
     } else settings.waitMs = 1000 * Number(wait);
   }
   const words = kernel.split(/\s+/);
@@ -3935,7 +3949,7 @@ export function parseCommandLine(args: string[], kernel: string) {
   settings.noSwap = words.includes("noswap") ||
     kernelOption(kernel, "lightwhale.swap") === "off";
   settings.dataUuid = kernelOption(kernel, "lightwhale.data")?.toLowerCase();
-  return { mode, operands, settings, parsed };
+  return { mode, operands, settings, parsed, warnings };
 }
 
 function kernelOption(kernel: string, name: string): string | undefined {
@@ -3962,7 +3976,7 @@ function nameOfDisk(path: string): string {
 /** Runs what the command line asks for. Returns the exit status. */
 async function main(args: string[]): Promise<number> {
   try {
-    const { mode, operands, settings, parsed } = parseCommandLine(
+    const { mode, operands, settings, parsed, warnings } = parseCommandLine(
       args,
       readText("/proc/cmdline") ?? "",
     );
@@ -3975,6 +3989,7 @@ async function main(args: string[]): Promise<number> {
     if (mode === "boot" || mode === "maintain") {
       speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
     }
+    for (const warning of warnings) say("warning", warning);
     switch (mode) {
       case "help":
         print(HELP);

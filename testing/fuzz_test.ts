@@ -22,15 +22,18 @@ import {
   formatMark,
   MAGIC,
   type Mount,
+  parseCommandLine,
   parseGpt,
   parseMark,
   parseMountinfo,
   parseSuperblock,
   parseSwapLabel,
+  parseUevent,
   type Plan,
   setDataRoot,
   SWAP,
   UNFINISHED,
+  UsageError,
 } from "../persistence.ts";
 import { needPrograms } from "./programs.ts";
 import { countFrom, diceOf, type Random, seed } from "./random.ts";
@@ -330,6 +333,70 @@ fuzz("parseMountinfo() reads whatever stands there", (random) => {
     }
   }
 });
+
+fuzz("parseUevent() takes the kernel's word, not a partition's", (random) => {
+  const kernel = "MAJOR=8\nMINOR=3\nDEVNAME=sda3\nDEVTYPE=partition\nPARTN=3";
+  const name = random.pick(hostileTexts) + random.pick([
+    ...["", "\nDEVNAME=sdb", "\nPARTN=1", "\n__proto__=x", "\n=", "\n\n"],
+  ]);
+  const whole = parseUevent(`${kernel}\nPARTNAME=${name}`);
+  const { DEVNAME, PARTN, PARTNAME } = whole;
+  assertEquals(
+    { DEVNAME, PARTN, PARTNAME },
+    { DEVNAME: "sda3", PARTN: "3", PARTNAME: name.split("\n")[0] },
+  );
+  const bytes = new TextEncoder().encode(`${kernel}\nPARTNAME=${name}\n`);
+  mutate(bytes, random);
+  for (const value of Object.values(parseUevent(textOf(bytes)))) {
+    assertEquals(typeof value, "string");
+  }
+});
+
+const textOf = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+
+/** Words of command lines, right and wrong. */
+const words = [
+  ...["--enable", "--disable", "--status", "--dry-run", "--json", "--force"],
+  ...["--wait", "--wait=3", "--wait=-1", "--wait=1e9", "--wait=0x10", "3"],
+  ...["--devices", "--devices=/dev/null", "--devices=", "--root", "--root=/"],
+  ...["--quiet", "--verbose", "--maintain", "--", "-", "-x", "--no-quiet"],
+  ...["--__proto__=x", "--constructor", "--enable=false", "--wait.a=1"],
+  ...["lightwhale.wait=5", "lightwhale.wait=", "lightwhale.wait=x", "noswap"],
+  ...["lightwhale.persistence=off", "lightwhale.data=", "lightwhale.swap=off"],
+  ...["lightwhale.data=$(touch x)", "quiet", "root=/dev/sda1", "/dev/sda"],
+];
+
+fuzz(
+  "parseCommandLine() gives settings that make sense, or why not",
+  (random) => {
+    const pick = () => random.pick(random.chance(0.3) ? hostileTexts : words);
+    const line = (most: number) =>
+      Array.from({ length: random.below(most) }, pick);
+    const kernel = line(6).join(" ");
+    try {
+      const { mode, operands, settings } = parseCommandLine(line(5), kernel);
+      const { waitMs, root, only, off, noSwap } = settings;
+      assert(
+        waitMs >= 0 && waitMs < 1e8 && Number.isFinite(waitMs),
+        `${waitMs}`,
+      );
+      assert(root.startsWith("/"), root);
+      assert(only === undefined || only.length > 0);
+      assert(typeof off === "boolean" && typeof noSwap === "boolean");
+      assertEquals(operands.length > 0, ["enable", "disable"].includes(mode));
+      if (kernel.split(" ").at(-1) === "lightwhale.persistence=off") {
+        assert(
+          off,
+        );
+      }
+    } catch (error) {
+      if (!(error instanceof UsageError)) throw error;
+      assert(error.message.length > 10, error.message);
+    }
+    // What the boot loader says is never a reason not to boot.
+    assertEquals(parseCommandLine([], kernel).mode, "boot");
+  },
+);
 
 fuzz("setDataRoot() keeps every other key, or says why not", (random) => {
   const value = (depth: number): unknown => {
