@@ -1745,7 +1745,7 @@ async function partition(create: NewFilesystem): Promise<void> {
         `"${missing[0]}" is not installed (nothing was changed)`,
     );
   }
-  await Promise.all(create.members.map(partitionDisk));
+  await allOf(create.members.map(partitionDisk));
 }
 
 async function partitionDisk(member: NewMember): Promise<void> {
@@ -1876,7 +1876,7 @@ async function createDataFilesystem(
     `Creating "${DATA}" on ${paths.join(", ")}: data ${create.dataProfile}, ` +
       `metadata ${create.metadataProfile}`,
   );
-  await Promise.all([
+  await allOf([
     run(mkfs(create, paths), {
       to: `create the data filesystem on ${paths.join(", ")}`,
       timeoutMs: TIMEOUT.mkfsMs,
@@ -1886,7 +1886,7 @@ async function createDataFilesystem(
   await verifySuperblocks(paths, UNFINISHED);
 
   await withTopLevel(paths, [], place, async (top) => {
-    await Promise.all(
+    await allOf(
       Object.values(SUBVOLUMES)
         .map((name) => createSubvolume(join(top, name), paths)),
     );
@@ -1922,7 +1922,7 @@ async function verifySuperblocks(
   paths: string[],
   label: string,
 ): Promise<void> {
-  await Promise.all(paths.map(async (path) => {
+  await allOf(paths.map(async (path) => {
     const found = await superblockOf(path);
     if (
       !found?.intact || found.label !== label ||
@@ -3800,6 +3800,17 @@ async function attempt(step: () => unknown): Promise<void> {
   try {
     await step();
   } catch (error) {
+/**
+ * Waits until all have ended, so that nothing goes on behind a failure.
+ *
+ * @throws The first failure.
+ */
+async function allOf(steps: unknown[]): Promise<void> {
+  const ends = await Promise.allSettled(steps);
+  const failed = ends.find((end) => end.status === "rejected");
+  if (failed) throw failed.reason;
+}
+
     sayError(error);
   }
 }

@@ -45,9 +45,9 @@ const mutations: Mutation[] = [
   {
     name: "the header is cleared first",
     patches: [[
-      "  await Promise.all(create.members.map(partitionDisk));",
+      "  await allOf(create.members.map(partitionDisk));",
       "  await disarm(create.members.map((member) => member.device));\n" +
-      "  await Promise.all(create.members.map(partitionDisk));",
+      "  await allOf(create.members.map(partitionDisk));",
     ]],
     file: "power_cut_test.ts",
     filter: "during the first boot: one disk",
