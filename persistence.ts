@@ -21,7 +21,7 @@
  */
 
 import { parseArgs } from "@std/cli/parse-args";
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import * as fs from "node:fs";
 import { basename, dirname, join } from "node:path";
 import process from "node:process";
@@ -3577,19 +3577,19 @@ async function run(
   const input = stdin === undefined ? "ignore" : openNameless(stdin);
   const errors = attemptNow(() => openNameless("")) ?? "inherit";
   try {
-    const child = spawn(program, command.slice(1), {
-      env: { ...process.env, LC_ALL: "C" },
-      stdio: [input, "ignore", errors],
-    });
+    const what = `Cannot ${to}: "${command[0]}"`;
+    let child: ChildProcess | undefined;
     const ending = new Promise<number | string | null>((resolve, reject) => {
-      child.on("error", reject);
-      child.on("exit", (status, signal) => resolve(status ?? signal));
+      child = spawn(program, command.slice(1), {
+        env: { ...process.env, LC_ALL: "C" },
+        stdio: [input, "ignore", errors],
+      }).on("exit", (status, signal) => resolve(status ?? signal))
+        .on("error", (error) => reject(new Error(`${what}: ${error.message}`)));
     });
-    const end = await withTimeout(ending, timeoutMs, cannot(command, to))
-      .catch((error) => {
-        child.kill("SIGKILL");
-        throw error;
-      });
+    const end = await withTimeout(ending, timeoutMs, what).catch((error) => {
+      child?.kill("SIGKILL");
+      throw error;
+    });
     if (typeof end === "number" && accept.includes(end)) return;
     throw failure(command, to, end, readNameless(errors));
   } finally {
@@ -3617,14 +3617,12 @@ async function ask(command: string[], options: RunOptions): Promise<string> {
   const asking = $`/bin/sh -c ${script} sh ${[program, ...command.slice(1)]}`
     .env("LC_ALL", "C").signal(killer.signal).noThrow()
     .stdin("null").stdout("piped").stderr("piped");
-  const { code, stdout, stderr } = await withTimeout(
-    asking,
-    timeoutMs,
-    cannot(command, to),
-  ).catch((error) => {
-    killer.kill("SIGTERM");
-    throw error;
-  });
+  const what = `Cannot ${to}: "${command[0]}"`;
+  const { code, stdout, stderr } = await withTimeout(asking, timeoutMs, what)
+    .catch((error) => {
+      killer.kill("SIGTERM");
+      throw error;
+    });
   if (accept.includes(code)) return stdout;
   const end = code > 128 && code <= 128 + 64 ? `signal ${code - 128}` : code;
   throw failure(command, to, end, stderr);
@@ -3636,8 +3634,6 @@ function findCommand([name, ...args]: string[], to: string): string {
   say("debug", [name, ...args].join(" "));
   return program;
 }
-
-const cannot = ([name]: string[], to: string) => `Cannot ${to}: "${name}"`;
 
 /** The error for a command that ended with a status or by a signal. */
 function failure(
@@ -3800,6 +3796,10 @@ async function attempt(step: () => unknown): Promise<void> {
   try {
     await step();
   } catch (error) {
+    sayError(error);
+  }
+}
+
 /**
  * Waits until all have ended, so that nothing goes on behind a failure.
  *
@@ -3809,10 +3809,6 @@ async function allOf(steps: unknown[]): Promise<void> {
   const ends = await Promise.allSettled(steps);
   const failed = ends.find((end) => end.status === "rejected");
   if (failed) throw failed.reason;
-}
-
-    sayError(error);
-  }
 }
 
 /** The value of an expression, or undefined where it throws. */

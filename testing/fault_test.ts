@@ -42,6 +42,10 @@ const failures: Record<
     script: "#!/bin/sh\nkill -SEGV $$\n",
     says: (name) => new RegExp(`${name}.*was killed by SIGSEGV`),
   },
+  "cannot be run": {
+    script: "#!/nonexistent\n",
+    says: (name) => new RegExp(`"${name}": .*ENOENT`),
+  },
   "does nothing and says that it worked": {
     script: "#!/bin/sh\ncat >/dev/null\nexit 0\n",
     says: () => /Cannot .*/,
