@@ -5,20 +5,25 @@
  */
 import { assertEquals } from "@std/assert";
 import { execFileSync } from "node:child_process";
-import { createHash } from "node:crypto";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
   all,
   assertBoot,
+  atWork,
   boots,
   dataDisks,
+  degraded,
   type Expected,
+  keptIn,
   lookAndRun,
   mirrored,
+  mirroredSmall,
   persistent,
   single,
+  type Sums,
   volatile,
+  whole,
 } from "./situation.ts";
 import {
   type BootOptions,
@@ -44,16 +49,20 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
 }
 
 /** One boot of a situation. */
-interface Step extends Expected {
-  /** Added to the kernel command line. */
-  append?: string;
+interface Step
+  extends Expected, Pick<BootOptions, "append" | "on" | "pullThePlug"> {
+  /** What is done to the disks before, while the machine is off. */
+  whileOff?: (disks: VmDisk[]) => void;
+  /** The disks that are there, in this order; default: all. */
+  present?: number[];
+  /** Of those that are there the one that is not until `on` plugs it. */
+  late?: number;
   /** The system image; default: the same for all. */
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
   run?: string;
-  /** The disk that is not there until `on` plugs it. */
-  late?: number;
-  on?: BootOptions["on"];
+  /** What must be the same before and after: a checksum. */
+  unchanged?: (disks: VmDisk[]) => string;
 }
 
 interface Situation {
@@ -76,6 +85,9 @@ function oneDiskOn(bus: Bus, name: string, more: DiskBefore = {}): Situation {
     ],
   };
 }
+
+/** Quickly copied from; too small for a swap partition. */
+const small: DiskBefore = { magic: true, sizeMiB: 200 };
 
 const emptyExt4: DiskBefore = {
   contents: 'mkfs.ext4 -q -F "$1"',
@@ -323,6 +335,48 @@ const situations: Situation[] = [
     ],
   },
   {
+    name: "a mirror's second disk is missing at two boots, then returns",
+    disks: [small, small],
+    boots: [
+      {
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: "keep whole 4; keep_in_place database 1",
+      },
+      {
+        present: [0],
+        append: "lightwhale.wait=1",
+        after: { ...degraded, boots: boots(2) },
+        // More than there is room for in the chunks that are mirrored.
+        run: `keep degraded 4; keep_in_place database 1
+          fallocate -l 48M $data/lightwhale-state/docker/reserved`,
+      },
+      {
+        present: [0],
+        append: "lightwhale.wait=1",
+        after: {
+          ...degraded,
+          profiles: "single+raid1 raid1 raid1",
+          boots: boots(3),
+        },
+        run: "keep degraded-again 4; keep_in_place database 1",
+      },
+      {
+        after: {
+          ...atWork,
+          boots: boots(4),
+          warnings: /degraded; \/dev\/vdb1 missed writes and is rebuilt$/,
+        },
+        run: "keep returned 4",
+        settled: whole,
+      },
+      {
+        present: [1],
+        append: "lightwhale.wait=1",
+        after: { ...degraded, boots: boots(5) },
+      },
+    ],
+  },
+  {
     name: "a USB disk whose driver takes long to bring it up",
     disks: [{ magic: true, bus: "usb" }],
     boots: [{
@@ -380,16 +434,25 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
   const disks = situation.disks.map((before, i) => makeBefore(before, i, dir));
   const bystanders = disks.filter((_, i) => situation.disks[i].bystander);
   const sums = bystanders.map(({ file }) => checksum(file));
+  const kept: Sums = new Map();
 
   for (const [i, step] of situation.boots.entries()) {
+    const { present = [...disks.keys()], unchanged = () => "" } = step;
+    step.whileOff?.(disks);
+    const before = unchanged(disks);
     const boot = await bootVm({
       ...situation,
       ...step,
-      disks: disks.map((disk, d) => ({ ...disk, late: step.late === d })),
+      disks: present.map((disk, i) => ({
+        ...disks[disk],
+        late: step.late === i,
+      })),
       image: step.image?.(),
-      check: lookAndRun(step.run),
+      check: lookAndRun(step, kept),
     });
     assertBoot(boot, step, `boot ${i + 1}`);
+    assertEquals(unchanged(disks), before, `boot ${i + 1}`);
+    for (const [name, sum] of keptIn(boot)) kept.set(name, sum);
   }
   assertEquals(bystanders.map(({ file }) => checksum(file)), sums);
 }
@@ -408,7 +471,7 @@ function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
 }
 
 function checksum(file: string): string {
-  return createHash("sha256").update(Deno.readFileSync(file)).digest("hex");
+  return execFileSync("sha256sum", [file]).toString();
 }
 
 function rentedServer(): string {

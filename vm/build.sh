@@ -25,6 +25,7 @@ packages="
 programs="
   dash mount umount sfdisk blkid wipefs mkswap swapon swapoff lsblk findmnt partx
   blockdev flock losetup fsfreeze btrfs mkfs.btrfs btrfstune kmod dmsetup mdadm mke2fs
+  chattr
 "
 # What the initramfs loads: the drivers in order and the filesystems meanwhile,
 # because the benchmarks of btrfs (raid6, xor) take a second.

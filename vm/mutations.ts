@@ -66,6 +66,21 @@ const mutations: Mutation[] = [
     filter: "when it is waited for",
   },
   {
+    name: "a member that missed writes is trusted",
+    patches: [[
+      "if (mark.present.includes(other.mark.member)) return false;",
+      "return false;",
+    ]],
+    file: "boot_test.ts",
+    filter: "missing at two boots",
+  },
+  {
+    name: "what was written without a mirror stays so",
+    patches: [["if (filters.length > 0) return", "if (false) return"]],
+    file: "boot_test.ts",
+    filter: "missing at two boots",
+  },
+  {
     name: "no wait for a USB disk",
     patches: [["&& facts.diskPending", "&& false"]],
     file: "boot_test.ts",

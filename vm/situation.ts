@@ -7,7 +7,7 @@ import type { Boot } from "./vm.ts";
 
 needPrograms(
   ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
-  ...["sfdisk", "mkfs.ext4"],
+  ...["sfdisk", "mkfs.ext4", "mkfs.btrfs"],
 );
 
 /** BOOT=all: every situation, every cut. */
@@ -15,12 +15,17 @@ export const all = Deno.env.get("BOOT") === "all";
 
 /** What is expected of a boot. */
 export interface Expected {
-  after: Partial<After>;
+  after: Wanted<After>;
+  /** When the work in the background is done; default: nobody waits for it. */
+  settled?: Wanted<Settled>;
   /** What the console must say. */
   says?: RegExp;
   /** The longest that S11persistence may take; default: 60 s. */
   withinMs?: number;
 }
+
+/** The value of some properties, or what their text must match. */
+type Wanted<T> = { [Name in keyof T]?: T[Name] | RegExp };
 
 /** What an operator sees after a boot. */
 export interface After {
@@ -43,10 +48,21 @@ export interface After {
   boots: string;
   /** What `btrfs check` says. */
   clean: string;
+  /** Has all that the boots before kept its checksum? */
+  kept: string;
   /** Modes and owners of directories under the overlays. */
   looks: string;
   warnings: string;
   errors: string;
+}
+
+/** What there is when the work in the background is done. */
+export interface Settled
+  extends Pick<After, "profiles" | "marked" | "clean" | "kept"> {
+  /** What `--status` finds wrong. */
+  health: string;
+  /** Of each member: does it have all that was kept, without the others? */
+  alone: string;
 }
 
 const looks = "755 0 /etc,640 0 /etc/shadow,755 0 /var,1777 0 /var/tmp," +
@@ -73,6 +89,7 @@ export const persistent = {
   type: "btrfs",
   marked: "",
   clean: "yes",
+  kept: "yes",
 };
 /** One data disk. */
 export const single = { ...persistent, profiles: "single dup dup", swaps: 1 };
@@ -81,6 +98,31 @@ export const mirrored = {
   ...persistent,
   profiles: "raid1 raid1 raid1",
   swaps: 2,
+};
+/** Two data disks that are too small for swap. */
+export const mirroredSmall = { ...mirrored, swaps: 0 };
+/** The work in the background has begun, or not yet, or is done. */
+export const atWork = {
+  ...persistent,
+  swaps: 0,
+  profiles: /^/,
+  marked: /^/,
+  clean: /^/,
+};
+/** One of them is not there. */
+export const degraded = {
+  ...mirroredSmall,
+  warnings:
+    /^The data filesystem lacks 1 of 2 devices: .* degraded \(plug in .*\)$/,
+};
+/** A mirror of two that has lost nothing. */
+export const whole: Settled = {
+  profiles: "raid1 raid1 raid1",
+  marked: "",
+  clean: "yes",
+  kept: "yes",
+  health: "",
+  alone: "yes yes",
 };
 
 /** The partitions of data disks with these names. */
@@ -96,9 +138,33 @@ export function boots(n: number): string {
 
 const look = Deno.readTextFileSync(new URL("look.sh", import.meta.url));
 
-/** A check that looks at everything, then runs a script that must succeed. */
-export function lookAndRun(script = ""): string {
-  return `${look}\nset -e\n${script}`;
+/** Checksums by the names of the files that `keep` wrote. */
+export type Sums = Map<string, string>;
+
+/**
+ * A check that looks at everything, then runs a script that must succeed, then
+ * looks again when the work in the background is done.
+ *
+ * @param kept What the boots before have kept.
+ */
+export function lookAndRun(
+  { run = "", settled }: { run?: string; settled?: unknown } = {},
+  kept: Sums = new Map(),
+): string {
+  const sums = [...kept].map(([name, sum]) => `${sum}  ${name}\n`).join("");
+  return [
+    `printf %s '${sums}' >/run/kept.sha256`,
+    look,
+    "set -e",
+    run,
+    ...settled ? ["settle"] : [],
+  ].join("\n");
+}
+
+/** What this boot has kept. */
+export function keptIn({ checkOutput }: Boot): Sums {
+  const lines = checkOutput.matchAll(/^kept (\w+) {2}(.*)$/gm);
+  return new Map([...lines].map(([, sum, name]) => [name, sum]));
 }
 
 /**
@@ -110,10 +176,8 @@ export function lookAndRun(script = ""): string {
 export function assertBoot(boot: Boot, step: Expected, name: string): void {
   const all = `${boot.console}\n${boot.checkOutput}\n${boot.s11Ms} ms`;
   try {
-    const seen = facts(boot);
-    const expected = Object.keys(step.after) as (keyof After)[];
-    const actual = Object.fromEntries(expected.map((key) => [key, seen[key]]));
-    assertEquals(actual, step.after);
+    assertSeen(afterBoot(boot), step.after);
+    if (step.settled) assertSeen(whenSettled(boot), step.settled);
     assertEquals(boot.checkStatus, 0, "The check failed");
     if (step.says) assertMatch(boot.console, step.says);
     const { withinMs = 60_000 } = step;
@@ -124,20 +188,40 @@ export function assertBoot(boot: Boot, step: Expected, name: string): void {
   console.log(`${name}: S11persistence took ${boot.s11Ms} ms`);
 }
 
-/** What look.sh said. */
-function facts({ checkOutput, s11Status }: Boot): Partial<After> {
-  const seen: Record<string, string> = Object.fromEntries(
-    [...checkOutput.matchAll(/^fact (\w+) (.*)$/gm)].map((
-      [, name, value],
-    ) => [name, value]),
+function assertSeen<T>(seen: Partial<T>, wanted: Wanted<T>): void {
+  const names = Object.keys(wanted) as (keyof T)[];
+  const shown = names.map((name) => {
+    const [value, want] = [seen[name], wanted[name]];
+    const matches = want instanceof RegExp && want.test(`${value}`);
+    return [name, matches ? want : value];
+  });
+  assertEquals(Object.fromEntries(shown), wanted);
+}
+
+/** What look.sh said at this stage. */
+function facts(boot: Boot, stage: string): Record<string, string> {
+  const lines = boot.checkOutput.matchAll(/^(\w+) (\w+) (.*)$/gm);
+  return Object.fromEntries(
+    [...lines].filter(([, of]) => of === stage)
+      .map(([, , name, value]) => [name, value]),
   );
+}
+
+function afterBoot(boot: Boot): Partial<After> {
+  const seen = facts(boot, "after");
   const { mode, warnings = [], errors = [] } = JSON.parse(seen.report || "{}");
   return {
     ...seen,
     mode,
-    status: s11Status ?? -1,
+    status: boot.s11Status ?? -1,
     swaps: Number(seen.swaps),
     warnings: warnings.join("\n"),
     errors: errors.join("\n"),
   };
+}
+
+function whenSettled(boot: Boot): Partial<Settled> {
+  const seen = facts(boot, "settled");
+  const { health } = JSON.parse(seen.status || "{}");
+  return { ...seen, health: health?.join("\n") };
 }
