@@ -377,6 +377,44 @@ const situations: Situation[] = [
     ],
   },
   {
+    name: "a magic disk takes a missing one's place, and a reset interrupts it",
+    disks: [
+      { ...small, bus: "scsi" },
+      { ...small, bus: "scsi" },
+      { ...small, bus: "scsi" },
+    ],
+    boots: [
+      {
+        present: [0, 1],
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: "keep whole 24",
+      },
+      {
+        present: [0, 2],
+        append: "lightwhale.wait=1",
+        after: { ...atWork, boots: boots(2), warnings: degraded.warnings },
+        on: {
+          "end S11persistence": (vm) => vm.throttle(1, 2 ** 20),
+        },
+        run: `keep degraded 1
+          wait_for 60 replacing; btrfs filesystem sync $data; replacing`,
+        pullThePlug: true,
+      },
+      {
+        present: [0, 2],
+        append: "lightwhale.wait=1",
+        after: {
+          ...atWork,
+          boots: boots(3),
+          warnings: /degraded; \/dev\/sd[ab]1 is taking the missing place/,
+        },
+        says: /device replace goes on/,
+        run: "keep replaced 4",
+        settled: whole,
+      },
+    ],
+  },
+  {
     name: "a USB disk whose driver takes long to bring it up",
     disks: [{ magic: true, bus: "usb" }],
     boots: [{

@@ -81,6 +81,15 @@ const mutations: Mutation[] = [
     filter: "missing at two boots",
   },
   {
+    name: "a replace that was interrupted is given up",
+    patches: [[
+      "data.missing > 0 ? [...data.members, ...target]",
+      "false ? []",
+    ]],
+    file: "boot_test.ts",
+    filter: "a reset interrupts it",
+  },
+  {
     name: "no wait for a USB disk",
     patches: [["&& facts.diskPending", "&& false"]],
     file: "boot_test.ts",

@@ -95,6 +95,8 @@ export interface RunningVm {
   pull(disk: number): Promise<void>;
   /** Wait until the console says this; false when it ended without. */
   says(text: RegExp): Promise<boolean>;
+  /** Let this disk read and write no more than so much (scsi, usb and uas). */
+  throttle(disk: number, bytesPerSecond: number): Promise<void>;
   /** Cut the power now. */
   kill(): void;
 }
@@ -195,6 +197,17 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
           await new Promise((resolve) => setTimeout(resolve, 100));
         }
         return isSaid();
+      },
+      async throttle(i, bps) {
+        const others = {
+          bps_rd: 0,
+          bps_wr: 0,
+          iops: 0,
+          iops_rd: 0,
+          iops_wr: 0,
+        };
+        const limits = { id: `disk${i}`, bps, ...others };
+        await qmp.execute("block_set_io_throttle", limits);
       },
       kill,
     };
