@@ -5,6 +5,7 @@
  */
 import { assertEquals } from "@std/assert";
 import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
@@ -415,6 +416,86 @@ const situations: Situation[] = [
     ],
   },
   {
+    name: "a magic disk joins a single one: it becomes a mirror",
+    everyTime: false,
+    disks: [small, small],
+    boots: [
+      {
+        present: [0],
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: "keep single 8",
+      },
+      {
+        after: { ...atWork, boots: boots(2) },
+        run: "keep joining 4",
+        settled: whole,
+      },
+    ],
+  },
+  {
+    name: "disks with sectors of 512 and of 4096 bytes are enlarged",
+    everyTime: false,
+    disks: [small, { ...small, sectorBytes: 4096 }],
+    boots: [
+      {
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: "keep before 4; fills_disks",
+      },
+      {
+        whileOff: (disks) => disks.forEach(({ file }) => enlarge(file, 100)),
+        after: { ...mirroredSmall, boots: boots(2) },
+        run: "keep grown 4; fills_disks",
+        settled: whole,
+      },
+      {
+        after: { ...mirroredSmall, boots: boots(3) },
+        unchanged: (disks) => disks.map(partitionTable).join(),
+        run: "fills_disks",
+      },
+    ],
+  },
+  {
+    name: "beside a copy of the data disk and another data filesystem",
+    everyTime: false,
+    disks: [
+      small,
+      { sizeMiB: 200 },
+      {
+        sizeMiB: 200,
+        contents: 'mkfs.btrfs --quiet --label lightwhale-data "$1"',
+        bystander: true,
+      },
+    ],
+    boots: [
+      {
+        present: [0],
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: "keep first 4",
+      },
+      {
+        whileOff: ([{ file }, copy]) => copyDisk(file, copy.file),
+        after: {
+          ...single,
+          swaps: 0,
+          boots: boots(2),
+          warnings: besideOthers({ used: "vda1", copy: "vdb1", other: "vdc" }),
+        },
+        unchanged: ([, copy]) => checksum(copy.file),
+        run: "keep second 4",
+      },
+      {
+        present: [2, 1, 0],
+        after: {
+          ...single,
+          swaps: 0,
+          boots: boots(3),
+          warnings: besideOthers({ used: "vdc1", copy: "vdb1", other: "vda" }),
+        },
+        unchanged: ([, copy]) => checksum(copy.file),
+      },
+    ],
+  },
+  {
     name: "a USB disk whose driver takes long to bring it up",
     disks: [{ magic: true, bus: "usb" }],
     boots: [{
@@ -510,6 +591,32 @@ function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
 
 function checksum(file: string): string {
   return execFileSync("sha256sum", [file]).toString();
+}
+
+/** The sectors before the first partition and behind the last. */
+function partitionTable({ file, sectorBytes = 512 }: VmDisk): string {
+  const bytes = Deno.readFileSync(file);
+  const behind = 16384 + sectorBytes;
+  return createHash("sha256").update(bytes.subarray(0, 2 ** 20))
+    .update(bytes.subarray(-behind)).digest("hex");
+}
+
+function enlarge(file: string, mebibytes: number): void {
+  Deno.truncateSync(file, Deno.statSync(file).size + mebibytes * 2 ** 20);
+}
+
+function copyDisk(from: string, to: string): void {
+  execFileSync("cp", ["--sparse=always", from, to]);
+}
+
+/** What is said of the data filesystems that are not used. */
+function besideOthers(
+  { used, copy, other }: { used: string; copy: string; other: string },
+): RegExp {
+  return new RegExp(
+    `on /dev/${used} is used, \\S+ on /dev/${other} is not touched.*\n` +
+      `/dev/${copy} is a copy of /dev/${used},.*/dev/${copy} is not touched`,
+  );
 }
 
 function rentedServer(): string {
