@@ -455,6 +455,30 @@ const situations: Situation[] = [
     ],
   },
   {
+    name: "a mirror's second disk is pulled and plugged in again",
+    disks: [{ ...small, bus: "scsi" }, { ...small, bus: "scsi" }],
+    boots: [
+      {
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: `disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
+          keep both 4
+          echo @pull 1; wait_for 10 disks_are 1
+          keep pulled 8
+          echo @plug 1; wait_for 10 disks_are 2
+          keep plugged 4`,
+        on: {
+          pull: (vm, [, disk]) => vm.pull(Number(disk)),
+          plug: (vm, [, disk]) => vm.plug(Number(disk)),
+        },
+      },
+      {
+        after: { ...atWork, boots: boots(2) },
+        // Btrfs counts the writes that failed until a person resets that.
+        settled: { ...whole, health: /^\S+ had errors .*$/ },
+      },
+    ],
+  },
+  {
     name: "beside a copy of the data disk and another data filesystem",
     everyTime: false,
     disks: [
