@@ -780,9 +780,11 @@ async function readStart(
 ): Promise<void> {
   const sector = device.sectorBytes;
   const isDisk = device.kind === "disk";
-  const start = await read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB);
   const marksBytes = MARK.slotsAt.length * MARK.bytes;
-  const marks = await read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes);
+  const [start, marks] = await Promise.all([
+    read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB),
+    read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes),
+  ]);
   device.header = text(start, 0, MAGIC.length) === MAGIC;
   device.swapLabel = parseSwapLabel(start);
   device.btrfs = parseSuperblock(marks.subarray(marksBytes));
@@ -943,9 +945,13 @@ function readMemoryBytes(): number {
   return KiB * Number(/^MemTotal:\s+(\d+)/.exec(meminfo)?.[1] ?? 0);
 }
 
+/** What was read last, until a command of ours may have changed it. */
+let knownMounts: Mount[] | undefined;
+
 /** Mounts of this process (proc_pid_mountinfo(5)), oldest first. */
 function readMounts(): Mount[] {
-  return parseMountinfo(readText("/proc/self/mountinfo") ?? "");
+  knownMounts = parseMountinfo(readText("/proc/self/mountinfo") ?? "");
+  return knownMounts;
 }
 
 /** Reads the text of `/proc/PID/mountinfo`. */
@@ -2198,7 +2204,8 @@ async function unmount(target: string): Promise<void> {
 
 /** The topmost mount on a directory. */
 function mountedOn(target: string): Mount | undefined {
-  return readMounts().findLast((mount) => mount.target === target);
+  return (knownMounts ?? readMounts())
+    .findLast((mount) => mount.target === target);
 }
 
 function makeMountPoint(path: string): void {
@@ -2475,6 +2482,7 @@ function replaceFile(path: string, contents: string): void {
 async function swapOn(all: BlockDevice[]): Promise<void> {
   const areas = all.slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
+  await sleep(0); // the mark goes first: the mount waits for it
   await run(["swapon", ...areas.map((area) => area.path)], {
     to: `turn on swap on ${pathsOf(areas)}`,
   });
@@ -3593,6 +3601,7 @@ async function run(
     if (typeof end === "number" && accept.includes(end)) return;
     throw failure(command, to, end, readNameless(errors));
   } finally {
+    knownMounts = undefined;
     for (const file of [input, errors]) {
       if (typeof file === "number") fs.closeSync(file);
     }
