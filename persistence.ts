@@ -1217,12 +1217,19 @@ function newest(devices: BlockDevice[]): BlockDevice {
 }
 
 /**
- * Was anything written to `writer` while `other` was not there? A mount that
- * failed, or a power cut before the first commit, has written nothing.
+ * Was anything written to `writer` while `other` was not there?
+ *
+ * A member that dropped out of a mounted filesystem is told by its generation:
+ * all members get the superblock of one commit before the next commit begins
+ * (fs/btrfs/disk-io.c, write_all_supers()), so that a power cut leaves them one
+ * apart at most. One that was not there at a mount is told by the marks; a
+ * mount that failed, or lost its power before a commit, has written nothing.
  */
 function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
   const { mark, btrfs } = writer;
   if (!mark || !btrfs || !other.mark) return false;
+  const lastTogether = other.mark.absent[mark.member] ?? generationOf(other);
+  if (btrfs.generation - lastTogether > 1) return true;
   if (mark.present.includes(other.mark.member)) return false;
   const together = mark.absent[other.mark.member] ?? -1;
   return btrfs.generation > together || btrfs.hasLog;

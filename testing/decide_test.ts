@@ -225,22 +225,33 @@ const situations: {
     decides: { ...degraded, stale: ["sdb2"] },
   },
   {
-    name: "the first was mounted without the second, after equal generations",
-    // Superblocks alone would say that the second is the newer one.
+    name: "the second dropped out while both were mounted",
+    devices: [
+      data("sda", { ...two, generation: 12, mark: mark("a", 5, ["a", "b"]) }),
+      second,
+    ],
+    decides: { ...degraded, stale: ["sdb2"] },
+    says: /sdb2 missed writes/,
+  },
+  {
+    name: "the second dropped out, and the next mount wrote nothing",
     devices: [
       data("sda", {
         ...two,
         generation: 12,
-        mark: mark("a", 6, ["a"], { b: 10 }),
+        mark: mark("a", 6, ["a"], { b: 12 }),
       }),
-      data("sdb", {
-        ...two,
-        devid: 2,
-        generation: 90,
-        mark: mark("b", 5, ["a", "b"]),
-      }),
+      second,
     ],
     decides: { ...degraded, stale: ["sdb2"] },
+  },
+  {
+    name: "the power went between the two superblocks of one commit",
+    devices: [
+      data("sda", { ...two, generation: 11, mark: mark("a", 5, ["a", "b"]) }),
+      second,
+    ],
+    decides: { ...mirrored, scrub: true },
   },
   {
     name: "both halves without marks, one of them behind",
@@ -292,6 +303,25 @@ const situations: {
   },
 
   // Split
+  {
+    name: "the first dropped out, then it was mounted without the second",
+    // What the second wrote when it was alone, the first has never seen.
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 12,
+        mark: mark("a", 6, ["a"], { b: 10 }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 90,
+        mark: mark("b", 5, ["a", "b"]),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /each written without the other/,
+  },
   {
     name: "each half was written alone, equally often",
     devices: [

@@ -197,6 +197,38 @@ onDisks(
   },
 );
 
+onDisks(
+  "a member that dropped out while the system ran is rebuilt",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [, dropped] = system.disks;
+    const folder = await Deno.makeTempDir({ prefix: "persistence-dropped-" });
+    try {
+      // What the disk holds from now on is not what it holds at the reboot.
+      await system.sh("btrfs filesystem sync mnt/lightwhale-data");
+      await copyImage(dropped.image, `${folder}/dropped`);
+      for (const name of ["one", "two"]) {
+        sums[name] = await write(system, name);
+        sums["no checksums"] = await writeNoCow(system);
+        await system.sh("btrfs filesystem sync mnt/lightwhale-data");
+      }
+      await system.reboot({
+        whileOff: () => copyImage(`${folder}/dropped`, dropped.image),
+      });
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+    const boot = await system.boot();
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    assertMatch(boot.stderr, new RegExp(`${dropped.path}p1 missed writes`));
+    await assertKept(system, sums);
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    await assertMirrored(system, sums);
+  },
+);
+
 // Split
 
 for (const [more, chosen] of [[0, 0], [1, 1]]) {
