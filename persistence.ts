@@ -1084,6 +1084,8 @@ export function decide(facts: Facts, settings: Settings): Plan {
   const magic = findMagicDevices(usable);
   plan.disarm = magic.filter((device) => partsOf(device, usable).some(isOurs));
   for (const device of plan.disarm) {
+    const target = chosen?.replaceTarget; // marked until it has taken its place
+    if (target && partsOf(device, usable).includes(target)) continue;
     plan.warnings.push(
       `${device.path} is marked to be formatted, but holds a data ` +
         `filesystem: the data wins and the mark is taken away (to erase it ` +
@@ -2736,6 +2738,14 @@ export async function maintain(settings: Settings): Promise<number> {
   return messages.errors.length > 0 ? 1 : 0;
 }
 
+/** What `--status` gets to know of the job that runs. */
+interface JobNote {
+  what: string;
+  /** When it began (ISO 8601). */
+  since: string;
+  pid: number;
+}
+
 /** Does one job; each only once, so that one that fails is not repeated. */
 async function doNextJob(
   done: Set<string>,
@@ -2754,8 +2764,12 @@ async function doNextJob(
       done.add(describeJob(job));
       say("info", `Now ${describeJob(job)}`);
     }
-    const work = { what: describeJob(job), since: new Date().toISOString() };
-    replaceFile(place.job, JSON.stringify(work) + "\n");
+    const note: JobNote = {
+      what: describeJob(job),
+      since: new Date().toISOString(),
+      pid: process.pid,
+    };
+    replaceFile(place.job, JSON.stringify(note) + "\n");
     longPart = await startJob(job, plan.mount, place);
   } catch (error) {
     sayError(error);
@@ -3426,8 +3440,10 @@ async function readWork(
   state: FilesystemState,
   place: Places,
 ): Promise<Status["work"]> {
-  const job = attemptNow(() => JSON.parse(readText(place.job) ?? "null"));
-  const since = job?.since ?? null;
+  const note: JobNote | undefined = attemptNow(() =>
+    JSON.parse(readText(place.job) ?? "")
+  );
+  const since = note?.since ?? null;
   const askBtrfs = async (kind: string, command: string[]) => {
     const output = await ask(["btrfs", ...command, place.data], {
       to: `ask how far the ${kind} is`,
@@ -3449,6 +3465,10 @@ async function readWork(
   }
   if (readWishes(place).scrub) {
     work.push(await askBtrfs("scrub", ["scrub", "status"]));
+  }
+  // Between two of these, or while a disk is wiped and partitioned.
+  if (note && work.length === 0 && fs.existsSync(`/proc/${note.pid}`)) {
+    work.push({ kind: "maintenance", progress: note.what, since });
   }
   return work;
 }
