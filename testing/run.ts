@@ -31,12 +31,19 @@ const rough = [
   "testing/cuts_test.ts",
 ];
 
+/** In the virtual machine; BOOT=all: every situation, cut and fault. */
+const bootTests = [
+  "vm/boot_test.ts",
+  "vm/power_cut_test.ts",
+  "vm/fault_test.ts",
+];
+
 const groups: Record<string, () => Promise<Count>> = {
   check,
   executable: () => testWith([`${projectFolder}dist/persistence`]),
   script: () => testWith(script),
   rough: () => testWith([`${projectFolder}dist/persistence`], rough),
-  boot: () => testWith([`${projectFolder}dist/persistence`], bootTests()),
+  boot: () => testWith([`${projectFolder}dist/persistence`], bootTests),
 };
 
 const names = Deno.args.length > 0 ? Deno.args : Object.keys(groups);
@@ -79,15 +86,6 @@ async function check(): Promise<Count> {
     if (await run(line) !== 0) failed++;
   }
   return { passed: checks.length - failed, failed, skipped: 0 };
-}
-
-/** Power cuts and failing disks in the virtual machine take long: only then. */
-function bootTests(): string[] {
-  const all = ["vm/boot_test.ts"];
-  if (Deno.env.get("BOOT") === "all") {
-    all.push("vm/power_cut_test.ts", "vm/fault_test.ts");
-  }
-  return all;
 }
 
 /** All files of tests here but the rough ones. */

@@ -181,6 +181,7 @@ const faults: Fault[] = [
   },
   {
     name: "a data disk answers no write",
+    everyTime: false,
     disks: [{
       holds: "data",
       trouble: ({ kind }) => kind === "read" ? {} : neverAnswers(),
@@ -235,6 +236,7 @@ const faults: Fault[] = [
   },
   {
     name: "half of a mirror answers every write with an error",
+    everyTime: false,
     disks: [{ holds: "half of a mirror" }, { holds: "half of a mirror" }],
     before: mapped("0 $size flakey /dev/vda 0 0 3600 1 error_writes"),
     mode: "persistent",
@@ -263,6 +265,7 @@ const faults: Fault[] = [
   },
   {
     name: "half of a mirror is pulled before it is mounted",
+    everyTime: false,
     disks: [
       { holds: "half of a mirror", bus: "scsi" },
       { holds: "half of a mirror" },
@@ -285,6 +288,7 @@ const faults: Fault[] = [
   },
   {
     name: "a magic disk never answers",
+    everyTime: false,
     disks: [{ holds: "magic", trouble: neverAnswers }],
     mode: "fallback",
     status: 1,
@@ -293,6 +297,7 @@ const faults: Fault[] = [
   },
   {
     name: "a magic disk answers no write",
+    everyTime: false,
     disks: [{
       holds: "magic",
       trouble: ({ kind }) => kind === "read" ? {} : neverAnswers(),
@@ -314,6 +319,7 @@ const faults: Fault[] = [
   },
   {
     name: "a magic disk has no space left below it",
+    everyTime: false,
     disks: [{
       holds: "magic",
       bus: "scsi",
@@ -327,6 +333,7 @@ const faults: Fault[] = [
   },
   {
     name: "a magic disk cannot read back the superblock that it wrote",
+    everyTime: false,
     disks: [{
       holds: "magic",
       trouble: ({ kind, offset, length }) =>

@@ -36,7 +36,7 @@ const layouts = [
 type Layout = (typeof layouts)[number];
 
 /** How many cuts of each layout are made from the record, how many for real. */
-const count = all ? { recorded: 60, real: 12 } : { recorded: 14, real: 3 };
+const count = all ? { recorded: 60, real: 12 } : { recorded: 5, real: 1 };
 
 /** An instant of the first boot. */
 interface Instant {
