@@ -67,12 +67,21 @@ const mutations: Mutation[] = [
   },
   {
     name: "a member that missed writes is trusted",
-    patches: [[
-      "if (mark.present.includes(other.mark.member)) return false;",
-      "return false;",
-    ]],
+    patches: [
+      ["if (btrfs.generation - lastTogether > 1) return true;", ""],
+      [
+        "if (mark.present.includes(other.mark.member)) return false;",
+        "return false;",
+      ],
+    ],
     file: "boot_test.ts",
     filter: "missing at two boots",
+  },
+  {
+    name: "a member that dropped out is trusted",
+    patches: [["if (btrfs.generation - lastTogether > 1) return true;", ""]],
+    file: "boot_test.ts",
+    filter: "pulled and plugged in again",
   },
   {
     name: "what was written without a mirror stays so",
