@@ -781,10 +781,8 @@ async function readStart(
   const sector = device.sectorBytes;
   const isDisk = device.kind === "disk";
   const marksBytes = MARK.slotsAt.length * MARK.bytes;
-  const [start, marks] = await Promise.all([
-    read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB),
-    read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes),
-  ]);
+  const start = await read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB);
+  const marks = await read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes);
   device.header = text(start, 0, MAGIC.length) === MAGIC;
   device.swapLabel = parseSwapLabel(start);
   device.btrfs = parseSuperblock(marks.subarray(marksBytes));
