@@ -936,17 +936,23 @@ async function partitionNames({ path }: Disk): Promise<string[]> {
   return partitions.map(({ name = "" }) => name);
 }
 
-async function countSwaps({ disks }: System): Promise<number> {
+async function countSwaps(system: System): Promise<number> {
+  return (await swapsOn(system)).length;
+}
+
+/** Lines of /proc/swaps; other systems on this machine have swap as well. */
+async function swapsOn({ disks }: System): Promise<string[]> {
   const swaps = await Deno.readTextFile("/proc/swaps");
   return swaps.split("\n").filter((line) =>
     disks.some(({ path }) => line.startsWith(`${path}p`))
-  ).length;
+  );
 }
 
-/** Every mount below the root and every byte of what persists. */
-function everything(system: System): Promise<string> {
-  return system.sh(
-    `findmnt -R -n -o TARGET,SOURCE,FSTYPE,OPTIONS,ID "$PWD"; cat /proc/swaps
+/** Every mount below the root, its swap and every byte of what persists. */
+async function everything(system: System): Promise<string> {
+  const swaps = (await swapsOn(system)).join("\n");
+  return swaps + await system.sh(
+    `findmnt -R -n -o TARGET,SOURCE,FSTYPE,OPTIONS,ID "$PWD"
      cd mnt/lightwhale-data; find . -printf '%p %m %U %G %s %T@ %C@\\n' | sort
      find . -type f -exec sha256sum {} +`,
   );
