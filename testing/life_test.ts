@@ -17,6 +17,7 @@ import {
   onDisks,
   type Report,
   type System,
+  tool,
 } from "./system.ts";
 
 /** Small: the time goes with what is copied. Too small for a swap partition. */
@@ -835,6 +836,33 @@ onDisks(
     assertMatch(health.join("\n"), new RegExp(`${disk.path}p1 .*corruption`));
     const { stdout } = await system.run([...system.place(), "--status"]);
     assertMatch(stdout, new RegExp(`${disk.path}p1 .*corruption`));
+  },
+);
+
+onDisks(
+  "--status on a terminal follows the work until it ends",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    // A job, as the background notes it; process 1 is there for ever.
+    const note = (what: string) =>
+      system.sh(
+        `echo '{"what":"${what}","since":"2001-02-03T04:05:06Z","pid":1}' \
+           > run/lightwhale/job.json`,
+      );
+    await note("the first half");
+    const words = [...tool, ...system.place(), "--status"];
+    const [shown] = await Promise.all([
+      system.sh(`timeout 60 script -qefc '${words.join(" ")}' /dev/null`),
+      sleep(1500).then(() => note("the second half")).then(() => sleep(1500))
+        .then(() => system.sh("rm run/lightwhale/job.json")),
+    ]);
+    const since = "In the background since 2001-02-03T04:05:06Z: maintenance: ";
+    const frames = shown.split("\x1b[H\x1b[2J");
+    assertMatch(frames[0], new RegExp(`${since}the first half`));
+    assert(frames.some((frame) => frame.includes(`${since}the second half`)));
+    assertMatch(frames.at(-1) ?? "", /Healthy\r?\n$/);
+    assert(!frames.at(-1)?.includes("In the background"), frames.at(-1));
   },
 );
 
