@@ -708,6 +708,22 @@ function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
   }
 }
 
+/** May `device` have all that `writer` has, by what their marks tell? */
+function hasSeenAll(device: BlockDevice, writer: BlockDevice): boolean {
+  const [own, other] = [device.mark, writer.mark];
+  if (!own || !other) return true;
+  const wasThere = other.present.includes(own.member);
+  const seen = own.absent[other.member] ?? device.btrfs!.generation;
+  const commits = writer.btrfs!.generation - seen;
+  return commits <= 1 && (wasThere || !wroteSince(writer, own.member));
+}
+
+/** Did a device write after the mount in which this member was last there? */
+function wroteSince({ mark, btrfs }: BlockDevice, member: string): boolean {
+  const { generation, hasLog } = btrfs!;
+  return generation > (mark!.absent[member] ?? -1) || hasLog;
+}
+
 /** What is mounted together belongs together; what is wiped is proven stale. */
 function assertMount(plan: Plan, { bytes }: Machine): void {
   for (const device of plan.disarm) {
@@ -727,8 +743,8 @@ function assertMount(plan: Plan, { bytes }: Machine): void {
   for (const device of stale) {
     assert(!members.includes(device), `${device.path} is stale and used`);
     assert(
-      members.some(({ mark }) =>
-        mark && device.mark && !mark.present.includes(device.mark.member)
+      members.some((member) =>
+        !hasSeenAll(device, member) && hasSeenAll(member, device)
       ),
       `${device.path} would be wiped without proof`,
     );
