@@ -1203,7 +1203,39 @@ export function findDataFilesystems(devices: BlockDevice[]): DataFilesystem[] {
   }
   return [...groups.values()]
     .filter((group) => group.some(({ btrfs }) => btrfs?.label === DATA))
-    .map(sortOutMembers);
+    .map((group) => sortOutMembers(withoutJoining(group, devices)));
+}
+
+/**
+ * Leaves out a device that was about to join when the power went, and is still
+ * marked to do so: nothing but the commit of its joining is on it.
+ */
+function withoutJoining(
+  group: BlockDevice[],
+  devices: BlockDevice[],
+): BlockDevice[] {
+  const only = findOnlyMember(group);
+  const isMarked = ({ disk, partitionName }: BlockDevice) =>
+    partitionName === MAGIC ||
+    devices.some(({ name, header }) => name === disk && header);
+  return group.filter((device) =>
+    !only || device.btrfs?.numDevices !== 2 || !isMarked(device) ||
+    generationOf(device) !== generationOf(only) + 1
+  );
+}
+
+/**
+ * The device that says that it is the only one of its filesystem, and has all
+ * commits but perhaps the last: that one was to add or to remove the other, and
+ * the power went before both had its superblock. As it is, Linux (6.18) mounts
+ * it only alone: others it takes for clones of it (fs/btrfs/volumes.c,
+ * find_fsid_by_device()).
+ */
+function findOnlyMember(devices: BlockDevice[]): BlockDevice | undefined {
+  const newest = Math.max(...devices.map(generationOf));
+  return devices.find((device) =>
+    device.btrfs?.numDevices === 1 && newest - generationOf(device) <= 1
+  );
 }
 
 const generationOf = (device: BlockDevice) => device.btrfs?.generation ?? 0;
@@ -1263,7 +1295,8 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const current = all.filter((device) =>
     !all.some((other) => isBehind(device, other))
   );
-  const side = pickSide(current);
+  const only = findOnlyMember(all);
+  const side = only ? [only] : pickSide(current);
   excluded.push(...current.filter((device) => !side.includes(device)));
   const stale = all.filter((device) =>
     side.some((other) => isBehind(device, other))
@@ -1381,6 +1414,7 @@ function chooseDataFilesystem(
 function whyExcluded(device: BlockDevice, members: BlockDevice[]): string {
   const same = members.find((member) => devidOf(member) === devidOf(device));
   if (same) return `is a copy of ${same.path}, or was replaced by it`;
+  if (findOnlyMember(members)) return `did not finish joining, or was removed`;
   return members.every((member) => wroteWithout(device, member))
     ? `and ${pathsOf(members)} were each written without the other`
     : `was replaced while it was away`;

@@ -73,6 +73,7 @@ const writtenAlone = data("sda", {
   generation: 12,
   mark: mark("a", 6, ["a"], { b: 10 }),
 });
+const single: Partial<Decision> = { mode: "persistent", members: ["sda2"] };
 const mirrored: Partial<Decision> = {
   mode: "persistent",
   members: ["sda2", "sdb2"],
@@ -300,6 +301,32 @@ const situations: {
       }),
     ],
     decides: { ...mirrored, missing: 1, stale: ["sdc2"] },
+  },
+
+  // One of one, and yet another
+  {
+    name: "the power went while a second disk was added, before its superblock",
+    devices: [data("sda"), magic("sdb")],
+    decides: { ...single, join: ["sdb"] },
+  },
+  {
+    name: "the power went while a second disk was added, after its superblock",
+    devices: [data("sda"), joining("sdb", { header: true })],
+    decides: { ...single, join: ["sdb"] },
+  },
+  {
+    name: "a second disk that a person added, after its superblock",
+    devices: [data("sda"), joining("sdb")],
+    decides: { ...single, excluded: ["sdb2"] },
+    says: /sdb2 did not finish joining/,
+  },
+  {
+    name: "the power went while the second disk was removed",
+    devices: [
+      data("sda", { generation: 11 }),
+      data("sdb", { ...two, devid: 2 }),
+    ],
+    decides: { ...single, excluded: ["sdb2"] },
   },
 
   // Split
@@ -962,6 +989,11 @@ function data(name: string, options: {
       mark: mark && { ...mark, fsid },
     },
   ];
+}
+
+/** A disk that has the first superblock of a filesystem of two. */
+function joining(name: string, disk?: Partial<BlockDevice>): BlockDevice[] {
+  return data(name, { of: 2, devid: 2, generation: 11, disk });
 }
 
 function without(

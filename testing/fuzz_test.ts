@@ -660,6 +660,17 @@ fuzz("decide() formats only what SPEC.md allows", (random) => {
   }
 });
 
+/**
+ * The power went after this one got the superblock of the commit that adds it
+ * to the other, and before the other, up to then the only one, got it as well.
+ */
+function wasJoining(device: BlockDevice, other: BlockDevice): boolean {
+  const [{ btrfs: second }, { btrfs: first }] = [device, other];
+  return second !== undefined && first !== undefined && first.intact &&
+    first.fsid === second.fsid && first.numDevices === 1 &&
+    second.numDevices === 2 && second.generation === first.generation + 1;
+}
+
 /** Every device that would be formatted was marked, is free, holds no data. */
 function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
   const formatted = [...plan.create?.members ?? [], ...plan.join];
@@ -678,7 +689,8 @@ function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
       ? [device]
       : facts.devices.filter(({ disk }) => disk === device.disk);
     for (const part of parts) {
-      assert(!isMember(part), `${why} ${part.path} holds data`);
+      const joins = facts.devices.some((other) => wasJoining(part, other));
+      assert(!isMember(part) || joins, `${why} ${part.path} holds data`);
       assert(!part.inUse, `${why} ${part.path} is ${part.inUse}`);
     }
     assert(!device.readOnly, `${why} it is read-only`);
