@@ -119,12 +119,32 @@ export interface Boot {
   wasCut: boolean;
 }
 
+/** The machine did not get to its init scripts. */
+class NeverStarted extends Error {}
+
+/** Ten times what it takes. */
+const START_TIMEOUT_MS = 100_000;
+
 /**
  * Boot the machine, run the check in it, power it off.
+ *
+ * Under load QEMU was seen to hang before the kernel had said anything. Where
+ * it does not even get to its init scripts, nothing that is tested has run and
+ * no disk was written: then it is started once more, and that is said.
  *
  * @throws When the machine neither powers off nor is cut within the timeout.
  */
 export async function bootVm(options: BootOptions): Promise<Boot> {
+  try {
+    return await bootOnce(options);
+  } catch (error) {
+    if (!(error instanceof NeverStarted)) throw error;
+    console.log(`${error.message}: it is started once more`);
+    return await bootOnce(options);
+  }
+}
+
+async function bootOnce(options: BootOptions): Promise<Boot> {
   const { disks = [], on = {}, cut, timeoutMs = 300_000 } = options;
   const image = options.image ?? systemImage();
   const dir = Deno.makeTempDirSync({ prefix: "persistence-vm-" });
@@ -138,6 +158,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
     wasCut: false,
   };
   let timedOut = false;
+  let started = false;
   let ended = false;
   let qemu: Deno.ChildProcess | undefined;
   const kill = () => {
@@ -180,6 +201,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
       timedOut = true;
       kill();
     }, timeoutMs);
+    const startTimer = setTimeout(() => started || kill(), START_TIMEOUT_MS);
     const errors = new Response(qemu.stderr).text();
     const qmp = openQmp(`${dir}/qmp`);
     const vm: RunningVm = {
@@ -215,6 +237,7 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
     const handling: (void | Promise<void>)[] = [];
     await readLines(qemu.stdout, (line) => {
       const words = line.split(" ");
+      started ||= line.startsWith("@start ");
       if (line.startsWith("@end S11persistence ")) {
         [boot.s11Status, boot.s11Ms] = words.slice(2).map(Number);
       }
@@ -234,9 +257,16 @@ export async function bootVm(options: BootOptions): Promise<Boot> {
     await Promise.all(handling);
     await qemu.status;
     clearTimeout(timer);
+    clearTimeout(startTimer);
     await qmp.close();
     boot.console = readConsole(`${dir}/console`);
     const problem = (await errors).trim();
+    if (!started && !problem && !boot.wasCut) {
+      throw new NeverStarted(
+        `The machine did not get to its init scripts in ` +
+          `${START_TIMEOUT_MS} ms: ${boot.console}`,
+      );
+    }
     if (timedOut) {
       throw new Error(
         `The machine did not end within ${timeoutMs} ms:\n${boot.console}\n${boot.checkOutput}`,
