@@ -327,11 +327,13 @@ const situations: Situation[] = [
       },
       {
         after: {
-          ...persistent,
-          profiles: "raid1 raid1 raid1",
+          ...atWork,
+          swaps: 1, // the other disk's is turned on at the next boot
           boots: boots(2),
+          warnings: /missed writes and is rebuilt$/,
         },
         run: "ls /etc/still-writable",
+        settled: whole,
       },
     ],
   },
