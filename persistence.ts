@@ -1081,8 +1081,8 @@ export function decide(facts: Facts, settings: Settings): Plan {
     : chooseDataFilesystem(filesystems, settings, plan);
   const magic = findMagicDevices(usable);
   plan.disarm = magic.filter((device) => partsOf(device, usable).some(isOurs));
+  const target = chosen?.replaceTarget; // marked until it has taken its place
   for (const device of plan.disarm) {
-    const target = chosen?.replaceTarget; // marked until it has taken its place
     if (target && partsOf(device, usable).includes(target)) continue;
     plan.warnings.push(
       `${device.path} is marked to be formatted, but holds a data ` +
@@ -1215,11 +1215,11 @@ function withoutJoining(
   devices: BlockDevice[],
 ): BlockDevice[] {
   const only = findOnlyMember(group);
-  const isMarked = ({ disk, partitionName }: BlockDevice) =>
-    partitionName === MAGIC ||
-    devices.some(({ name, header }) => name === disk && header);
+  if (!only || group.length === 1) return group;
+  const marked = findMagicDevices(devices)
+    .flatMap((device) => partsOf(device, devices));
   return group.filter((device) =>
-    !only || device.btrfs?.numDevices !== 2 || !isMarked(device) ||
+    device.btrfs?.numDevices !== 2 || !marked.includes(device) ||
     generationOf(device) !== generationOf(only) + 1
   );
 }
@@ -1232,9 +1232,9 @@ function withoutJoining(
  * find_fsid_by_device()).
  */
 function findOnlyMember(devices: BlockDevice[]): BlockDevice | undefined {
-  const newest = Math.max(...devices.map(generationOf));
+  const highest = Math.max(...devices.map(generationOf));
   return devices.find((device) =>
-    device.btrfs?.numDevices === 1 && newest - generationOf(device) <= 1
+    device.btrfs?.numDevices === 1 && highest - generationOf(device) <= 1
   );
 }
 
