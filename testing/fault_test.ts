@@ -237,7 +237,7 @@ onDisks(
   async (system) => {
     const [disk] = system.disks;
     const before = await system.checksum(disk);
-    const wipefs = "#!/bin/sh\nkill -SEGV $$\n";
+    const wipefs = failures["is killed"].script;
     const { status, stderr } = await withPrograms(
       { wipefs },
       (path) =>

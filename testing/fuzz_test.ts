@@ -321,6 +321,8 @@ fuzz("parseMark() gives a mark or none, never half of one", (random) => {
   assert(written.includes(JSON.stringify(found)), JSON.stringify(found));
 });
 
+const textOf = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+
 const mountinfo = await Deno.readTextFile("/proc/self/mountinfo");
 
 fuzz("parseMountinfo() reads whatever stands there", (random) => {
@@ -328,7 +330,7 @@ fuzz("parseMountinfo() reads whatever stands there", (random) => {
   const from = random.below(bytes.length);
   const part = bytes.slice(from, from + 400);
   mutate(part, random);
-  const mounts = parseMountinfo(new TextDecoder().decode(part));
+  const mounts = parseMountinfo(textOf(part));
   for (const mount of mounts) {
     for (const text of [mount.target, mount.type, mount.source]) {
       assertEquals(typeof text, "string");
@@ -353,8 +355,6 @@ fuzz("parseUevent() takes the kernel's word, not a partition's", (random) => {
     assertEquals(typeof value, "string");
   }
 });
-
-const textOf = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
 
 /** Words of command lines, right and wrong. */
 const words = [
@@ -386,11 +386,8 @@ fuzz(
       assert(only === undefined || only.length > 0);
       assert(typeof off === "boolean" && typeof noSwap === "boolean");
       assertEquals(operands.length > 0, ["enable", "disable"].includes(mode));
-      if (kernel.split(" ").at(-1) === "lightwhale.persistence=off") {
-        assert(
-          off,
-        );
-      }
+      const last = kernel.split(" ").at(-1);
+      assert(off || last !== "lightwhale.persistence=off", kernel);
     } catch (error) {
       if (!(error instanceof UsageError)) throw error;
       assert(error.message.length > 10, error.message);
