@@ -271,14 +271,15 @@ function checksumIsRight(block: Uint8Array, view: DataView): boolean {
 const CRC32C = crcTable(0x82f63b78);
 const CRC32 = crcTable(0xedb88320);
 
+/** From the checksum of each bit follows, by exclusive or, that of each byte. */
 function crcTable(polynomial: number): Uint32Array {
   const table = new Uint32Array(256);
-  for (let byte = 0; byte < 256; byte++) {
-    let crc = byte;
-    for (let bit = 0; bit < 8; bit++) {
-      crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
+  let crc = 1;
+  for (let bit = 0x80; bit > 0; bit >>= 1) {
+    crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
+    for (let byte = 0; byte < 256; byte += 2 * bit) {
+      table[byte + bit] = table[byte] ^ crc;
     }
-    table[byte] = crc;
   }
   return table;
 }
