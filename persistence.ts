@@ -569,7 +569,8 @@ async function makePlan(
       await sleep(200);
       continue;
     }
-    const misfit = plan.create && await rehearse(plan.create, settings.root);
+    const misfit = plan.create &&
+      await rehearse(plan.create, tooSmall.size > 0, settings.root);
     if (!misfit) return plan;
     tooSmall.add(misfit.path); // and decide without it
   }
@@ -1735,19 +1736,23 @@ async function writeBytes(
 /**
  * Checks that mkfs.btrfs can make this filesystem, before any disk is wiped
  * for it: with small or unequal sizes it is found out by doing it on sparse
- * files of the same sizes.
+ * files of the same sizes. So it is when others were left out as too small: if
+ * it fails without them too, it was not for their size.
  *
  * @returns The device that is too small, or undefined when all is well.
+ * @throws {Error} When it cannot be found out.
  */
 async function rehearse(
   create: NewFilesystem,
+  othersLeftOut: boolean,
   root: string,
 ): Promise<BlockDevice | undefined> {
   const smallest = create.members.reduce((a, b) =>
     b.dataBytes < a.dataBytes ? b : a
   );
-  if (create.members.length === 1) return undefined;
-  if (smallest.dataBytes >= SURELY_FITS_BYTES) return undefined;
+  const fits = create.members.length === 1 ||
+    smallest.dataBytes >= SURELY_FITS_BYTES;
+  if (fits && !othersLeftOut) return undefined;
   const { run: parent } = places(root);
   fs.mkdirSync(parent, { recursive: true });
   const directory = fs.mkdtempSync(join(parent, "rehearsal-"));
@@ -1758,10 +1763,13 @@ async function rehearse(
       fs.truncateSync(file, dataBytes);
       return file;
     });
-    await run(mkfs(create, files), { to: "rehearse mkfs.btrfs" });
-  } catch (error) {
-    say("debug", messageOf(error));
-    return smallest.device;
+    const status = await run(mkfs(create, files), {
+      to: `rehearse mkfs.btrfs for ${
+        pathsOf(create.members.map((m) => m.device))
+      }`,
+      accept: [0, 1], // 1: it says no
+    });
+    return status === 0 ? undefined : smallest.device;
   } finally {
     fs.rmSync(directory, { recursive: true });
   }
@@ -3632,13 +3640,14 @@ interface RunOptions {
 /**
  * Runs a command that does something.
  *
+ * @returns Its status, one of those that are accepted.
  * @throws {Error} A sentence that tells apart: not installed, failed, killed,
  * no answer in time; with the end of what it wrote to stderr.
  */
 async function run(
   command: string[],
   options: RunOptions & { stdin?: string | Uint8Array },
-): Promise<void> {
+): Promise<number> {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
   const program = findCommand(command, to);
   // Files, not pipes: what reads a pipe takes 4 ms to load.
@@ -3658,7 +3667,7 @@ async function run(
       child?.kill("SIGKILL");
       throw error;
     });
-    if (typeof end === "number" && accept.includes(end)) return;
+    if (typeof end === "number" && accept.includes(end)) return end;
     throw failure(command, to, end, readNameless(errors));
   } finally {
     knownMounts = undefined;

@@ -118,6 +118,40 @@ onDisks(
   },
 );
 
+const smallDisk: DiskSpec = { sizeBytes: 600 * MiB, contents: header };
+const rehearsals: Record<string, { script: string; says: RegExp }> = {
+  "fails": {
+    script: failures.fails.script,
+    says: /Cannot rehearse.*failed with status 7: no can do/,
+  },
+  "is killed": {
+    script: failures["is killed"].script,
+    says: /Cannot rehearse.*was killed by SIGSEGV/,
+  },
+  "finds no room on /run": {
+    script: `#!/bin/sh
+case $* in *rehearsal-*) echo "ERROR: no space left on device" >&2; exit 1; esac
+PATH=\${PATH#*:} exec mkfs.btrfs "$@"`,
+    says: /Cannot format \S+: it is too small/,
+  },
+};
+for (const [how, { script, says }] of Object.entries(rehearsals)) {
+  onDisks(
+    `two disks: the rehearsal of mkfs.btrfs ${how}, neither is made alone`,
+    { disks: [smallDisk, smallDisk] },
+    async (system) => {
+      const boot = await bootWith(system, { "mkfs.btrfs": script });
+      await assertWritable(system, boot, "mkfs.btrfs");
+      assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+      assertMatch(boot.stderr, says);
+      for (const disk of system.disks) {
+        assert(await isMarked(disk), `${disk.path} was changed`);
+      }
+      await assertRecovers(system);
+    },
+  );
+}
+
 // Time-outs last minutes: they are tested thirty times as fast, with the
 // script, in which their table is all that is changed.
 for (const name of onFirstBoot) {
