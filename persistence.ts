@@ -2720,8 +2720,16 @@ function readWishes(place: Places): Wishes {
   };
 }
 
-/** Starts {@linkcode maintain} in the background if there is work for it. */
-function startMaintenance(plan: Plan, settings: Settings, place: Places): void {
+/**
+ * Starts {@linkcode maintain} in the background if there is work for it.
+ *
+ * @throws {Error} When it does not start.
+ */
+async function startMaintenance(
+  plan: Plan,
+  settings: Settings,
+  place: Places,
+): Promise<void> {
   if (!plan.mount) return;
   if (plan.mount.needsScrub) fs.writeFileSync(wishFile("scrub", place), "");
   const state = stateOf(plan.mount);
@@ -2736,10 +2744,17 @@ function startMaintenance(plan: Plan, settings: Settings, place: Places): void {
   if (settings.only) {
     options.push("--devices", settings.only.map((n) => `/dev/${n}`).join());
   }
-  spawn("setsid", [process.execPath, ...program, ...options], {
+  const command = ["setsid", process.execPath, ...program, ...options];
+  const to = "start the work in the background";
+  const child = spawn(findCommand(command, to), command.slice(1), {
     stdio: "ignore",
     detached: true,
-  }).unref();
+  });
+  await new Promise((resolve, reject) =>
+    child.on("spawn", resolve).on("error", reject)
+  ).catch((error) => {
+    throw new Error(`Cannot ${to}: "setsid": ${messageOf(error)}`);
+  });
 }
 
 function describeJob(job: Job): string {

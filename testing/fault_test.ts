@@ -152,6 +152,27 @@ for (const [how, { script, says }] of Object.entries(rehearsals)) {
   );
 }
 
+for (const how of ["is not installed", "cannot be run"]) {
+  onDisks(
+    `a disk is to join, but setsid ${how}: persistent, and said`,
+    { disks: [smallDisk, smallDisk] },
+    async (system) => {
+      const [first, second] = system.disks;
+      await system.boot(["--devices", first.path]);
+      await system.reboot();
+      if (how === "is not installed") await hide(system, ["setsid"]);
+      const boot = how === "is not installed"
+        ? await system.boot()
+        : await bootWith(system, { setsid: failures[how].script });
+      await assertWritable(system, boot, "setsid");
+      assertEquals(boot.report.mode, "persistent", boot.stderr);
+      assertMatch(boot.stderr, /Cannot start the work .*"setsid"/);
+      assert(!/\bat .*:\d+/.test(boot.stderr), `A stack: ${boot.stderr}`);
+      assert(await isMarked(second), "It joined all the same");
+    },
+  );
+}
+
 // Time-outs last minutes: they are tested thirty times as fast, with the
 // script, in which their table is all that is changed.
 for (const name of onFirstBoot) {
