@@ -644,7 +644,7 @@ function listDisk(disk: string): BlockDevice[] {
   const directory = `/sys/block/${disk}`;
   const entries = listDirectory(directory);
   const volume = entries.includes("dm") || entries.includes("md");
-  const suspended = readText(`${directory}/dm/suspended`) === "1";
+  const suspended = volume && readText(`${directory}/dm/suspended`) === "1";
   const volumeName = suspended && readText(`${directory}/dm/name`);
   const sectorBytes = Number(
     readText(`${directory}/queue/logical_block_size`) ?? 512,
@@ -719,8 +719,9 @@ function readUsers(
     if (target) users.set(name, `mounted on "${target}"`);
   }
   for (const loop of listDirectory("/sys/block")) {
-    if (!loop.startsWith("loop")) continue;
-    const image = readText(`/sys/block/${loop}/loop/backing_file`);
+    const attached = `/sys/block/${loop}/loop`;
+    if (!loop.startsWith("loop") || !fs.existsSync(attached)) continue;
+    const image = readText(`${attached}/backing_file`);
     const owner = image && deviceOfFile(image);
     if (owner) users.set(owner, `the home of "${image}", which is in use`);
   }
