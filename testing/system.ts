@@ -19,7 +19,7 @@ export const MiB = 1024 ** 2;
 /** Bytes. */
 export const GiB = 1024 ** 3;
 
-/** The magic header, as SPEC.md spells it. */
+/** The magic header, as README.md spells it. */
 export const magic = "lightwhale-please-format-me";
 
 /** A disk's contents: the magic header, followed by nothing. */
