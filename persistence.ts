@@ -2134,6 +2134,7 @@ async function mountMembers(
     });
   }
   makeMountPoint(place.data);
+    if (data.missing > 0 && target.length === 0) throw error; // it is neither
   const mountWith = async (
     devices: BlockDevice[],
     degraded = data.missing > 0,
@@ -2160,9 +2161,10 @@ async function mountMembers(
     // mounts only degraded, though nothing is missing. Or no replace knows the
     // target any more, and it is freed later.
     say("warning", messageOf(error));
-    await mountWith([...data.members, ...target], true)
-      .catch(() => mountWith(data.members, true))
-      .catch(() => Promise.reject(error));
+    await mountWith([...data.members, ...target], true).catch((again) => {
+      if (again instanceof NoAnswer || target.length === 0) throw error;
+      return mountWith(data.members, true);
+    }).catch(() => Promise.reject(error));
   }
   if (mountedOn(place.data)?.superOptions.includes("ro")) {
     throw new Error(
