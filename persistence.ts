@@ -58,6 +58,13 @@ const SUBVOLUMES = {
 /** The directories that get an overlay. */
 const OVERLAYS = ["etc", "var", "home"];
 
+/**
+ * These break, or show wrong files, when a new system image brings another
+ * lower layer (Documentation/filesystems/overlayfs.rst, "Changes to underlying
+ * filesystems"); a kernel may have them on by default.
+ */
+const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
+
 /** Places below the system root; see {@linkcode places}. */
 const DATA_MOUNT = "mnt/lightwhale-data";
 const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/lightwhale-state/docker`;
@@ -194,7 +201,6 @@ export interface Mount {
   source: string;
   /** `major:minor` of the mounted filesystem. */
   deviceNumber: string;
-  options: string[];
   /** Per-superblock options. */
   superOptions: string[];
 }
@@ -302,6 +308,7 @@ export interface Gpt {
   endBytes: number;
 }
 
+/** An entry of the table that is used. */
 export interface GptPartition {
   number: number;
   name: string;
@@ -499,7 +506,7 @@ export async function boot(settings: Settings): Promise<number> {
     await disarm(plan.disarm);
     if (plan.create) {
       await partition(plan.create); //                      step 3
-      await waitForPartitions(plan.create); //              step 4
+      await waitForPartitions(plan.create.members); //      step 4
       await createDataFilesystem(plan.create, place); //    step 5
       const made = pathsOf(plan.create.members.map((m) => m.device));
       plan = await makePlan(settings, 0);
@@ -775,7 +782,7 @@ function cannotRead(device: BlockDevice, error: unknown): string {
   return named ? message : `Cannot read ${device.path}: ${message}`;
 }
 
-/** Reads a device of which the first byte is at `at` of what is read. */
+/** Reads the start of a device that begins at byte `at` of what is read. */
 async function readStart(
   device: BlockDevice,
   read: Read,
@@ -874,15 +881,15 @@ type Read = (at: number, length: number) => Promise<Uint8Array>;
  * @throws {Error} When it cannot be read or does not answer in time. (A
  * suspended volume, of which the open itself may never end, is not opened.)
  */
-async function withDevice(
+async function withDevice<T>(
   path: string,
-  use: (read: Read) => Promise<void>,
-): Promise<void> {
+  use: (read: Read) => Promise<T>,
+): Promise<T> {
   let open: fs.promises.FileHandle | undefined;
   const reading = (async () => {
     const file = open = await fs.promises.open(path, "r");
     try {
-      await use(async (at, length) => {
+      return await use(async (at, length) => {
         const buffer = new Uint8Array(length);
         const { bytesRead } = await file.read(buffer, 0, length, at);
         return buffer.subarray(0, bytesRead);
@@ -893,7 +900,7 @@ async function withDevice(
     }
   })();
   try {
-    await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
+    return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
   } catch (error) {
     if (open) keepOpen(open.fd);
     throw error;
@@ -967,7 +974,6 @@ export function parseMountinfo(mountinfo: string): Mount[] {
       type,
       source: unescapeOctal(source),
       deviceNumber,
-      options: options.split(","),
       superOptions: superOptions.split(","),
     }];
   });
@@ -1034,11 +1040,11 @@ export interface DataFilesystem {
   missing: number;
   /** The device that an interrupted `btrfs replace` was writing to. */
   replaceTarget?: BlockDevice;
-  /** Devices of this filesystem that were written without: to be rebuilt. */
+  /** Members that missed writes: they are wiped and rebuilt. */
   stale: BlockDevice[];
   /** Devices of this filesystem that the kernel must not see. */
   excluded: BlockDevice[];
-  /** A device has missed writes, and no mark says which of it are stale. */
+  /** A member has missed writes, and no mark says which. */
   needsScrub: boolean;
   /** Disks that became larger than their partition table knows. */
   grow: BlockDevice[];
@@ -1100,9 +1106,9 @@ export function decide(facts: Facts, settings: Settings): Plan {
     facts.devices,
   );
   if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
-  for (const device of usable) {
-    if (!device.readError) continue;
-    plan.warnings.push(`${device.readError}: it is left alone`);
+  const unreadable = usable.filter((device) => device.readError);
+  for (const { readError } of unreadable) {
+    plan.warnings.push(`${readError}: it is left alone`);
   }
   if (facts.mounted) {
     plan.mount = chosen;
@@ -1128,14 +1134,13 @@ export function decide(facts: Facts, settings: Settings): Plan {
   if (chosen) {
     plan.mode = "persistent";
     plan.mount = chosen;
-    plan.reason = `${chosen.members.map((m) => m.path).join(", ")} ` +
+    plan.reason = `${pathsOf(chosen.members)} ` +
       `hold${chosen.members.length > 1 ? "" : "s"} the data filesystem`;
     chosen.grow = findGrownDisks(chosen.members, facts.devices);
     chosen.repair = findDamagedTables(chosen.members, facts.devices);
     planJoining(candidates, damaged, facts, settings, plan);
     return plan;
   }
-  const unreadable = usable.filter((device) => device.readError);
   if (candidates.length > 0 && damaged.length + unreadable.length > 0) {
     plan.errors.push(
       `${pathsOf(candidates)} will not be formatted while ` +
@@ -1150,8 +1155,9 @@ export function decide(facts: Facts, settings: Settings): Plan {
     );
     plan.reason = "a disk cannot be read";
   } else {
-    plan.create = planCreation(candidates, facts, settings, plan);
-    if (plan.create) {
+    const members = planMembers(candidates, facts, settings, plan);
+    if (members.length > 0) {
+      plan.create = { members, ...profilesFor(members.length) };
       plan.mode = "persistent";
       plan.reason = `${pathsOf(candidates)} asked to be formatted`;
     }
@@ -1518,18 +1524,6 @@ function describeDamage(device: BlockDevice): string {
     `it up: persistence.ts --enable --force ${diskOf(device)})`;
 }
 
-/** Plans a filesystem on all magic devices that fit, or says why none does. */
-function planCreation(
-  magic: BlockDevice[],
-  facts: Facts,
-  settings: Settings,
-  plan: Plan,
-): NewFilesystem | undefined {
-  const members = planMembers(magic, facts, settings, plan);
-  if (members.length === 0) return undefined;
-  return { members, ...profilesFor(members.length) };
-}
-
 /**
  * The profiles for a number of devices (mkfs.btrfs(8), PROFILES). `raid1`
  * survives the loss of one device; more copies of the metadata cost little.
@@ -1628,7 +1622,7 @@ function planJoining(
   }
 }
 
-/** The plan as `--dry-run` prints it, a line for each thing done. */
+/** The plan as `--dry-run` prints it: a line for each disk that changes. */
 export function describePlan(plan: Plan): string[] {
   const lines = [`${plan.mode}: ${plan.reason}`];
   for (const device of plan.disarm) {
@@ -1680,19 +1674,77 @@ export function describePlan(plan: Plan): string[] {
 // Steps 3 to 5, do: partition, wait for nodes, create the data filesystem.
 // ---------------------------------------------------------------------------
 
-/**
- * Takes the magic header (or partition name) away. Only these 27 bytes are
- * written; boot code and the protective MBR around them stay.
- */
+/** Restores primary partition tables: sfdisk falls back to the backup. */
+async function repairTables(disks: BlockDevice[]): Promise<void> {
+  for (const disk of disks) {
+    say("warning", `Restoring the primary partition table of ${disk.path}`);
+    await restoreProtectiveMbr(disk);
+    const dump = await ask(words`sfdisk --dump ${disk.path}`, {
+      to: `read the backup partition table of ${disk.path}`,
+    });
+    await run(
+      words`sfdisk --quiet --no-reread --no-tell-kernel
+        --wipe never --wipe-partitions never ${disk.path}`,
+      { to: `restore the partition table of ${disk.path}`, stdin: dump },
+    );
+  }
+}
+
+/** Without a protective MBR sfdisk does not look for the backup table. */
+async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
+  const mbr = await withDevice(disk.path, (read) => read(0, 512));
+  if (mbr[510] === 0x55 && mbr[511] === 0xaa && mbr[450] === 0xee) return;
+  const sectors = Math.min(disk.sizeBytes / disk.sectorBytes - 1, 0xffffffff);
+  mbr.fill(0, 446, 510); // boot code before it stays
+  mbr.set([0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1], 446);
+  viewOf(mbr).setUint32(458, sectors, true);
+  mbr.set([0x55, 0xaa], 510);
+  await writeBytes(disk.path, 0, mbr);
+}
+
+/** Tells the kernel what the tables say: BLKPG, partition by partition. */
+async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
+  for (const { path } of disks) {
+    await run(words`partx --update ${path}`, {
+      to: `show the partitions of ${path} to the kernel`,
+    });
+  }
+}
+
+/** Lets a partition follow its enlarged disk; moves the backup table too. */
+async function growPartitions(members: BlockDevice[]): Promise<void> {
+  for (const member of members) {
+    say("info", `Growing ${member.path} to the end of its disk`);
+    const disk = `/dev/${member.disk}`;
+    await run(
+      words`sfdisk --quiet --no-reread --no-tell-kernel
+        -N ${member.number} ${disk}`,
+      { to: `grow ${member.path}`, stdin: ", +\n" },
+    );
+    await run(words`partx --update --nr ${member.number} ${disk}`, {
+      to: `tell the kernel the new size of ${member.path}`,
+    });
+  }
+}
+
+/** Takes the magic header or partition name away. */
 async function disarm(devices: BlockDevice[]): Promise<void> {
   for (const device of devices) {
     say("info", `Taking the mark away from ${device.path}`);
-    if (device.kind === "partition") {
-      await namePartition(device, DATA);
-    } else {
-      await writeBytes(device.path, 0, new Uint8Array(MAGIC.length));
-    }
+    await setMark(device, DATA);
   }
+}
+
+/** Marks a device with {@linkcode MAGIC}; any other name takes that away. */
+async function setMark(device: BlockDevice, name: string): Promise<void> {
+  if (device.kind === "partition") await namePartition(device, name);
+  else await writeHeader(device.path, name === MAGIC);
+}
+
+/** Only these 27 bytes: boot code and the protective MBR around them stay. */
+async function writeHeader(path: string, marked: boolean): Promise<void> {
+  const header = new TextEncoder().encode(MAGIC);
+  await writeBytes(path, 0, marked ? header : header.fill(0));
 }
 
 /** Sets a GPT partition name; works on a disk in use (sfdisk(8)). */
@@ -1700,13 +1752,11 @@ async function namePartition(
   { path, disk, number }: BlockDevice,
   name: string,
 ): Promise<void> {
-  await run([
-    "sfdisk",
-    "--quiet",
-    "--no-tell-kernel",
-    "--part-label",
-    ...[`/dev/${disk}`, `${number}`, name],
-  ], { to: `name ${path} "${name}"` });
+  await run(
+    words`sfdisk --quiet --no-tell-kernel
+      --part-label /dev/${disk} ${number} ${name}`,
+    { to: `name ${path} "${name}"` },
+  );
 }
 
 /**
@@ -1723,15 +1773,11 @@ async function writeBytes(
   if (!fs.existsSync(path)) {
     throw new Error(`Cannot write to ${path}: it is gone`);
   }
-  await run([
-    "dd",
-    `of=${path}`,
-    `bs=${bytes.length}`,
-    "count=1",
-    `seek=${at / bytes.length}`,
-    "conv=notrunc,fsync",
-    "status=none",
-  ], { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes });
+  await run(
+    words`dd of=${path} bs=${bytes.length} count=1 seek=${at / bytes.length}
+      conv=notrunc,fsync status=none`,
+    { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes },
+  );
 }
 
 /**
@@ -1776,19 +1822,10 @@ async function rehearse(
   }
 }
 
+/** --force: old contents are told to go; it would refuse ext4. */
 function mkfs(create: NewFilesystem, paths: string[]): string[] {
-  return [
-    "mkfs.btrfs",
-    "--quiet",
-    "--force", // old contents are told to go; it would refuse ext4
-    "--label",
-    UNFINISHED,
-    "--data",
-    create.dataProfile,
-    "--metadata",
-    create.metadataProfile,
-    ...paths,
-  ];
+  return words`mkfs.btrfs --quiet --force --label ${UNFINISHED}
+    --data ${create.dataProfile} --metadata ${create.metadataProfile} ${paths}`;
 }
 
 /** Writes the new tables; the header stays at offset 0 through all of it. */
@@ -1810,7 +1847,7 @@ async function partitionDisk(member: NewMember): Promise<void> {
   if (device.kind === "partition") return;
   say("info", `Partitioning ${device.path} (${inMiB(device.sizeBytes)})`);
   // An old whole-disk signature (Btrfs at 64 KiB) would outlive a new table.
-  await run(["wipefs", "--quiet", "--all", device.path], {
+  await run(words`wipefs --quiet --all ${device.path}`, {
     to: `erase the old signatures on ${device.path}`,
   });
   const swap = `start=1MiB, size=${swapBytes / MiB}MiB, type=swap, ` +
@@ -1820,89 +1857,24 @@ async function partitionDisk(member: NewMember): Promise<void> {
   // --wipe-partitions always: an old filesystem must not come back to life
   // where a new partition happens to start at an old place; sfdisk does that,
   // and an fsync, before it writes the table.
-  await run([
-    "sfdisk",
-    "--quiet",
-    "--no-tell-kernel",
-    ...["--wipe", "never", "--wipe-partitions", "always"],
-    device.path,
-  ], {
-    to: `write a partition table to ${device.path}`,
-    stdin: `label: gpt\n${swapBytes > 0 ? swap : ""}${data}\n`,
-  });
+  await run(
+    words`sfdisk --quiet --no-tell-kernel
+      --wipe never --wipe-partitions always ${device.path}`,
+    {
+      to: `write a partition table to ${device.path}`,
+      stdin: `label: gpt\n${swapBytes > 0 ? swap : ""}${data}\n`,
+    },
+  );
 }
 
 /** Shows new partitions to the kernel and waits for their device nodes. */
-async function waitForPartitions(create: NewFilesystem): Promise<void> {
-  for (const { device, swapPath, dataPath } of create.members) {
+async function waitForPartitions(members: NewMember[]): Promise<void> {
+  for (const { device, swapPath, dataPath } of members) {
     if (device.kind === "partition") continue;
-    await updatePartitions(device.path);
+    await makePartitionNodes([device]);
     await waitForNode(dataPath);
     if (swapPath) await waitForNode(swapPath);
   }
-}
-
-/** Restores primary partition tables: sfdisk falls back to the backup. */
-async function repairTables(disks: BlockDevice[]): Promise<void> {
-  for (const disk of disks) {
-    say("warning", `Restoring the primary partition table of ${disk.path}`);
-    await restoreProtectiveMbr(disk);
-    const dump = await ask(["sfdisk", "--dump", disk.path], {
-      to: `read the backup partition table of ${disk.path}`,
-    });
-    await run([
-      "sfdisk",
-      "--quiet",
-      "--no-reread",
-      "--no-tell-kernel",
-      ...["--wipe", "never", "--wipe-partitions", "never"],
-      disk.path,
-    ], { to: `restore the partition table of ${disk.path}`, stdin: dump });
-  }
-}
-
-/** Without a protective MBR sfdisk does not look for the backup table. */
-async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
-  const mbr = new Uint8Array(512);
-  await withDevice(disk.path, async (read) => mbr.set(await read(0, 512)));
-  if (mbr[510] === 0x55 && mbr[511] === 0xaa && mbr[450] === 0xee) return;
-  const sectors = Math.min(disk.sizeBytes / disk.sectorBytes - 1, 0xffffffff);
-  mbr.fill(0, 446, 510); // boot code before it stays
-  mbr.set([0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1], 446);
-  viewOf(mbr).setUint32(458, sectors, true);
-  mbr.set([0x55, 0xaa], 510);
-  await writeBytes(disk.path, 0, mbr);
-}
-
-/** Lets a partition follow its enlarged disk; moves the backup table too. */
-async function growPartitions(members: BlockDevice[]): Promise<void> {
-  for (const member of members) {
-    say("info", `Growing ${member.path} to the end of its disk`);
-    const disk = `/dev/${member.disk}`;
-    await run([
-      "sfdisk",
-      "--quiet",
-      "--no-reread",
-      "--no-tell-kernel",
-      ...["-N", `${member.number}`],
-      disk,
-    ], { to: `grow ${member.path}`, stdin: ", +\n" });
-    await run(["partx", "--update", "--nr", `${member.number}`, disk], {
-      to: `tell the kernel the new size of ${member.path}`,
-    });
-  }
-}
-
-/** Shows the partitions of disks that the kernel itself did not parse. */
-async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
-  for (const disk of disks) await updatePartitions(disk.path);
-}
-
-/** Tells the kernel what the table says: BLKPG, partition by partition. */
-async function updatePartitions(disk: string): Promise<void> {
-  await run(["partx", "--update", disk], {
-    to: `show the partitions of ${disk} to the kernel`,
-  });
 }
 
 async function waitForNode(path: string): Promise<void> {
@@ -1949,7 +1921,7 @@ async function createDataFilesystem(
     );
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
     // and with it what was done before: the label never comes without them.
-    await run(["btrfs", "filesystem", "label", top, DATA], {
+    await run(words`btrfs filesystem label ${top} ${DATA}`, {
       to: `label the data filesystem on ${paths.join(", ")}`,
     });
   });
@@ -1958,18 +1930,21 @@ async function createDataFilesystem(
 }
 
 async function makeSwap(path: string): Promise<void> {
-  await run(["mkswap", "--label", SWAP, path], { to: `make swap on ${path}` });
-  await withDevice(path, async (read) => {
-    if (parseSwapLabel(await read(0, 4 * KiB)) === SWAP) return;
-    throw new Error(`Cannot find swap on ${path} after making it`);
+  await run(words`mkswap --label ${SWAP} ${path}`, {
+    to: `make swap on ${path}`,
   });
+  const page = await withDevice(path, (read) => read(0, 4 * KiB));
+  assert(
+    parseSwapLabel(page) === SWAP,
+    `Cannot find swap on ${path} after making it`,
+  );
 }
 
 async function createSubvolume(
   path: string,
   devices: string[],
 ): Promise<void> {
-  await run(["btrfs", "subvolume", "create", path], {
+  await run(words`btrfs subvolume create ${path}`, {
     to: `create the subvolume ${basename(path)} on ${devices.join(", ")}`,
   });
 }
@@ -2069,7 +2044,7 @@ async function growFilesystem(
     if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
     const id = devidOf(member);
     await attempt(() =>
-      run(["btrfs", "filesystem", "resize", `${id}:max`, place.data], {
+      run(words`btrfs filesystem resize ${id}:max ${place.data}`, {
         to: `grow the data filesystem on ${member.path}`,
       })
     );
@@ -2129,12 +2104,11 @@ async function mountMembers(
   const unwanted = [...data.excluded, ...data.stale];
   if (unwanted.length > 0) {
     // The kernel must not bring in what it may have scanned already.
-    await run(["btrfs", "device", "scan", "--forget"], {
+    await run(words`btrfs device scan --forget`, {
       to: `make the kernel forget ${pathsOf(unwanted)}`,
     });
   }
-  makeMountPoint(place.data);
-    if (data.missing > 0 && target.length === 0) throw error; // it is neither
+  fs.mkdirSync(place.data, { recursive: true });
   const mountWith = async (
     devices: BlockDevice[],
     degraded = data.missing > 0,
@@ -2160,6 +2134,7 @@ async function mountMembers(
     // The source of an interrupted replace may still be there: the kernel then
     // mounts only degraded, though nothing is missing. Or no replace knows the
     // target any more, and it is freed later.
+    if (data.missing > 0 && target.length === 0) throw error; // it is neither
     say("warning", messageOf(error));
     await mountWith([...data.members, ...target], true).catch((again) => {
       if (again instanceof NoAnswer || target.length === 0) throw error;
@@ -2217,7 +2192,7 @@ async function mountSubvolume(
   const name = SUBVOLUMES[which];
   const paths = data.members.map((member) => member.path);
   const options = [`subvol=/${name}`];
-  makeMountPoint(target);
+  fs.mkdirSync(target, { recursive: true });
   try {
     await mountBtrfs(paths, options, target);
   } catch (error) {
@@ -2242,7 +2217,7 @@ async function mountBtrfs(
   target: string,
 ): Promise<void> {
   const all = [...options, ...others.map((path) => `device=${path}`)];
-  await run(["mount", "-t", "btrfs", "-o", all.join(), first, target], {
+  await run(words`mount -t btrfs -o ${all.join()} ${first} ${target}`, {
     to: `mount ${[first, ...others].join(", ")} on "${target}"`,
     timeoutMs: TIMEOUT.mountMs,
   });
@@ -2252,17 +2227,13 @@ async function mountBtrfs(
 }
 
 async function unmount(target: string): Promise<void> {
-  await run(["umount", target], { to: `unmount "${target}"` });
+  await run(words`umount ${target}`, { to: `unmount "${target}"` });
 }
 
 /** The topmost mount on a directory. */
 function mountedOn(target: string): Mount | undefined {
   return (knownMounts ?? readMounts())
     .findLast((mount) => mount.target === target);
-}
-
-function makeMountPoint(path: string): void {
-  fs.mkdirSync(path, { recursive: true });
 }
 
 /** Without a data filesystem: a tmpfs in its place, or what is there. */
@@ -2274,19 +2245,14 @@ async function mountVolatile(
   return plan.errors.length > 0 ? "fallback" : "volatile";
 }
 
-/** tmpfs(5): half of the memory, and said so, that Docker may not take all. */
+/** At most half of the memory, as tmpfs(5) has it, but given, to say it. */
 async function mountTmpfs(place: Places): Promise<void> {
-  makeMountPoint(place.data);
+  fs.mkdirSync(place.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
-  await run([
-    "mount",
-    "-t",
-    "tmpfs",
-    "-o",
-    `mode=0755,size=${sizeBytes}`,
-    DATA,
-    place.data,
-  ], { to: `mount a tmpfs on "${place.data}"` });
+  await run(
+    words`mount -t tmpfs -o mode=0755,size=${sizeBytes} ${DATA} ${place.data}`,
+    { to: `mount a tmpfs on "${place.data}"` },
+  );
   fs.mkdirSync(place.state, { recursive: true });
   say(
     "info",
@@ -2312,7 +2278,7 @@ function sayHowToMakeRoom(place: Places): void {
 /** The last resort: whatever failed, the system gets writable. */
 async function fallBack(place: Places): Promise<void> {
   try {
-    const targets = [...OVERLAYS.map((name) => join(place.root, name))]
+    const targets = OVERLAYS.map((name) => join(place.root, name))
       .filter((target) => isOurOverlay(target, place))
       .concat(place.snapshots, place.state, place.data, place.topLevel);
     for (const target of targets) {
@@ -2369,10 +2335,7 @@ function overlayEntries(name: string, place: Places): string[][] {
     `lowerdir=${lower}`,
     `upperdir=${join(place.upper, name)}`,
     `workdir=${join(place.work, name)}`,
-    // These break, or show wrong files, when a new system image brings another
-    // lower layer (Documentation/filesystems/overlayfs.rst, "Changes to
-    // underlying filesystems"); a kernel may have them on by default.
-    ...["index=off", "redirect_dir=off", "metacopy=off", "xino=off"],
+    OVERLAY_FEATURES_OFF,
   ];
   // private: what is mounted on the directory must not appear in its lower.
   const bind = [directory, lower, "none", "bind,private"];
@@ -2398,7 +2361,7 @@ async function mountFromTable(
   const lines = entries.map((entry) => `${entry.map(escape).join(" ")} 0 0\n`);
   fs.writeFileSync(place.fstab, lines.join(""));
   try {
-    await run(["mount", "--all", "--fstab", place.fstab], {
+    await run(words`mount --all --fstab ${place.fstab}`, {
       to: `mount what "${place.fstab}" lists`,
       timeoutMs: TIMEOUT.mountMs,
     });
@@ -2448,10 +2411,10 @@ async function makeUppers(names: string[], place: Places): Promise<void> {
     `lowerdir=${place.root}`,
     `upperdir=${place.upper}`,
     `workdir=${work}`,
-    ...["index=off", "redirect_dir=off", "metacopy=off", "xino=off"],
+    OVERLAY_FEATURES_OFF,
   ];
   await run(
-    ["mount", "-t", "overlay", "-o", options.join(), "overlay", place.copyUp],
+    words`mount -t overlay -o ${options.join()} overlay ${place.copyUp}`,
     { to: `make the uppers in "${place.upper}"` },
   );
   try {
@@ -2480,7 +2443,9 @@ async function makeUppers(names: string[], place: Places): Promise<void> {
 function configureDocker(place: Places): void {
   // As dockerd makes it: others may pass through, but not look.
   fs.mkdirSync(place.docker, { recursive: true, mode: 0o710 });
-  const before = readFile(place.daemonJson);
+  const before = fs.existsSync(place.daemonJson)
+    ? fs.readFileSync(place.daemonJson, "utf8")
+    : undefined;
   const after = setDataRoot(before, place.daemonJson);
   if (after === before) return;
   fs.mkdirSync(dirname(place.daemonJson), { recursive: true });
@@ -2536,7 +2501,7 @@ async function swapOn(all: BlockDevice[]): Promise<void> {
   const areas = all.slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
   await sleep(0); // the mark goes first: the mount waits for it
-  await run(["swapon", ...areas.map((area) => area.path)], {
+  await run(words`swapon ${areas.map((area) => area.path)}`, {
     to: `turn on swap on ${pathsOf(areas)}`,
   });
 }
@@ -2683,7 +2648,7 @@ export function decideJob(
   if (wishes.scrub) return { kind: "scrub" };
 }
 
-/** Profiles by the number of losses that they survive, and more. */
+/** Profiles from the weakest to the strongest. */
 const RANK = ["single", "dup", "raid1", "raid1c3", "raid1c4"];
 
 /**
@@ -2739,7 +2704,7 @@ async function startMaintenance(
   const job = state && decideJob(plan, state, readWishes(place));
   if (!job) return;
   say("info", `In the background: ${describeJob(job)}`);
-  // This very program, whatever runs it, with the same options.
+  // This very program, whatever runs it, with the same root and devices.
   const own = (readText("/proc/self/cmdline") ?? "").split("\0");
   const given = process.argv.slice(2);
   const program = own.slice(1, own.lastIndexOf("") - given.length);
@@ -2870,7 +2835,9 @@ async function startJob(
         await startReplace(job.devid, device, data, place);
       } catch (error) { // btrfs-progs refuse a target that is too small
         say("info", `${messageOf(error)}; it is added instead`);
-        await addInstead(device, data, place);
+        await addDevice(device, data, place);
+        fs.writeFileSync(wishFile("remove missing", place), "");
+        await disarm([bearerOfMark(device)]);
         return;
       }
       return () => finishReplace(job.devid, device, data, place);
@@ -2882,7 +2849,7 @@ async function startJob(
     case "remove missing":
       return async () => {
         const remove = () =>
-          run(["btrfs", "device", "remove", "missing", place.data], {
+          run(words`btrfs device remove missing ${place.data}`, {
             to: `mirror the data of the missing device anew`,
             timeoutMs: Infinity,
           });
@@ -2893,7 +2860,7 @@ async function startJob(
     case "balance":
       return async () => {
         const convert = (filter: string) =>
-          run(["btrfs", "balance", "start", filter, place.data], {
+          run(words`btrfs balance start ${filter} ${place.data}`, {
             to: `give every chunk its profile on "${place.data}"`,
             timeoutMs: Infinity,
           });
@@ -2907,7 +2874,7 @@ async function startJob(
       };
     case "scrub":
       return async () => {
-        await run(["btrfs", "scrub", "start", "-B", place.data], {
+        await run(words`btrfs scrub start -B ${place.data}`, {
           to: `verify the checksums on "${place.data}"`,
           timeoutMs: Infinity,
         });
@@ -2919,12 +2886,12 @@ async function startJob(
 /** Partitions a disk that joins, makes its swap; gives its data partition. */
 async function prepareMember(member: NewMember): Promise<BlockDevice> {
   await partitionDisk(member);
-  await waitForPartitions({ members: [member], ...profilesFor(1) });
+  await waitForPartitions([member]);
   const { swapPath } = member;
   if (swapPath) {
     await makeSwap(swapPath);
     await attempt(() =>
-      run(["swapon", swapPath], { to: `turn on swap on ${swapPath}` })
+      run(words`swapon ${swapPath}`, { to: `turn on swap on ${swapPath}` })
     );
   }
   return { ...member.device, path: member.dataPath, mark: undefined };
@@ -2944,7 +2911,7 @@ async function arm(device: BlockDevice): Promise<BlockDevice> {
     await attempt(() => namePartition(device, MAGIC)); // an MBR has no names
     return { ...device, partitionName: MAGIC };
   }
-  await writeBytes(device.path, 0, new TextEncoder().encode(MAGIC));
+  await setMark(device, MAGIC);
   return device;
 }
 
@@ -2953,14 +2920,14 @@ async function wipe(device: BlockDevice): Promise<void> {
   for (const slot of MARK.slotsAt) {
     await writeBytes(device.path, slot, new Uint8Array(MARK.bytes));
   }
-  await run(["wipefs", "--quiet", "--all", device.path], {
+  await run(words`wipefs --quiet --all ${device.path}`, {
     to: `wipe ${device.path}`,
   });
 }
 
 async function cancelReplace(place: Places): Promise<void> {
   // Its status 2: there was none to cancel (btrfs-replace(8)).
-  await run(["btrfs", "replace", "cancel", place.data], {
+  await run(words`btrfs replace cancel ${place.data}`, {
     to: "give up a replace that lost its target",
     accept: [0, 2],
   });
@@ -2973,10 +2940,10 @@ async function startReplace(
   place: Places,
 ): Promise<void> {
   await run(
-    ["btrfs", "replace", "start", "-f", `${devid}`, device.path, place.data],
+    words`btrfs replace start -f ${devid} ${device.path} ${place.data}`,
     { to: `let ${device.path} take the place of device ${devid}` },
   );
-  // It went to the background before the kernel began.
+  // The command returns before the kernel has begun.
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
   while (Date.now() < giveUpAt) {
     if ((await superblockOf(device.path))?.fsid === data.fsid) break;
@@ -3022,7 +2989,7 @@ async function finishReplace(
 async function makeRoom(place: Places): Promise<void> {
   const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
   for (let moved = 0; moved < 8; moved++) {
-    const usage = await ask(["btrfs", "device", "usage", "--raw", place.data], {
+    const usage = await ask(words`btrfs device usage --raw ${place.data}`, {
       to: `see how much of each device is allocated`,
     });
     const devices = [...usage.matchAll(block)].map(([, devid, size, free]) => ({
@@ -3036,7 +3003,7 @@ async function makeRoom(place: Places): Promise<void> {
     const full = devices.find(({ freeBytes }) => freeBytes < chunkBytes);
     if (!full || most < 2 * chunkBytes) return;
     const filter = `-ddevid=${full.devid},profiles=single,limit=1`;
-    await run(["btrfs", "balance", "start", filter, place.data], {
+    await run(words`btrfs balance start ${filter} ${place.data}`, {
       to: `make room on device ${full.devid}`,
       accept: [0, 1],
       timeoutMs: Infinity,
@@ -3046,22 +3013,11 @@ async function makeRoom(place: Places): Promise<void> {
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
 async function packChunks(place: Places): Promise<void> {
-  await run(["btrfs", "balance", "start", "-dusage=85", place.data], {
+  await run(words`btrfs balance start -dusage=85 ${place.data}`, {
     to: `make room on "${place.data}"`,
     accept: [0, 1],
     timeoutMs: Infinity,
   });
-}
-
-/** Adds a device that is smaller than the missing one, to remove that next. */
-async function addInstead(
-  device: BlockDevice,
-  data: DataFilesystem,
-  place: Places,
-): Promise<void> {
-  await addDevice(device, data, place);
-  fs.writeFileSync(wishFile("remove missing", place), "");
-  await disarm([bearerOfMark(device)]);
 }
 
 /** The disk that has the header, or the partition that has the name. */
@@ -3073,11 +3029,11 @@ function bearerOfMark(device: BlockDevice): BlockDevice {
 const fresh = (device: BlockDevice) => ({ ...device, mark: undefined });
 
 async function superblockOf(path: string): Promise<Superblock | undefined> {
-  let superblock: Superblock | undefined;
-  await withDevice(path, async (read) => {
-    superblock = parseSuperblock(await read(BTRFS.superblockAt, BTRFS.bytes));
-  });
-  return superblock;
+  return await withDevice(
+    path,
+    async (read) =>
+      parseSuperblock(await read(BTRFS.superblockAt, BTRFS.bytes)),
+  );
 }
 
 async function addDevice(
@@ -3085,7 +3041,7 @@ async function addDevice(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
-  await run(["btrfs", "device", "add", "-f", device.path, place.data], {
+  await run(words`btrfs device add -f ${device.path} ${place.data}`, {
     to: `let ${device.path} join the data filesystem`,
     timeoutMs: TIMEOUT.mkfsMs,
   });
@@ -3130,7 +3086,7 @@ async function checkDevice(
       : undefined);
   if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
   return async () => {
-    if (isMarked(device) && !isDataDisk(device, facts)) {
+    if (isMarked(device) && dataOn(device, facts).length === 0) {
       print(`${path} is enabled already`);
     } else {
       await mark(device, facts);
@@ -3146,21 +3102,15 @@ function isMarked(device: BlockDevice): boolean {
 }
 
 /** Data that would win over the mark at the next boot. */
-function isDataDisk(device: BlockDevice, facts: Facts): boolean {
+function dataOn(device: BlockDevice, facts: Facts): BlockDevice[] {
   return partsOf(device, facts.devices)
-    .some((part) => part.btrfs?.label === DATA);
+    .filter((part) => part.btrfs?.label === DATA);
 }
 
 async function mark(device: BlockDevice, facts: Facts): Promise<void> {
-  if (device.kind === "partition") {
-    await namePartition(device, MAGIC);
-  } else {
-    const header = new TextEncoder().encode(MAGIC);
-    await writeBytes(device.path, 0, header);
-  }
+  await setMark(device, MAGIC);
   // The data would win over the mark: it is given up here, on purpose.
-  const parts = partsOf(device, facts.devices)
-    .filter((part) => part.btrfs?.label === DATA);
+  const parts = dataOn(device, facts);
   await makePartitionNodes(disksWithoutNodes(parts, facts.devices));
   for (const part of parts) await wipe(part);
   const again = await lookAgain(device);
@@ -3195,26 +3145,23 @@ async function checkImage(
   const holds = await describeSignatures(path);
   const size = fs.statSync(path).size;
   print(`${path}: image file, ${inMiB(size)}, ${holds ?? "empty"}`);
-  if (holds && !force && !isMarkedImage(path)) {
+  if (holds && !force && !await isMarkedImage(path)) {
     throw new UsageError(
       `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
     );
   }
   return async () => {
-    if (isMarkedImage(path)) return print(`${path} is enabled already`);
-    await writeBytes(path, 0, new TextEncoder().encode(MAGIC));
-    if (!isMarkedImage(path)) {
+    if (await isMarkedImage(path)) return print(`${path} is enabled already`);
+    await writeHeader(path, true);
+    if (!await isMarkedImage(path)) {
       throw new Error(`Cannot read the mark back from ${path}`);
     }
     print(`${path} is enabled: a machine that has it as a disk formats it`);
   };
 }
 
-function isMarkedImage(path: string): boolean {
-  const start = new Uint8Array(MAGIC.length);
-  const file = fs.openSync(path, "r");
-  fs.readSync(file, start, 0, start.length, 0);
-  fs.closeSync(file);
+async function isMarkedImage(path: string): Promise<boolean> {
+  const start = await withDevice(path, (read) => read(0, MAGIC.length));
   return text(start, 0, start.length) === MAGIC;
 }
 
@@ -3222,11 +3169,11 @@ function isMarkedImage(path: string): boolean {
 async function disable(paths: string[], settings: Settings): Promise<void> {
   for (const path of paths) {
     if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
-      if (!isMarkedImage(path)) {
+      if (!await isMarkedImage(path)) {
         print(`${path} is not enabled`);
         continue;
       }
-      await writeBytes(path, 0, new Uint8Array(MAGIC.length));
+      await writeHeader(path, false);
       print(`${path} is disabled`);
       continue;
     }
@@ -3238,12 +3185,7 @@ async function disable(paths: string[], settings: Settings): Promise<void> {
     if (device.readOnly) {
       throw new UsageError(`Cannot disable ${path}: it is read-only`);
     }
-    if (device.kind === "partition") {
-      const name = device.btrfs?.label === DATA ? DATA : "";
-      await namePartition(device, name);
-    } else {
-      await writeBytes(path, 0, new Uint8Array(MAGIC.length));
-    }
+    await setMark(device, device.btrfs?.label === DATA ? DATA : "");
     if (isMarked(await lookAgain(device))) {
       throw new Error(
         `Cannot take the mark away from ${path}: it is still there`,
@@ -3268,14 +3210,8 @@ async function lookAtOne(
     );
   }
   const real = fs.realpathSync(path);
-  const name = basename(real);
-  const directory = attemptNow(() =>
-    fs.realpathSync(`/sys/class/block/${name}`)
-  );
-  const disk = directory && fs.existsSync(`${directory}/partition`)
-    ? basename(dirname(directory))
-    : name;
-  const facts = await look({ ...settings, only: [disk] });
+  const only = [wholeDisk(basename(real))];
+  const facts = await look({ ...settings, only });
   const device = facts.devices.find((device) => device.path === real);
   if (!device) {
     throw new UsageError(
@@ -3323,8 +3259,7 @@ async function describeContents(
   device: BlockDevice,
   facts: Facts,
 ): Promise<string | undefined> {
-  const ours = partsOf(device, facts.devices)
-    .find((part) => part.btrfs?.label === DATA);
+  const [ours] = dataOn(device, facts);
   const found = await describeSignatures(device.path);
   if (!ours) return found;
   return `the data filesystem "${DATA}" ${ours.btrfs?.fsid}`;
@@ -3333,7 +3268,7 @@ async function describeContents(
 /** What wipefs(8) lists: every signature, where blkid(8) picks one. */
 async function describeSignatures(path: string): Promise<string | undefined> {
   const listed = await ask(
-    ["wipefs", "--noheadings", "--output", "TYPE,LABEL", path],
+    words`wipefs --noheadings --output TYPE,LABEL ${path}`,
     { to: `see what is on ${path}` },
   );
   const lines = listed.split("\n").map((line) => line.trim().split(/\s+/, 2));
@@ -3504,7 +3439,7 @@ async function readWork(
   );
   const since = note?.since ?? null;
   const askBtrfs = async (kind: string, command: string[]) => {
-    const output = await ask(["btrfs", ...command, place.data], {
+    const output = await ask(words`btrfs ${command} ${place.data}`, {
       to: `ask how far the ${kind} is`,
       accept: [0, 1], // 1: a balance runs
     });
@@ -3653,6 +3588,23 @@ interface RunOptions {
   /** Statuses that are no failure. */
   accept?: number[];
   timeoutMs?: number;
+}
+
+/**
+ * A command as it would be typed, split at its spaces. What is put in stays
+ * part of one word, whatever is in it; a list becomes a word for each.
+ */
+function words(
+  typed: TemplateStringsArray,
+  ...values: (string | number | string[])[]
+): string[] {
+  // No argument holds a NUL: here it stands around the number of a value.
+  const line = typed.reduce((left, right, i) => `${left}\0${i - 1}\0${right}`);
+  return line.split(/\s+/).flatMap((word) => {
+    const list = values[Number(/^\0(\d+)\0$/.exec(word)?.[1])];
+    if (Array.isArray(list)) return list;
+    return word.replace(/\0(\d+)\0/g, (_, i) => `${values[i]}`);
+  });
 }
 
 /**
@@ -3845,13 +3797,15 @@ async function takeLock(
   return { release: () => fs.closeSync(file) };
 }
 
-type Level = "error" | "warning" | "info" | "debug";
-
-/** How much is said on stderr; the kernel log gets all but debug messages. */
-const speech = { level: 2, kernelLog: undefined as number | undefined };
-const LEVELS: Level[] = ["error", "warning", "info", "debug"];
 /** Priorities of syslog(2). */
 const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
+type Level = keyof typeof PRIORITY;
+
+/** How much is said on stderr; the kernel log gets all but debug messages. */
+const speech = {
+  level: "info" as Level,
+  kernelLog: undefined as number | undefined,
+};
 
 /** What was said that matters, for the status file. */
 const messages = { warnings: [] as string[], errors: [] as string[] };
@@ -3860,7 +3814,7 @@ function say(level: Level, message: string): void {
   if (level === "error") messages.errors.push(message);
   if (level === "warning") messages.warnings.push(message);
   const line = `persistence: ${message.replaceAll(/\p{Cc}+/gu, " ")}`;
-  if (LEVELS.indexOf(level) <= speech.level) {
+  if (PRIORITY[level] <= PRIORITY[speech.level]) {
     attemptNow(() => fs.writeSync(2, line + "\n")); // console.error colours
   }
   const { kernelLog } = speech;
@@ -3921,15 +3875,6 @@ function readText(path: string): string | undefined {
   return attemptNow(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
 }
 
-/**
- * Text of a file, or undefined where there is none.
- *
- * @throws {Error} When it is there but cannot be read.
- */
-function readFile(path: string): string | undefined {
-  return fs.existsSync(path) ? fs.readFileSync(path, "utf8") : undefined;
-}
-
 function listDirectory(path: string): string[] {
   return attemptNow(() => fs.readdirSync(path)) ?? [];
 }
@@ -3982,11 +3927,10 @@ const defaultSettings: Settings = {
   noSwap: false,
 };
 
-const FLAGS = [
+const MODES = [
   ...["enable", "disable", "status", "dry-run", "maintain", "help", "version"],
-  ...["force", "json", "quiet", "verbose"],
 ];
-const MODES = FLAGS.slice(0, 7);
+const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
 /** Reads the command line and the kernel's. */
 export function parseCommandLine(args: string[], kernel: string) {
@@ -4065,13 +4009,18 @@ function kernelOption(kernel: string, name: string): string | undefined {
 /** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
 function nameOfDisk(path: string): string {
   const name = attemptNow(() => basename(fs.realpathSync(path)));
+  if (!name || !fs.existsSync(`/sys/class/block/${name}`)) {
+    throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
+  }
+  return wholeDisk(name);
+}
+
+/** Name of the whole disk that a device is part of, or its own. */
+function wholeDisk(name: string): string {
   const directory = attemptNow(() =>
     fs.realpathSync(`/sys/class/block/${name}`)
   );
-  if (!name || !directory) {
-    throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
-  }
-  return fs.existsSync(`${directory}/partition`)
+  return directory && fs.existsSync(`${directory}/partition`)
     ? basename(dirname(directory))
     : name;
 }
@@ -4083,8 +4032,8 @@ async function main(args: string[]): Promise<number> {
       args,
       readText("/proc/cmdline") ?? "",
     );
-    if (parsed.quiet) speech.level = 1;
-    if (parsed.verbose) speech.level = 3;
+    if (parsed.quiet) speech.level = "warning";
+    if (parsed.verbose) speech.level = "debug";
     // What init gives may lack the places of mkfs.btrfs and sfdisk.
     process.env.PATH = `${
       process.env.PATH ?? ""

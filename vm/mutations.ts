@@ -55,7 +55,7 @@ const mutations: Mutation[] = [
   },
   {
     name: "index=on",
-    patches: [[/"index=off"/g, '"index=on"']],
+    patches: [[/index=off/g, "index=on"]],
     file: "boot_test.ts",
     filter: "a new system image",
   },
