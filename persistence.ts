@@ -798,7 +798,7 @@ async function readStart(
   device.btrfs = parseSuperblock(marks.subarray(marksBytes));
   const mark = device.btrfs && parseMark(marks);
   if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
-  if (!isDisk) return;
+  if (!isDisk || isMbr(start)) return;
   device.gpt = parseGpt(
     start.subarray(sector, 2 * sector),
     (from, length) => start.subarray(from, from + length),
@@ -806,7 +806,26 @@ async function readStart(
   );
 }
 
-/** The backup table at the end of a disk whose primary one is damaged. */
+/** Says LBA 0 that the disk has a GPT? (UEFI, 5.2.3, Protective MBR.) */
+function isProtectiveMbr(start: Uint8Array): boolean {
+  return start[510] === 0x55 && start[511] === 0xaa &&
+    partitionTypes(start).includes(0xee);
+}
+
+/** An MBR of its own right: a GPT beside it is a leftover, to the kernel too. */
+function isMbr(start: Uint8Array): boolean {
+  return start[510] === 0x55 && start[511] === 0xaa &&
+    !isProtectiveMbr(start) && partitionTypes(start).some((type) => type !== 0);
+}
+
+const partitionTypes = (start: Uint8Array) =>
+  [450, 466, 482, 498].map((at) => start[at]);
+
+/**
+ * The backup table at the end of a disk whose primary one is damaged. Without
+ * a protective MBR it counts only where the start was zeroed: anything else may
+ * be what was put on the disk after the table, a system image for example.
+ */
 async function readBackupGpt(
   disk: BlockDevice,
   read: Read,
@@ -825,6 +844,12 @@ async function readBackupGpt(
 
 /**
  * Partitions that are in the table but not in the kernel, because it has no
+  const start = await read(0, BTRFS.superblockAt + BTRFS.bytes);
+  if (!isProtectiveMbr(start) && start.some((byte) => byte !== 0)) return;
+  const header = start.subarray(disk.sectorBytes);
+  const elsewhere = text(header, 0, 8) === GPT.signature &&
+    viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
+  if (elsewhere) return; // sgdisk --move-main-table: not damaged
  * GPT parser or because a power cut left only the backup table: read through
  * the whole disk.
  */
@@ -1693,7 +1718,7 @@ async function repairTables(disks: BlockDevice[]): Promise<void> {
 /** Without a protective MBR sfdisk does not look for the backup table. */
 async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
   const mbr = await withDevice(disk.path, (read) => read(0, 512));
-  if (mbr[510] === 0x55 && mbr[511] === 0xaa && mbr[450] === 0xee) return;
+  if (isProtectiveMbr(mbr)) return;
   const sectors = Math.min(disk.sizeBytes / disk.sectorBytes - 1, 0xffffffff);
   mbr.fill(0, 446, 510); // boot code before it stays
   mbr.set([0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1], 446);

@@ -785,6 +785,67 @@ onDisks(
   },
 );
 
+/** What may be put on a disk: its backup table and its data partition stay. */
+const images: Record<string, string> = {
+  "with an MBR": `
+    printf 'start=1MiB, type=c, bootable\\n' |
+      sfdisk --quiet --no-tell-kernel --label dos image
+    printf 'boot code in LBA 1' | dd of=image bs=512 seek=1 conv=notrunc`,
+  "with an MBR, the primary table behind it": `
+    dd if="$DISK" of=image bs=512 skip=1 seek=1 count=33 conv=notrunc
+    printf '\\200\\000\\000\\000\\203\\000\\000\\000\\000\\010' |
+      dd of=image bs=1 seek=446 conv=notrunc
+    printf '\\125\\252' | dd of=image bs=1 seek=510 conv=notrunc`,
+  "of FAT": "mkfs.vfat image",
+  "of ext4": "mkfs.ext4 -q image",
+  "of ISO 9660": `printf '\\001CD001\\001' |
+    dd of=image bs=2048 seek=16 conv=notrunc`,
+};
+
+for (const [kind, script] of Object.entries(images)) {
+  onDisks(
+    `an image ${kind} on what once was a data disk: not a byte is changed`,
+    { disks: [{ sizeBytes: 2100 * MiB, contents: header }] },
+    async (system) => {
+      const [disk] = system.disks;
+      await persist(system);
+      await system.reboot({
+        whileOff: () =>
+          destroy(
+            disk,
+            `cd "$(mktemp -d)"; truncate -s 100M image; ${script}
+             dd if=image of="$DISK" bs=1M conv=notrunc; rm image`,
+          ),
+      });
+      const before = await system.checksum(disk);
+      const boot = await system.boot(["--wait", "0"]);
+      assertEquals(boot.report.mode, "volatile", boot.stderr);
+      assertEquals(await system.checksum(disk), before, boot.stderr);
+    },
+  );
+}
+
+onDisks(
+  "another data disk is marked and write-protected: the first is used",
+  { disks: [magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const other = await system.plug({
+      sizeBytes: 800 * MiB,
+      contents: `mkfs.btrfs -q -L lightwhale-data "$DISK"\n${header}`,
+    });
+    await system.reboot();
+    await command(["blockdev", "--setro", other.path]);
+    const before = await system.checksum(other);
+    const boot = await system.boot();
+    await command(["blockdev", "--setrw", other.path]);
+    assertPersistent(boot, { devices: 1 });
+    assertMatch(boot.stderr, /the mark stays, for it is read-only/);
+    assertEquals(await system.checksum(other), before);
+    await assertKept(system, sums);
+  },
+);
+
 onDisks(
   "the superblock of one half is destroyed: the other half is used",
   { disks: [magicDisk, magicDisk] },
