@@ -218,6 +218,8 @@ export interface Superblock {
   devid: number;
   /** Size of this device as the filesystem knows it. */
   deviceBytes: number;
+  /** What is used in all of the filesystem, each byte counted once. */
+  usedBytes: number;
   /** Writes since the last commit wait in a log tree. */
   hasLog: boolean;
   /** False when the checksum is wrong: damaged, not absent. */
@@ -235,6 +237,7 @@ const BTRFS = {
   magicText: "_BHRfS_M",
   generation: 0x48,
   logRoot: 0x60,
+  usedBytes: 0x78,
   numDevices: 0x88,
   checksumType: 0xc4,
   devid: 0xc9,
@@ -260,6 +263,7 @@ export function parseSuperblock(block: Uint8Array): Superblock | undefined {
     numDevices: Number(view.getBigUint64(BTRFS.numDevices, true)),
     devid: Number(view.getBigUint64(BTRFS.devid, true)),
     deviceBytes: Number(view.getBigUint64(BTRFS.deviceBytes, true)),
+    usedBytes: Number(view.getBigUint64(BTRFS.usedBytes, true)),
     hasLog: view.getBigUint64(BTRFS.logRoot, true) !== 0n,
     intact: checksumIsRight(block, view),
   };
@@ -1643,7 +1647,21 @@ function planJoining(
         `${pathsOf(damaged)} may be a data disk that has a bad day`,
     );
   } else {
-    plan.join = planMembers(candidates, facts, settings, plan);
+    const sizes = plan.mount.members.map((m) => m.btrfs!.deviceBytes);
+    const largestFirst = planMembers(candidates, facts, settings, plan)
+      .sort((a, b) => b.dataBytes - a.dataBytes);
+    for (const member of largestFirst) {
+      const problem = whyNotMirrored(plan.mount, [...sizes, member.dataBytes]);
+      if (!problem) {
+        plan.join.push(member);
+        sizes.push(member.dataBytes);
+        continue;
+      }
+      plan.warnings.push(
+        `${member.device.path} does not join the data filesystem: ${problem}; ` +
+          `use a larger disk, or delete something`,
+      );
+    }
   }
 }
 
@@ -1683,6 +1701,33 @@ export function describePlan(plan: Plan): string[] {
   for (const device of plan.mount?.grow ?? []) {
     lines.push(`grow ${device.path} to the end of its disk`);
   }
+/**
+ * Why devices of these sizes cannot mirror what is used. The kernel would fill
+ * up the smaller, and then have no room for any write, whatever is free on the
+ * others (fs/btrfs/volumes.c, btrfs_alloc_chunk()).
+ *
+ * @param spareBytes What has to be left.
+ */
+function whyNotMirrored(
+  { members }: DataFilesystem,
+  sizesBytes: number[],
+  spareBytes = largestChunkBytes(sizesBytes),
+): string | undefined {
+  const usedBytes = newest(members).btrfs!.usedBytes;
+  const totalBytes = sum(sizesBytes);
+  const mirroredBytes = -spareBytes +
+    Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
+  if (usedBytes <= mirroredBytes) return undefined;
+  return `${inMiB(usedBytes)} are used, and it could mirror only ` +
+    inMiB(Math.max(0, mirroredBytes));
+}
+
+/** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
+const largestChunkBytes = (devicesBytes: number[]) =>
+  Math.min(GiB, sum(devicesBytes) / 10);
+
+const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
+
   for (const device of plan.mount?.stale ?? []) {
     lines.push(`wipe ${device.path}, which missed writes, and rebuild it`);
   }
@@ -2669,7 +2714,10 @@ export function decideJob(
   }
   if (member) return { kind: "add", member };
   const filters = balanceFilters(state);
-  if (filters.length > 0) return { kind: "balance", filters };
+  const sizes = data.members.map((member) => member.btrfs!.deviceBytes);
+  if (filters.length > 0 && !whyNotMirrored(data, sizes, 0)) {
+    return { kind: "balance", filters };
+  }
   if (wishes.scrub) return { kind: "scrub" };
 }
 
@@ -3022,8 +3070,7 @@ async function makeRoom(place: Places): Promise<void> {
       sizeBytes: Number(size),
       freeBytes: Number(free),
     }));
-    const total = devices.reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
-    const chunkBytes = Math.min(GiB, total / 10); // the largest there can be
+    const chunkBytes = largestChunkBytes(devices.map((d) => d.sizeBytes));
     const most = Math.max(...devices.map(({ freeBytes }) => freeBytes));
     const full = devices.find(({ freeBytes }) => freeBytes < chunkBytes);
     if (!full || most < 2 * chunkBytes) return;

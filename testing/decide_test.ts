@@ -577,6 +577,69 @@ const situations: {
   },
   {
     name: "noswap",
+  {
+    name: "a mounted mirror, read while it commits",
+    devices: [
+      data("sda", {
+        ...openMember,
+        generation: 1000,
+        mark: mark("a", 5, both),
+      }),
+      data("sdb", {
+        ...openMember,
+        devid: 2,
+        generation: 1003,
+        mark: mark("b", 5, both),
+      }),
+    ],
+    facts: { mounted },
+    decides: { mode: "mounted", members: ["sda2", "sdb2"] },
+  },
+  {
+    name: "a mounted disk that is read while another is added",
+    devices: [
+      data("sda", { open: true, mark: mark("a", 5, ["a"]) }),
+      data("sdb", { ...openMember, devid: 2, generation: 11 }),
+    ],
+    facts: { mounted },
+    decides: { mode: "mounted", members: ["sda2", "sdb2"] },
+  },
+  {
+    name: "half of a mounted mirror does not answer, and a magic disk is there",
+    devices: [
+      data("sda", openMember),
+      without(data("sdb", { ...openMember, devid: 2 }), "btrfs")
+        .map((part) => ({ ...part, readError: `Cannot read ${part.path}` })),
+      magic("sdc"),
+    ],
+    facts: { mounted },
+    decides: { mode: "mounted", members: ["sda2"], missing: 1 },
+    says: /left alone\n\S+sdc does not join .* while \S+sdb2 may be/,
+  },
+  {
+    name: "a marked data disk that is read-only",
+    devices: [
+      data("sda", { mark: mark("a", 5, ["a"]) }),
+      data("sdb", { fsid: "other", disk: { header: true, readOnly: true } }),
+    ],
+    decides: single,
+    says: /sdb is marked .* the mark stays/,
+  },
+  {
+    name: "a magic disk that is too small to mirror what is used",
+    devices: [data("sda"), magic("sdb", { sizeBytes: 8 * GiB })],
+    decides: single,
+    says: /sdb does not join .* 10240 MiB are used, .* only [67]\d{3} MiB/,
+  },
+  {
+    name: "two magic disks, of which one is large enough to join first",
+    devices: [
+      data("sda"),
+      magic("sdb", { sizeBytes: 8 * GiB }),
+      magic("sdc", { sizeBytes: 20 * GiB }),
+    ],
+    decides: { ...single, join: ["sdb", "sdc"] },
+  },
     devices: [data("sda", { swapLabel: SWAP })],
     settings: { noSwap: true },
     decides: { mode: "persistent", members: ["sda2"] },
@@ -636,6 +699,18 @@ const jobs: {
     name: "something runs",
     devices: [first, magic("sdc")],
     state: { ...lacking, operation: "balance" },
+  {
+    name: "chunks without a mirror, and no room to mirror them",
+    devices: [
+      data("sda", { ...two, usedBytes: 150 * GiB }),
+      data("sdb", { ...two, devid: 2, usedBytes: 150 * GiB }),
+    ],
+    state: {
+      ...whole,
+      profiles: { data: ["single"], metadata: ["raid1"], system: ["raid1"] },
+    },
+    job: undefined,
+  },
     job: "wait",
   },
   {
@@ -932,6 +1007,7 @@ function mark(
   member: string,
   epoch: number,
   present: string[],
+    usedBytes: 10 * GiB,
   absent: Mark["absent"] = {},
 ): Mark {
   return { fsid: "data", member, epoch, present, absent };
@@ -960,8 +1036,12 @@ function data(name: string, options: {
     name: [SWAP, DATA][index],
     startBytes: [MiB, MiB + GiB][index],
     sizeBytes,
+  /** The kernel has it mounted. */
+  open?: boolean;
+  usedBytes?: number;
   }));
   const [swap, main] = partitions.map((partition) =>
+  const { open = false, usedBytes = 10 * GiB } = options;
     device(`${name}${partition.number}`, {
       kind: "partition",
       disk: name,
@@ -989,6 +1069,7 @@ function data(name: string, options: {
       mark: mark && { ...mark, fsid },
     },
   ];
+        usedBytes,
 }
 
 /** A disk that has the first superblock of a filesystem of two. */

@@ -258,8 +258,10 @@ fuzz("parseSuperblock() gives a superblock or none", (random) => {
   assertEquals(typeof found.intact, "boolean");
   assert(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(found.fsid));
   assert(!found.label.includes("\0") && found.label.length <= 256);
-  const { generation, devid, numDevices, deviceBytes } = found;
-  for (const number of [generation, devid, numDevices, deviceBytes]) {
+  const { generation, devid, numDevices, deviceBytes, usedBytes } = found;
+  for (
+    const number of [generation, devid, numDevices, deviceBytes, usedBytes]
+  ) {
     assert(number >= 0 && Number.isFinite(number), `A number is ${number}`);
   }
 });

@@ -407,6 +407,28 @@ onDisks(
   },
 );
 
+onDisks(
+  "a disk too small to mirror what is there does not join",
+  { disks: [{ sizeBytes: 3000 * MiB, contents: header }] },
+  async (system) => {
+    const sums = await persist(system);
+    sums.much = await write(system, "much", 300);
+    const small = await system.plug({
+      sizeBytes: 400 * MiB,
+      contents: header,
+    });
+    await system.reboot();
+    const boot = await system.boot();
+    assertPersistent(boot, { devices: 1 });
+    assertMatch(boot.stderr, /does not join .* are used/);
+    await idle(system);
+    assertEquals(await profiles(system), "single dup dup");
+    assert(await isMarked(small));
+    sums.more = await write(system, "more", 300);
+    await assertKept(system, sums);
+  },
+);
+
 // Power cuts
 
 /** What runs when the power goes, by the disks that start it. */
