@@ -493,13 +493,19 @@ function uuid(bytes: Uint8Array, at: number): string {
 export async function boot(settings: Settings): Promise<number> {
   const started = Date.now();
   const place = places(settings.root);
-  let lock: Lock | undefined;
+  let lock: Lock;
   let plan: Plan | undefined;
   let planned: string[] = [];
   let mode: Outcome["mode"] = "persistent";
   let swapping: Promise<void> | undefined;
   try {
     lock = await takeLock(join(place.run, "lock"));
+  } catch (error) {
+    sayError(error); // another one is at it: it has the fallback as well
+    return 1;
+  }
+  const wasSetUp = OVERLAYS.every((name) => isOverlaid(name, place));
+  try {
     await removeScratchMounts(place);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     planned = describePlan(plan);
@@ -528,6 +534,10 @@ export async function boot(settings: Settings): Promise<number> {
   } catch (error) {
     sayError(error);
     if (isNoSpace(error)) sayHowToMakeRoom(place);
+    if (wasSetUp) { // and is in use: nothing is taken away from under it
+      lock.release();
+      return 1;
+    }
     mode = "fallback";
     await fallBack(place);
   }
@@ -543,7 +553,7 @@ export async function boot(settings: Settings): Promise<number> {
   attemptNow(() =>
     writeReport({ mode, plan, planned, status, started }, place)
   );
-  lock?.release();
+  lock.release();
   return status;
 }
 

@@ -174,6 +174,88 @@ for (const how of ["is not installed", "cannot be run"]) {
 }
 
 // Time-outs last minutes: they are tested thirty times as fast, with the
+onDisks(
+  "a boot that is run again fails: what is set up stays",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    await system.boot();
+    await system.sh("echo mine > home/file");
+    await system.sh("umount mnt/lightwhale-data/lightwhale-state-snapshots");
+    const mounts = await system.sh("cat /proc/self/mountinfo");
+    const mount = `#!/bin/sh
+      PATH=\${PATH#*:}
+      case $* in *snapshots*) echo no can do >&2; exit 7; esac
+      exec mount "$@"`;
+    const boot = await bootWith(system, { mount });
+    assertEquals(boot.status, 1, boot.stderr);
+    assertMatch(boot.stderr, /snapshots.* failed with status 7: no can do/);
+    assertEquals(await system.sh("cat /proc/self/mountinfo"), mounts);
+    assertEquals(await system.sh("cat home/file"), "mine\n");
+    await assertRecovers(system, "precious");
+  },
+);
+
+onDisks(
+  "a disk grew, but sfdisk fails: persistent, and said",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [disk] = system.disks;
+    await system.reboot({
+      whileOff: () => Deno.truncate(disk.image, 2500 * MiB),
+    });
+    const boot = await bootWith(system, { sfdisk: failures.fails.script });
+    assertEquals([boot.status, boot.report.mode], [1, "persistent"]);
+    assertMatch(boot.stderr, /Cannot grow \S+: .*failed with status 7/);
+    await assertRecovers(system, "precious");
+  },
+);
+
+/** What btrfs does instead of a replace, and whether the disk is tried again. */
+const replaces: Record<string, { start: string; says: RegExp }> = {
+  // What began was given up by the kernel, and then there is another disk.
+  "ends, and then another disk is in its place": {
+    start: "exit 0",
+    says: /it is not the disk any more that was marked/,
+  },
+  "does not answer": { start: "exec sleep 600", says: /no answer in/ },
+};
+
+for (const [how, { start, says }] of Object.entries(replaces)) {
+  onDisks(
+    `a replace ${how}: the disk is left alone`,
+    { disks: [smallDisk, smallDisk] },
+    async (system) => {
+      await persist(system);
+      const [, old] = system.disks;
+      const fresh = await system.plug(smallDisk);
+      await system.reboot({ without: [old] });
+      await bootWith(system, { setsid: "#!/bin/sh\nexit 0\n" });
+      const log = "$PATH_TO_LOG";
+      const script = `#!/bin/sh
+        PATH=\${PATH#*:}
+        echo "$@" >> ${log}
+        case $* in
+          "replace start"*) ${start} ;;
+          "replace cancel"*) exit 2 ;;
+          "balance start -dusage"*)
+            dd if=/dev/zero of=${fresh.path} bs=27 count=1 conv=notrunc ;;
+          *) exec btrfs "$@" ;;
+        esac`.replaceAll("$PATH_TO_LOG", `${system.root}/run/btrfs.log`);
+      const { stderr } = await runImpatiently(
+        system,
+        { btrfs: script },
+        [...system.place(), "--maintain"],
+      );
+      assertMatch(stderr, says, stderr);
+      const asked = await system.sh("cat run/btrfs.log");
+      assertEquals(asked.match(/^replace start/gm)?.length, 1, asked);
+      assert(!asked.includes("device add"), asked);
+    },
+  );
+}
+
 // script, in which their table is all that is changed.
 for (const name of onFirstBoot) {
   onDisks(
