@@ -610,7 +610,7 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   const absent = plan.mount ? countAbsent(plan.mount) : 0;
   if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
   if (plan.waitFor) return plan.waitFor;
-  if (plan.mode === "volatile" && facts.diskPending) {
+  if ((plan.mode === "volatile" || plan.create) && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
 }

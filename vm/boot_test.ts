@@ -534,6 +534,23 @@ const situations: Situation[] = [
     }],
   },
   {
+    name: "the data are on a USB disk that takes long, and a disk is magic",
+    disks: [{ ...small, bus: "usb" }, small],
+    boots: [
+      {
+        present: [0],
+        append: "usb_storage.delay_use=20 lightwhale.wait=60",
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: "keep single 8",
+      },
+      {
+        append: "usb_storage.delay_use=20 lightwhale.wait=60",
+        after: { ...atWork, boots: boots(2) },
+        settled: whole,
+      },
+    ],
+  },
+  {
     name: "32 disks, two of them magic",
     disks: Array.from(
       { length: 32 },
