@@ -748,7 +748,7 @@ function readUsers(
   }
   for (const fsid of listDirectory("/sys/fs/btrfs")) {
     for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
-      users.set(name, `part of the mounted Btrfs ${fsid}`);
+      users.set(name, openIn(fsid));
     }
   }
   for (const path of readSwaps()) users.set(basename(path), "swap in use");
@@ -1145,13 +1145,20 @@ export function decide(facts: Facts, settings: Settings): Plan {
     facts.devices,
   );
   if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
+  const damages = damaged.filter(({ readError }) => !readError)
+    .map(describeDamage);
   const unreadable = usable.filter((device) => device.readError);
   for (const { readError } of unreadable) {
     plan.warnings.push(`${readError}: it is left alone`);
   }
   if (facts.mounted) {
     plan.mount = chosen;
-    planJoining(candidates, damaged, facts, settings, plan);
+    plan.warnings.push(...damages);
+    const mute = unreadable.filter(({ inUse }) =>
+      inUse === openIn(chosen?.fsid)
+    );
+    const doubtful = [...new Set([...damaged, ...mute])];
+    planJoining(candidates, doubtful, facts, settings, plan);
     return plan;
   }
   if (chosen && chosen.members.length === 0) {
@@ -1180,11 +1187,13 @@ export function decide(facts: Facts, settings: Settings): Plan {
     planJoining(candidates, damaged, facts, settings, plan);
     return plan;
   }
-  if (candidates.length > 0 && damaged.length + unreadable.length > 0) {
+  const doubtful = [...new Set([...damaged, ...unreadable])];
+  if (candidates.length > 0 && doubtful.length > 0) {
     plan.errors.push(
+    plan.warnings.push(...damages);
       `${pathsOf(candidates)} will not be formatted while ` +
-        `${pathsOf([...damaged, ...unreadable])} may be a data disk that has ` +
-        `a bad day: repair it, or unplug it to start anew`,
+        `${pathsOf(doubtful)} may be a data disk that has a bad day: repair ` +
+        `it, or unplug it to start anew`,
     );
     plan.reason = "a data disk may be damaged";
   } else if (unreadable.length > 0) {
@@ -1201,7 +1210,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
       plan.reason = `${pathsOf(candidates)} asked to be formatted`;
     }
   }
-  plan.errors.push(...damaged.map(describeDamage));
+  plan.errors.push(...damages);
   return plan;
 }
 
@@ -1218,6 +1227,13 @@ function warnOfMisplacedHeaders(devices: BlockDevice[], plan: Plan): void {
     if (!device.header || device.kind === "disk") continue;
     plan.warnings.push(
       `${device.path} begins with the magic header, which counts only at the ` +
+/** The kernel has it open as a member of its filesystem. */
+function isOpen({ inUse, btrfs }: BlockDevice): boolean {
+  return inUse !== undefined && inUse === openIn(btrfs?.fsid);
+}
+
+const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
+
         `start of a whole disk: it is not obeyed (a partition is enabled ` +
         `with persistence.ts --enable ${device.path})`,
     );
@@ -1315,7 +1331,11 @@ function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
   return btrfs.generation > together || btrfs.hasLog;
 }
 
-/** Sorts the devices of one filesystem; the marks prove what is stale. */
+/**
+ * Sorts the devices of one filesystem; the marks prove what is stale. Of one
+ * that is mounted the kernel knows best: its superblocks are of different
+ * commits, as they were read one after the other.
+ */
 function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const excluded: BlockDevice[] = [];
   // Two devices with the same devid: a clone, or a member that came back after
@@ -1329,6 +1349,7 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
     byName(a, b)
   );
   const byDevid = new Map<number, BlockDevice>();
+    Number(isOpen(b)) - Number(isOpen(a)) ||
   for (const device of ranked) {
     if (byDevid.has(devidOf(device))) excluded.push(device);
     else byDevid.set(devidOf(device), device);
@@ -1339,15 +1360,17 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
 
   const all = [...byDevid.values()];
   const isBehind = (device: BlockDevice, other: BlockDevice) =>
-    wroteWithout(other, device) && !wroteWithout(device, other);
+    !isOpen(device) && wroteWithout(other, device) &&
+    !wroteWithout(device, other);
   const current = all.filter((device) =>
     !all.some((other) => isBehind(device, other))
   );
   const only = findOnlyMember(all);
-  const side = only ? [only] : pickSide(current);
+  const side = open.length > 0 ? open : only ? [only] : pickSide(current);
   excluded.push(...current.filter((device) => !side.includes(device)));
   const stale = all.filter((device) =>
     side.some((other) => isBehind(device, other))
+  const open = all.filter(isOpen);
   );
   const members = all
     .filter((device) => !excluded.includes(device) && !stale.includes(device))
@@ -1363,9 +1386,8 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
     replaceTarget,
     stale,
     excluded,
-    needsScrub: members.some((member) =>
-      generationOf(member) < generationOf(top)
-    ),
+    needsScrub: open.length === 0 &&
+      members.some((member) => generationOf(member) < generationOf(top)),
     grow: [],
     repair: [],
   };
@@ -1639,7 +1661,7 @@ const inMiB = (bytes: number) => `${Math.floor(bytes / MiB)} MiB`;
 /** Adds the magic devices that join the data filesystem in use. */
 function planJoining(
   candidates: BlockDevice[],
-  damaged: BlockDevice[],
+  doubtful: BlockDevice[],
   facts: Facts,
   settings: Settings,
   plan: Plan,
@@ -1651,10 +1673,10 @@ function planJoining(
       `${pathsOf(candidates)} is marked to be formatted: that happens at the ` +
         `next boot`,
     );
-  } else if (damaged.length > 0) {
+  } else if (doubtful.length > 0) {
     plan.warnings.push(
       `${pathsOf(candidates)} does not join the data filesystem while ` +
-        `${pathsOf(damaged)} may be a data disk that has a bad day`,
+        `${pathsOf(doubtful)} may be a data disk that has a bad day`,
     );
   } else {
     const sizes = plan.mount.members.map((m) => m.btrfs!.deviceBytes);

@@ -84,6 +84,16 @@ const degraded: Partial<Decision> = {
   missing: 1,
 };
 
+const openMember = { ...two, open: true };
+const both = ["a", "b"];
+const mounted: Facts["mounted"] = {
+  target: "/mnt/lightwhale-data",
+  type: "btrfs",
+  source: "/dev/sda2",
+  deviceNumber: "0:40",
+  superOptions: ["rw"],
+};
+
 const situations: {
   name: string;
   devices: BlockDevice[][];
@@ -1026,8 +1036,12 @@ function data(name: string, options: {
   swapLabel?: string;
   primaryDamaged?: boolean;
   disk?: Partial<BlockDevice>;
+  /** The kernel has it mounted. */
+  open?: boolean;
+  usedBytes?: number;
 } = {}): BlockDevice[] {
   const { of = 1, mark, swapLabel, primaryDamaged = false } = options;
+  const { open = false, usedBytes = 10 * GiB } = options;
   const { fsid = "data", devid = 1, generation = 10 } = options;
   const { hasLog = false, intact = true } = options;
   const sizes = [GiB, diskBytes - GiB - 2 * MiB];
@@ -1036,12 +1050,8 @@ function data(name: string, options: {
     name: [SWAP, DATA][index],
     startBytes: [MiB, MiB + GiB][index],
     sizeBytes,
-  /** The kernel has it mounted. */
-  open?: boolean;
-  usedBytes?: number;
   }));
   const [swap, main] = partitions.map((partition) =>
-  const { open = false, usedBytes = 10 * GiB } = options;
     device(`${name}${partition.number}`, {
       kind: "partition",
       disk: name,
@@ -1057,6 +1067,7 @@ function data(name: string, options: {
     { ...swap, swapLabel },
     {
       ...main,
+      inUse: open ? `part of the mounted Btrfs ${fsid}` : undefined,
       btrfs: superblock({
         fsid,
         devid,
