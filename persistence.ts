@@ -93,7 +93,7 @@ const LARGEST_METADATA_RESERVATION_BYTES = 8 * MiB;
 const TIMEOUT = {
   readMs: 20_000, // a hard disk that spins up needs some 10 s
   commandMs: 60_000,
-  mkfsMs: 600_000, // a discard of the whole device comes first
+  mkfsMs: 600_000, // also add, replace: a discard of the device comes first
   mountMs: 300_000, // log replay and block group scan on large hard disks
   nodeMs: 10_000,
   lockMs: 120_000,
@@ -2947,6 +2947,7 @@ async function startJob(
       }
       return () => finishReplace(job.devid, device, data, place);
     }
+        if (error instanceof NoAnswer) throw error;
     case "add":
       await addDevice(await prepareMember(job.member), data, place);
       await disarm([job.member.device]);
@@ -3046,7 +3047,10 @@ async function startReplace(
 ): Promise<void> {
   await run(
     words`btrfs replace start -f ${devid} ${device.path} ${place.data}`,
-    { to: `let ${device.path} take the place of device ${devid}` },
+    {
+      to: `let ${device.path} take the place of device ${devid}`,
+      timeoutMs: TIMEOUT.mkfsMs,
+    },
   );
   // The command returns before the kernel has begun.
   const giveUpAt = Date.now() + TIMEOUT.nodeMs;
@@ -3081,7 +3085,12 @@ async function finishReplace(
       );
     }
     await cancelReplace(place);
-    await packChunks(place);
+    await packChunks(place); // may take hours, and nothing holds the disk
+    if (!isMarked(await lookAgain(bearerOfMark(device)))) {
+      throw new Error(`${cannot}: it is not the disk any more that was marked`);
+    }
+    const cannot =
+      `Cannot let ${device.path} take the place of device ${devid}`;
     await startReplace(devid, device, data, place);
   }
 }

@@ -442,7 +442,18 @@ upperdir=$over/upper$folder,workdir=$over/work$folder"
 
 /** A boot with the time-outs of the script divided by thirty. */
 async function bootImpatiently(system: System, hangs: string): Promise<Boot> {
-  const folder = await Deno.makeTempDir({ prefix: "persistence-faults-" });
+  const sleep = "#!/bin/sh\nexec /bin/sleep 600\n";
+  const result = await runImpatiently(system, { [hangs]: sleep });
+  const report = await system.sh("cat run/lightwhale/persistence.json");
+  return { ...result, report: JSON.parse(report) };
+}
+
+/** Runs the script with its time-outs divided by thirty, and these programs. */
+async function runImpatiently(
+  system: System,
+  programs: Record<string, string>,
+  args = system.place(),
+): Promise<Result> {
   const script = `${projectFolder}dist/impatient.ts`;
   try {
     const source = await Deno.readTextFile(`${projectFolder}persistence.ts`);
