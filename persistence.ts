@@ -511,7 +511,7 @@ export async function boot(settings: Settings): Promise<number> {
     planned = describePlan(plan);
     sayPlan(plan);
     await repairTables(plan.mount?.repair ?? []);
-    await makePartitionNodes(plan.nodes);
+    await attempt(() => makePartitionNodes(plan!.nodes));
     await growPartitions(plan.mount?.grow ?? []);
     await disarm(plan.disarm);
     if (plan.create) {
@@ -844,6 +844,12 @@ async function readBackupGpt(
   disk: BlockDevice,
   read: Read,
 ): Promise<Gpt | undefined> {
+  const start = await read(0, BTRFS.superblockAt + BTRFS.bytes);
+  if (!isProtectiveMbr(start) && start.some((byte) => byte !== 0)) return;
+  const header = start.subarray(disk.sectorBytes);
+  const elsewhere = text(header, 0, 8) === GPT.signature &&
+    viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
+  if (elsewhere) return; // sgdisk --move-main-table: not damaged
   const areaBytes = GPT.entriesArea + disk.sectorBytes;
   const areaAt = disk.sizeBytes - areaBytes;
   if (areaAt < 0) return undefined;
@@ -858,12 +864,6 @@ async function readBackupGpt(
 
 /**
  * Partitions that are in the table but not in the kernel, because it has no
-  const start = await read(0, BTRFS.superblockAt + BTRFS.bytes);
-  if (!isProtectiveMbr(start) && start.some((byte) => byte !== 0)) return;
-  const header = start.subarray(disk.sectorBytes);
-  const elsewhere = text(header, 0, 8) === GPT.signature &&
-    viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
-  if (elsewhere) return; // sgdisk --move-main-table: not damaged
  * GPT parser or because a power cut left only the backup table: read through
  * the whole disk.
  */
@@ -1128,25 +1128,30 @@ export function decide(facts: Facts, settings: Settings): Plan {
     ? filesystems.find((data) => data.members.some((member) => member.inUse))
     : chooseDataFilesystem(filesystems, settings, plan);
   const magic = findMagicDevices(usable);
-  plan.disarm = magic.filter((device) => partsOf(device, usable).some(isOurs));
+  const forgotten = magic
+    .filter((device) => partsOf(device, usable).some(isOurs));
+  plan.disarm = forgotten.filter((device) => !device.readOnly);
   const target = chosen?.replaceTarget; // marked until it has taken its place
-  for (const device of plan.disarm) {
+  for (const device of forgotten) {
     if (target && partsOf(device, usable).includes(target)) continue;
+    const end = device.readOnly
+      ? "the mark stays, for it is read-only"
+      : `the mark is taken away (to erase it nevertheless: persistence.ts ` +
+        `--enable --force ${device.path})`;
     plan.warnings.push(
       `${device.path} is marked to be formatted, but holds a data ` +
-        `filesystem: the data wins and the mark is taken away (to erase it ` +
-        `nevertheless: persistence.ts --enable --force ${device.path})`,
+        `filesystem: the data wins and ${end}`,
     );
   }
-  const candidates = magic.filter((device) => !plan.disarm.includes(device));
+  const candidates = magic.filter((device) => !forgotten.includes(device));
   const damaged = findDamage(usable, isOurs, magic);
+  const damages = damaged.filter(({ readError }) => !readError)
+    .map(describeDamage);
   plan.nodes = disksWithoutNodes(
     [...candidates, ...chosen ? allDevices(chosen) : []],
     facts.devices,
   );
   if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
-  const damages = damaged.filter(({ readError }) => !readError)
-    .map(describeDamage);
   const unreadable = usable.filter((device) => device.readError);
   for (const { readError } of unreadable) {
     plan.warnings.push(`${readError}: it is left alone`);
@@ -1184,13 +1189,13 @@ export function decide(facts: Facts, settings: Settings): Plan {
       `hold${chosen.members.length > 1 ? "" : "s"} the data filesystem`;
     chosen.grow = findGrownDisks(chosen.members, facts.devices);
     chosen.repair = findDamagedTables(chosen.members, facts.devices);
+    plan.warnings.push(...damages);
     planJoining(candidates, damaged, facts, settings, plan);
     return plan;
   }
   const doubtful = [...new Set([...damaged, ...unreadable])];
   if (candidates.length > 0 && doubtful.length > 0) {
     plan.errors.push(
-    plan.warnings.push(...damages);
       `${pathsOf(candidates)} will not be formatted while ` +
         `${pathsOf(doubtful)} may be a data disk that has a bad day: repair ` +
         `it, or unplug it to start anew`,
@@ -1222,11 +1227,6 @@ function isHeld(device: BlockDevice): boolean {
   return device.inUse?.startsWith("held by") ?? false;
 }
 
-function warnOfMisplacedHeaders(devices: BlockDevice[], plan: Plan): void {
-  for (const device of devices) {
-    if (!device.header || device.kind === "disk") continue;
-    plan.warnings.push(
-      `${device.path} begins with the magic header, which counts only at the ` +
 /** The kernel has it open as a member of its filesystem. */
 function isOpen({ inUse, btrfs }: BlockDevice): boolean {
   return inUse !== undefined && inUse === openIn(btrfs?.fsid);
@@ -1234,6 +1234,11 @@ function isOpen({ inUse, btrfs }: BlockDevice): boolean {
 
 const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
 
+function warnOfMisplacedHeaders(devices: BlockDevice[], plan: Plan): void {
+  for (const device of devices) {
+    if (!device.header || device.kind === "disk") continue;
+    plan.warnings.push(
+      `${device.path} begins with the magic header, which counts only at the ` +
         `start of a whole disk: it is not obeyed (a partition is enabled ` +
         `with persistence.ts --enable ${device.path})`,
     );
@@ -1344,12 +1349,12 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const isCurrent = (device: BlockDevice) =>
     device.mark && latest.mark?.present.includes(device.mark.member) ? 1 : 0;
   const ranked = [...devices].sort((a, b) =>
+    Number(isOpen(b)) - Number(isOpen(a)) ||
     isCurrent(b) - isCurrent(a) || epochOf(b) - epochOf(a) ||
     generationOf(b) - generationOf(a) ||
     byName(a, b)
   );
   const byDevid = new Map<number, BlockDevice>();
-    Number(isOpen(b)) - Number(isOpen(a)) ||
   for (const device of ranked) {
     if (byDevid.has(devidOf(device))) excluded.push(device);
     else byDevid.set(devidOf(device), device);
@@ -1365,12 +1370,12 @@ function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
   const current = all.filter((device) =>
     !all.some((other) => isBehind(device, other))
   );
+  const open = all.filter(isOpen);
   const only = findOnlyMember(all);
   const side = open.length > 0 ? open : only ? [only] : pickSide(current);
   excluded.push(...current.filter((device) => !side.includes(device)));
   const stale = all.filter((device) =>
     side.some((other) => isBehind(device, other))
-  const open = all.filter(isOpen);
   );
   const members = all
     .filter((device) => !excluded.includes(device) && !stale.includes(device))
@@ -1666,7 +1671,6 @@ function planJoining(
   settings: Settings,
   plan: Plan,
 ): void {
-  plan.warnings.push(...damaged.map(describeDamage));
   if (candidates.length === 0) return;
   if (!plan.mount) {
     plan.warnings.push(
@@ -1696,6 +1700,33 @@ function planJoining(
     }
   }
 }
+
+/**
+ * Why devices of these sizes cannot mirror what is used. The kernel would fill
+ * up the smaller, and then have no room for any write, whatever is free on the
+ * others (fs/btrfs/volumes.c, btrfs_alloc_chunk()).
+ *
+ * @param spareBytes What has to be left.
+ */
+function whyNotMirrored(
+  { members }: DataFilesystem,
+  sizesBytes: number[],
+  spareBytes = largestChunkBytes(sizesBytes),
+): string | undefined {
+  const usedBytes = newest(members).btrfs!.usedBytes;
+  const totalBytes = sum(sizesBytes);
+  const mirroredBytes = -spareBytes +
+    Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
+  if (usedBytes <= mirroredBytes) return undefined;
+  return `${inMiB(usedBytes)} are used, and it could mirror only ` +
+    inMiB(Math.max(0, mirroredBytes));
+}
+
+/** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
+const largestChunkBytes = (devicesBytes: number[]) =>
+  Math.min(GiB, sum(devicesBytes) / 10);
+
+const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 
 /** The plan as `--dry-run` prints it: a line for each disk that changes. */
 export function describePlan(plan: Plan): string[] {
@@ -1733,33 +1764,6 @@ export function describePlan(plan: Plan): string[] {
   for (const device of plan.mount?.grow ?? []) {
     lines.push(`grow ${device.path} to the end of its disk`);
   }
-/**
- * Why devices of these sizes cannot mirror what is used. The kernel would fill
- * up the smaller, and then have no room for any write, whatever is free on the
- * others (fs/btrfs/volumes.c, btrfs_alloc_chunk()).
- *
- * @param spareBytes What has to be left.
- */
-function whyNotMirrored(
-  { members }: DataFilesystem,
-  sizesBytes: number[],
-  spareBytes = largestChunkBytes(sizesBytes),
-): string | undefined {
-  const usedBytes = newest(members).btrfs!.usedBytes;
-  const totalBytes = sum(sizesBytes);
-  const mirroredBytes = -spareBytes +
-    Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
-  if (usedBytes <= mirroredBytes) return undefined;
-  return `${inMiB(usedBytes)} are used, and it could mirror only ` +
-    inMiB(Math.max(0, mirroredBytes));
-}
-
-/** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
-const largestChunkBytes = (devicesBytes: number[]) =>
-  Math.min(GiB, sum(devicesBytes) / 10);
-
-const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
-
   for (const device of plan.mount?.stale ?? []) {
     lines.push(`wipe ${device.path}, which missed writes, and rebuild it`);
   }
@@ -1776,20 +1780,23 @@ const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 // Steps 3 to 5, do: partition, wait for nodes, create the data filesystem.
 // ---------------------------------------------------------------------------
 
-/** Restores primary partition tables: sfdisk falls back to the backup. */
+/** Restores primary partition tables, as far as that works. */
 async function repairTables(disks: BlockDevice[]): Promise<void> {
-  for (const disk of disks) {
-    say("warning", `Restoring the primary partition table of ${disk.path}`);
-    await restoreProtectiveMbr(disk);
-    const dump = await ask(words`sfdisk --dump ${disk.path}`, {
-      to: `read the backup partition table of ${disk.path}`,
-    });
-    await run(
-      words`sfdisk --quiet --no-reread --no-tell-kernel
-        --wipe never --wipe-partitions never ${disk.path}`,
-      { to: `restore the partition table of ${disk.path}`, stdin: dump },
-    );
-  }
+  for (const disk of disks) await attempt(() => repairTable(disk));
+}
+
+/** Writes the table that sfdisk reads: it falls back to the backup. */
+async function repairTable(disk: BlockDevice): Promise<void> {
+  say("warning", `Restoring the primary partition table of ${disk.path}`);
+  await restoreProtectiveMbr(disk);
+  const dump = await ask(words`sfdisk --dump ${disk.path}`, {
+    to: `read the backup partition table of ${disk.path}`,
+  });
+  await run(
+    words`sfdisk --quiet --no-reread --no-tell-kernel
+      --wipe never --wipe-partitions never ${disk.path}`,
+    { to: `restore the partition table of ${disk.path}`, stdin: dump },
+  );
 }
 
 /** Without a protective MBR sfdisk does not look for the backup table. */
@@ -1813,27 +1820,28 @@ async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
   }
 }
 
-/** Lets a partition follow its enlarged disk; moves the backup table too. */
+/** Lets partitions follow their enlarged disks, as far as that works. */
 async function growPartitions(members: BlockDevice[]): Promise<void> {
-  for (const member of members) {
-    say("info", `Growing ${member.path} to the end of its disk`);
-    const disk = `/dev/${member.disk}`;
-    await run(
-      words`sfdisk --quiet --no-reread --no-tell-kernel
-        -N ${member.number} ${disk}`,
-      { to: `grow ${member.path}`, stdin: ", +\n" },
-    );
-    await run(words`partx --update --nr ${member.number} ${disk}`, {
-      to: `tell the kernel the new size of ${member.path}`,
-    });
-  }
+  for (const member of members) await attempt(() => growPartition(member));
 }
 
-/** Takes the magic header or partition name away. */
+/** Moves the backup table too. */
+async function growPartition({ path, disk, number }: BlockDevice) {
+  say("info", `Growing ${path} to the end of its disk`);
+  await run(
+    words`sfdisk --quiet --no-reread --no-tell-kernel -N ${number} /dev/${disk}`,
+    { to: `grow ${path}`, stdin: ", +\n" },
+  );
+  await run(words`partx --update --nr ${number} /dev/${disk}`, {
+    to: `tell the kernel the new size of ${path}`,
+  });
+}
+
+/** Takes the magic header or partition name away, now or at the next boot. */
 async function disarm(devices: BlockDevice[]): Promise<void> {
   for (const device of devices) {
     say("info", `Taking the mark away from ${device.path}`);
-    await setMark(device, DATA);
+    await attempt(() => setMark(device, DATA));
   }
 }
 
@@ -2939,6 +2947,7 @@ async function startJob(
       try {
         await startReplace(job.devid, device, data, place);
       } catch (error) { // btrfs-progs refuse a target that is too small
+        if (error instanceof NoAnswer) throw error;
         say("info", `${messageOf(error)}; it is added instead`);
         await addDevice(device, data, place);
         fs.writeFileSync(wishFile("remove missing", place), "");
@@ -2947,7 +2956,6 @@ async function startJob(
       }
       return () => finishReplace(job.devid, device, data, place);
     }
-        if (error instanceof NoAnswer) throw error;
     case "add":
       await addDevice(await prepareMember(job.member), data, place);
       await disarm([job.member.device]);
@@ -3078,10 +3086,13 @@ async function finishReplace(
       await growFilesystem([{ ...device, btrfs: found }], place);
       return await disarm([bearerOfMark(device)]);
     }
+    const cannot =
+      `Cannot let ${device.path} take the place of device ${devid}`;
     if (packed) {
       throw new Error(
-        `Cannot let ${device.path} take the place of device ${devid}: there ` +
-          `is too little free space; delete something, then reboot`,
+        `${cannot}: the kernel gave up (see dmesg): replace the disk if it ` +
+          `has errors, delete something if there is too little free space, ` +
+          `then reboot`,
       );
     }
     await cancelReplace(place);
@@ -3089,8 +3100,6 @@ async function finishReplace(
     if (!isMarked(await lookAgain(bearerOfMark(device)))) {
       throw new Error(`${cannot}: it is not the disk any more that was marked`);
     }
-    const cannot =
-      `Cannot let ${device.path} take the place of device ${devid}`;
     await startReplace(devid, device, data, place);
   }
 }

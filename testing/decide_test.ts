@@ -578,16 +578,6 @@ const situations: {
     says: /sdc does not join/,
   },
   {
-    name: "swap on the disk of a member, and on another disk",
-    devices: [
-      data("sda", { swapLabel: SWAP }),
-      disk("sdb", { swapLabel: SWAP }),
-    ],
-    decides: { mode: "persistent", members: ["sda2"], swap: ["sda1"] },
-  },
-  {
-    name: "noswap",
-  {
     name: "a mounted mirror, read while it commits",
     devices: [
       data("sda", {
@@ -650,6 +640,16 @@ const situations: {
     ],
     decides: { ...single, join: ["sdb", "sdc"] },
   },
+  {
+    name: "swap on the disk of a member, and on another disk",
+    devices: [
+      data("sda", { swapLabel: SWAP }),
+      disk("sdb", { swapLabel: SWAP }),
+    ],
+    decides: { mode: "persistent", members: ["sda2"], swap: ["sda1"] },
+  },
+  {
+    name: "noswap",
     devices: [data("sda", { swapLabel: SWAP })],
     settings: { noSwap: true },
     decides: { mode: "persistent", members: ["sda2"] },
@@ -700,16 +700,6 @@ const jobs: {
 }[] = [
   { name: "all is well", devices: pair, state: whole, job: undefined },
   {
-    name: "a member is missing, nothing can be done",
-    devices: [first],
-    state: lacking,
-    job: undefined,
-  },
-  {
-    name: "something runs",
-    devices: [first, magic("sdc")],
-    state: { ...lacking, operation: "balance" },
-  {
     name: "chunks without a mirror, and no room to mirror them",
     devices: [
       data("sda", { ...two, usedBytes: 150 * GiB }),
@@ -721,6 +711,16 @@ const jobs: {
     },
     job: undefined,
   },
+  {
+    name: "a member is missing, nothing can be done",
+    devices: [first],
+    state: lacking,
+    job: undefined,
+  },
+  {
+    name: "something runs",
+    devices: [first, magic("sdc")],
+    state: { ...lacking, operation: "balance" },
     job: "wait",
   },
   {
@@ -1007,6 +1007,7 @@ function superblock(
     numDevices: 1,
     devid: 1,
     deviceBytes: diskBytes - GiB,
+    usedBytes: 10 * GiB,
     hasLog: false,
     intact: true,
     ...properties,
@@ -1017,7 +1018,6 @@ function mark(
   member: string,
   epoch: number,
   present: string[],
-    usedBytes: 10 * GiB,
   absent: Mark["absent"] = {},
 ): Mark {
   return { fsid: "data", member, epoch, present, absent };
@@ -1069,6 +1069,7 @@ function data(name: string, options: {
       ...main,
       inUse: open ? `part of the mounted Btrfs ${fsid}` : undefined,
       btrfs: superblock({
+        usedBytes,
         fsid,
         devid,
         generation,
@@ -1080,7 +1081,6 @@ function data(name: string, options: {
       mark: mark && { ...mark, fsid },
     },
   ];
-        usedBytes,
 }
 
 /** A disk that has the first superblock of a filesystem of two. */

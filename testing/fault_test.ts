@@ -14,6 +14,7 @@ import {
   MiB,
   onDisks,
   projectFolder,
+  type Result,
   type System,
 } from "./system.ts";
 
@@ -173,7 +174,6 @@ for (const how of ["is not installed", "cannot be run"]) {
   );
 }
 
-// Time-outs last minutes: they are tested thirty times as fast, with the
 onDisks(
   "a boot that is run again fails: what is set up stays",
   { disks: [magicDisk] },
@@ -256,6 +256,7 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
   );
 }
 
+// Time-outs last minutes: they are tested thirty times as fast, with the
 // script, in which their table is all that is changed.
 for (const name of onFirstBoot) {
   onDisks(
@@ -440,7 +441,7 @@ upperdir=$over/upper$folder,workdir=$over/work$folder"
   );
 }
 
-/** A boot with the time-outs of the script divided by thirty. */
+/** A boot with a program that never ends, and impatience. */
 async function bootImpatiently(system: System, hangs: string): Promise<Boot> {
   const sleep = "#!/bin/sh\nexec /bin/sleep 600\n";
   const result = await runImpatiently(system, { [hangs]: sleep });
@@ -455,32 +456,27 @@ async function runImpatiently(
   args = system.place(),
 ): Promise<Result> {
   const script = `${projectFolder}dist/impatient.ts`;
+  const source = await Deno.readTextFile(`${projectFolder}persistence.ts`);
+  const [before, table, after] = source.split(
+    /(const TIMEOUT = \{.*?\n\};)/s,
+  );
+  let times = 0;
+  const shorter = table.replace(/(Ms: )([\d_]+)/g, (_, name, ms) => {
+    times++;
+    return `${name}${Number(ms.replaceAll("_", "")) / 30}`;
+  });
+  assert(times >= 5, `Only ${times} time-outs were found`);
+  await Deno.writeTextFile(script, before + shorter + after);
+  const started = Date.now();
   try {
-    const source = await Deno.readTextFile(`${projectFolder}persistence.ts`);
-    const [before, table, after] = source.split(
-      /(const TIMEOUT = \{.*?\n\};)/s,
+    return await withPrograms(
+      programs,
+      (path) => system.run(args, { path, tool: impatient(script) }),
     );
-    let times = 0;
-    const shorter = table.replace(/(Ms: )([\d_]+)/g, (_, name, ms) => {
-      times++;
-      return `${name}${Number(ms.replaceAll("_", "")) / 30}`;
-    });
-    assert(times >= 5, `Only ${times} time-outs were found`);
-    await Deno.writeTextFile(script, before + shorter + after);
-    await Deno.writeTextFile(
-      `${folder}/${hangs}`,
-      `#!/bin/sh\nexec /bin/sleep 600\n`,
-      { mode: 0o755 },
-    );
-    const started = Date.now();
-    const path = `${folder}:${systemPath}`;
-    const boot = await system.boot([], { path, tool: impatient(script) });
-    const seconds = (Date.now() - started) / 1000;
-    assert(seconds < 90, `It took ${seconds} s`);
-    return boot;
   } finally {
     await Deno.remove(script);
-    await Deno.remove(folder, { recursive: true });
+    const seconds = (Date.now() - started) / 1000;
+    assert(seconds < 90, `It took ${seconds} s`);
   }
 }
 

@@ -785,28 +785,6 @@ for (const [damage, { script, says }] of Object.entries(tableDamages)) {
   );
 }
 
-onDisks(
-  "the whole table of the only disk is gone: it is not touched",
-  { disks: [magicDisk] },
-  async (system) => {
-    await persist(system);
-    const [disk] = system.disks;
-    await system.reboot({
-      whileOff: () =>
-        destroy(
-          disk,
-          `dd if=/dev/zero of="$DISK" bs=512 count=34 conv=notrunc
-           dd if=/dev/zero of="$DISK" bs=512 count=33 conv=notrunc \
-             seek=$(($(stat -c %s "$DISK") / 512 - 33))`,
-        ),
-    });
-    const before = await system.checksum(disk);
-    const boot = await system.boot();
-    assert(boot.report.mode !== "persistent", boot.stderr);
-    assertEquals(await system.checksum(disk), before);
-  },
-);
-
 /** What may be put on a disk: its backup table and its data partition stay. */
 const images: Record<string, string> = {
   "with an MBR": `
@@ -865,6 +843,28 @@ onDisks(
     assertMatch(boot.stderr, /the mark stays, for it is read-only/);
     assertEquals(await system.checksum(other), before);
     await assertKept(system, sums);
+  },
+);
+
+onDisks(
+  "the whole table of the only disk is gone: it is not touched",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [disk] = system.disks;
+    await system.reboot({
+      whileOff: () =>
+        destroy(
+          disk,
+          `dd if=/dev/zero of="$DISK" bs=512 count=34 conv=notrunc
+           dd if=/dev/zero of="$DISK" bs=512 count=33 conv=notrunc \
+             seek=$(($(stat -c %s "$DISK") / 512 - 33))`,
+        ),
+    });
+    const before = await system.checksum(disk);
+    const boot = await system.boot();
+    assert(boot.report.mode !== "persistent", boot.stderr);
+    assertEquals(await system.checksum(disk), before);
   },
 );
 
