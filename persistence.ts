@@ -1687,7 +1687,8 @@ function planJoining(
     const largestFirst = planMembers(candidates, facts, settings, plan)
       .sort((a, b) => b.dataBytes - a.dataBytes);
     for (const member of largestFirst) {
-      const problem = whyNotMirrored(plan.mount, [...sizes, member.dataBytes]);
+      const problem = whyTooSmall(member.dataBytes, sizes) ??
+        whyNotMirrored(plan.mount, [...sizes, member.dataBytes]);
       if (!problem) {
         plan.join.push(member);
         sizes.push(member.dataBytes);
@@ -1724,6 +1725,20 @@ function whyNotMirrored(
 
 /** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
 const largestChunkBytes = (devicesBytes: number[]) =>
+/**
+ * Why a device has no room for all kinds of chunks beside the others: metadata
+ * and system chunks get a copy on each, up to the fourth. Where one does not
+ * fit, Linux (6.18) aborts a conversion, and the filesystem gets read-only.
+ */
+function whyTooSmall(bytes: number, others: number[]): string | undefined {
+  const smallest = Math.min(...others);
+  const chunks = 3 * largestChunkBytes([bytes, ...others]) + 64 * MiB;
+  const neededBytes = Math.min(smallest, Math.max(chunks, smallest / 16));
+  if (bytes >= neededBytes) return undefined;
+  return `it has ${inMiB(bytes)} for data, and needs ` +
+    `${inMiB(neededBytes)}: use a larger disk`;
+}
+
   Math.min(GiB, sum(devicesBytes) / 10);
 
 const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);

@@ -632,6 +632,49 @@ const situations: {
     says: /sdb does not join .* 10240 MiB are used, .* only [67]\d{3} MiB/,
   },
   {
+  {
+    name: "another data filesystem is mounted elsewhere, and lacks a member",
+    devices: [
+      data("sda", {
+        ...openMember,
+        fsid: "a",
+        mark: mark("a", 6, ["a"], { b: 9 }),
+      }),
+      data("sdb", { ...two, fsid: "a", devid: 2, mark: mark("b", 5, both) }),
+      data("sdc", { open: true, fsid: "c" }),
+    ],
+    facts: { mounted: { ...mounted, source: "/dev/sdc2" } },
+    decides: { mode: "mounted", members: ["sdc2"] },
+  },
+  {
+    name: "a tmpfs is mounted, and the data filesystem elsewhere",
+    devices: [data("sda", { open: true })],
+    facts: { mounted: { ...mounted, type: "tmpfs", source: DATA } },
+    decides: { mode: "mounted" },
+  },
+  {
+    name: "one of three was there at a boot that failed; all have a log",
+    devices: [
+      data("sda", {
+        ...three,
+        ...log,
+        mark: mark("a", 6, ["a"], { b: 10, c: 10 }),
+      }),
+      data("sdb", { ...three, ...log, devid: 2, mark: mark("b", 5, abc) }),
+      data("sdc", { ...three, ...log, devid: 3, mark: mark("c", 5, abc) }),
+    ],
+    decides: { mode: "persistent", members: ["sda2", "sdb2", "sdc2"] },
+  },
+  {
+    name: "a magic disk without room for all kinds of chunks",
+    devices: [
+      data("sda", { usedBytes: GiB }),
+      magic("sdb", { sizeBytes: 4 * GiB }),
+    ],
+    decides: single,
+    says:
+      /sdb does not join .* it has 3582 MiB for data, and needs 6\d\d\d MiB/,
+  },
     name: "two magic disks, of which one is large enough to join first",
     devices: [
       data("sda"),
