@@ -1333,7 +1333,9 @@ function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
   if (btrfs.generation - lastTogether > 1) return true;
   if (mark.present.includes(other.mark.member)) return false;
   const together = mark.absent[other.mark.member] ?? -1;
-  return btrfs.generation > together || btrfs.hasLog;
+  // A mount replays a log and commits: one that both have is from before it.
+  const logged = btrfs.hasLog && !other.btrfs?.hasLog;
+  return btrfs.generation > together || logged;
 }
 
 /**

@@ -86,6 +86,8 @@ const degraded: Partial<Decision> = {
 
 const openMember = { ...two, open: true };
 const both = ["a", "b"];
+const abc = ["a", "b", "c"];
+const log = { hasLog: true };
 const mounted: Facts["mounted"] = {
   target: "/mnt/lightwhale-data",
   type: "btrfs",
