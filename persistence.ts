@@ -3923,7 +3923,8 @@ async function takeLock(
   );
   const end = await withTimeout(status, timeoutMs + 5000, "flock")
     .catch(messageOf);
-  if (end === 1) { // flock(1): the time is up
+  // flock(1): the time is up; BusyBox's, at once: it knows no --timeout.
+  if (end === 1 && Date.now() - started >= timeoutMs) {
     fs.closeSync(file);
     throw new Error(
       `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
