@@ -777,7 +777,7 @@ async function readDevice(device: BlockDevice): Promise<void> {
   try {
     await withDevice(device.path, async (read) => {
       await readStart(device, read, 0);
-      if (device.kind === "disk" && !device.header && !device.gpt) {
+      if (device.kind === "disk" && !device.gpt) {
         device.gpt = await readBackupGpt(device, read);
       }
       if (device.btrfs || device.header || device.gpt) return;

@@ -785,6 +785,28 @@ for (const [damage, { script, says }] of Object.entries(tableDamages)) {
   );
 }
 
+onDisks(
+  "a header that was forgotten, and a primary table that was torn: data win",
+  { disks: [magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const [disk] = system.disks;
+    await system.reboot({
+      whileOff: () =>
+        destroy(
+          disk,
+          `dd if=/dev/zero of="$DISK" bs=512 seek=1 count=1 conv=notrunc
+           ${header}`,
+        ),
+    });
+    const boot = await system.boot();
+    assertPersistent(boot, { devices: 1 });
+    assertMatch(boot.stderr, /the data wins/);
+    assertEquals(await isMarked(disk), false);
+    await assertKept(system, sums);
+  },
+);
+
 /** What may be put on a disk: its backup table and its data partition stay. */
 const images: Record<string, string> = {
   "with an MBR": `
