@@ -1135,6 +1135,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
   for (const device of forgotten) {
     if (target && partsOf(device, usable).includes(target)) continue;
     const end = device.readOnly
+    if (!device.readOnly) plan.disarm.push(device);
       ? "the mark stays, for it is read-only"
       : `the mark is taken away (to erase it nevertheless: persistence.ts ` +
         `--enable --force ${device.path})`;
@@ -2945,6 +2946,7 @@ async function startJob(
   data: DataFilesystem,
   place: Places,
 ): Promise<(() => Promise<void>) | undefined> {
+    await disarm(plan.disarm); // what has taken its place
   switch (job.kind) {
     case "wait":
       return () => waitForOperation(data);

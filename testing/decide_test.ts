@@ -458,7 +458,7 @@ const situations: {
     says: /sdb2 .*replaced/,
   },
   {
-    name: "a replace was cut",
+    name: "a replace was cut: the mark of its target stays",
     devices: [
       first,
       data("sdc", { ...two, devid: 0, mark: mark("c", 5, ["a", "c"]) }),
