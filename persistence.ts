@@ -1125,7 +1125,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
   const isOurs = (device: BlockDevice) =>
     filesystems.some((data) => allDevices(data).includes(device));
   const chosen = facts.mounted
-    ? filesystems.find((data) => data.members.some((member) => member.inUse))
+    ? filesystems.find((data) => isMountedAs(data, facts.mounted!))
     : chooseDataFilesystem(filesystems, settings, plan);
   const magic = findMagicDevices(usable);
   const forgotten = magic
@@ -1232,6 +1232,12 @@ function isHeld(device: BlockDevice): boolean {
 function isOpen({ inUse, btrfs }: BlockDevice): boolean {
   return inUse !== undefined && inUse === openIn(btrfs?.fsid);
 }
+/** Is it this one that is mounted, and not another in another place? */
+function isMountedAs(data: DataFilesystem, { type, source }: Mount): boolean {
+  return type === "btrfs" &&
+    data.members.some((member) => isOpen(member) && member.path === source);
+}
+
 
 const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
 
