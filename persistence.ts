@@ -3122,7 +3122,7 @@ async function finishReplace(
     }
     await cancelReplace(place);
     await packChunks(place); // may take hours, and nothing holds the disk
-    if (!isMarked(await lookAgain(bearerOfMark(device)))) {
+    if (diskSequence(device) !== sequence) {
       throw new Error(`${cannot}: it is not the disk any more that was marked`);
     }
     await startReplace(devid, device, data, place);
@@ -3133,6 +3133,7 @@ async function finishReplace(
  * Makes sure that each device has space for new chunks, if need be by moving
  * some to the device that was added. Where all is allocated, Linux 6.18 was
  * seen to abort a conversion with ENOSPC: the filesystem went read-only.
+  const sequence = diskSequence(device);
  */
 async function makeRoom(place: Places): Promise<void> {
   const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
@@ -3157,6 +3158,10 @@ async function makeRoom(place: Places): Promise<void> {
     });
   }
 }
+
+/** No two disks have the same (Documentation/ABI/stable/sysfs-block). */
+const diskSequence = ({ disk }: BlockDevice) =>
+  readText(`/sys/block/${disk}/diskseq`);
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
 async function packChunks(place: Places): Promise<void> {
