@@ -511,7 +511,9 @@ export async function boot(settings: Settings): Promise<number> {
     planned = describePlan(plan);
     sayPlan(plan);
     await repairTables(plan.mount?.repair ?? []);
-    await attempt(() => makePartitionNodes(plan!.nodes));
+    for (const disk of plan.nodes) {
+      await attempt(() => makePartitionNodes([disk]));
+    }
     await growPartitions(plan.mount?.grow ?? []);
     await disarm(plan.disarm);
     if (plan.create) {
@@ -1130,12 +1132,11 @@ export function decide(facts: Facts, settings: Settings): Plan {
   const magic = findMagicDevices(usable);
   const forgotten = magic
     .filter((device) => partsOf(device, usable).some(isOurs));
-  plan.disarm = forgotten.filter((device) => !device.readOnly);
   const target = chosen?.replaceTarget; // marked until it has taken its place
   for (const device of forgotten) {
     if (target && partsOf(device, usable).includes(target)) continue;
-    const end = device.readOnly
     if (!device.readOnly) plan.disarm.push(device);
+    const end = device.readOnly
       ? "the mark stays, for it is read-only"
       : `the mark is taken away (to erase it nevertheless: persistence.ts ` +
         `--enable --force ${device.path})`;
@@ -1169,6 +1170,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
   }
   if (chosen && chosen.members.length === 0) {
     plan.waitFor = `the other disks of ${pathsOf(allDevices(chosen))}`;
+    plan.reason = "the data filesystem lacks its other disks";
     plan.errors.push(
       `${pathsOf(allDevices(chosen))} cannot be used alone: it is a part of ` +
         `the data filesystem ${chosen.fsid} that another disk was to be ` +
@@ -1177,6 +1179,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
     return plan;
   }
   if (chosen && chosen.members.every((member) => member.readOnly)) {
+    plan.reason = "the data disk is read-only";
     plan.errors.push(
       `Cannot write to ${pathsOf(chosen.members)}, which holds the data ` +
         `filesystem: it is read-only (a locked card?); unlock it`,
@@ -1216,6 +1219,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
       plan.reason = `${pathsOf(candidates)} asked to be formatted`;
     }
   }
+  if (damages.length > 0) plan.reason = "a data disk may be damaged";
   plan.errors.push(...damages);
   return plan;
 }
@@ -1228,16 +1232,16 @@ function isHeld(device: BlockDevice): boolean {
   return device.inUse?.startsWith("held by") ?? false;
 }
 
-/** The kernel has it open as a member of its filesystem. */
-function isOpen({ inUse, btrfs }: BlockDevice): boolean {
-  return inUse !== undefined && inUse === openIn(btrfs?.fsid);
-}
 /** Is it this one that is mounted, and not another in another place? */
 function isMountedAs(data: DataFilesystem, { type, source }: Mount): boolean {
   return type === "btrfs" &&
     data.members.some((member) => isOpen(member) && member.path === source);
 }
 
+/** The kernel has it open as a member of its filesystem. */
+function isOpen({ inUse, btrfs }: BlockDevice): boolean {
+  return inUse !== undefined && inUse === openIn(btrfs?.fsid);
+}
 
 const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
 
@@ -1470,6 +1474,14 @@ function chooseDataFilesystem(
   }
   if (!chosen) return undefined;
   for (const device of chosen.excluded) {
+    const { members, missing } = chosen;
+    if (missing > 0 && members.some(isOpen) && !hasDevidOf(device, members)) {
+      plan.warnings.push(
+        `${device.path} came back after the mount: the next boot takes it in ` +
+          `or rebuilds it`,
+      );
+      continue;
+    }
     plan.warnings.push(
       `${device.path} ${whyExcluded(device, chosen.members)}: ` +
         `${pathsOf(chosen.members)} is used, ${device.path} is not touched ` +
@@ -1495,8 +1507,11 @@ function chooseDataFilesystem(
   return chosen;
 }
 
+const hasDevidOf = (device: BlockDevice, members: BlockDevice[]) =>
+  members.find((member) => devidOf(member) === devidOf(device));
+
 function whyExcluded(device: BlockDevice, members: BlockDevice[]): string {
-  const same = members.find((member) => devidOf(member) === devidOf(device));
+  const same = hasDevidOf(device, members);
   if (same) return `is a copy of ${same.path}, or was replaced by it`;
   if (findOnlyMember(members)) return `did not finish joining, or was removed`;
   return members.every((member) => wroteWithout(device, member))
@@ -1704,11 +1719,24 @@ function planJoining(
         continue;
       }
       plan.warnings.push(
-        `${member.device.path} does not join the data filesystem: ${problem}; ` +
-          `use a larger disk, or delete something`,
+        `${member.device.path} does not join the data filesystem: ${problem}`,
       );
     }
   }
+}
+
+/**
+ * Why a device has no room for all kinds of chunks beside the others: metadata
+ * and system chunks get a copy on each, up to the fourth. Where one does not
+ * fit, Linux (6.18) aborts a conversion, and the filesystem gets read-only.
+ */
+function whyTooSmall(bytes: number, others: number[]): string | undefined {
+  const smallest = Math.min(...others);
+  const chunks = 3 * largestChunkBytes([bytes, ...others]) + 64 * MiB;
+  const neededBytes = Math.min(smallest, Math.max(chunks, smallest / 16));
+  if (bytes >= neededBytes) return undefined;
+  return `it has ${inMiB(bytes)} for data, and needs ` +
+    `${inMiB(neededBytes)}: use a larger disk`;
 }
 
 /**
@@ -1729,25 +1757,12 @@ function whyNotMirrored(
     Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
   if (usedBytes <= mirroredBytes) return undefined;
   return `${inMiB(usedBytes)} are used, and it could mirror only ` +
-    inMiB(Math.max(0, mirroredBytes));
+    `${inMiB(Math.max(0, mirroredBytes))}: use a larger disk, or delete ` +
+    `something`;
 }
 
 /** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
 const largestChunkBytes = (devicesBytes: number[]) =>
-/**
- * Why a device has no room for all kinds of chunks beside the others: metadata
- * and system chunks get a copy on each, up to the fourth. Where one does not
- * fit, Linux (6.18) aborts a conversion, and the filesystem gets read-only.
- */
-function whyTooSmall(bytes: number, others: number[]): string | undefined {
-  const smallest = Math.min(...others);
-  const chunks = 3 * largestChunkBytes([bytes, ...others]) + 64 * MiB;
-  const neededBytes = Math.min(smallest, Math.max(chunks, smallest / 16));
-  if (bytes >= neededBytes) return undefined;
-  return `it has ${inMiB(bytes)} for data, and needs ` +
-    `${inMiB(neededBytes)}: use a larger disk`;
-}
-
   Math.min(GiB, sum(devicesBytes) / 10);
 
 const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
@@ -2127,7 +2142,11 @@ async function mountDataFilesystem(
   place: Places,
 ): Promise<void> {
   if (!mountedOn(place.data)) {
-    for (const member of data.members) await waitForNode(member.path);
+    for (const member of data.members) {
+      await waitForNode(member.path).catch((error) => {
+        leaveOut([member], messageOf(error), data);
+      });
+    }
     await mountMembers(data, place);
     await growFilesystem(data.members, place);
   }
@@ -2231,6 +2250,18 @@ function absentSince(
   return Object.fromEntries(gone.slice(-16)); // a block has room for so many
 }
 
+/** Goes on without some members. */
+function leaveOut(
+  devices: BlockDevice[],
+  why: string,
+  data: DataFilesystem,
+): void {
+  say("warning", `${why}: going on without`);
+  data.members = data.members.filter((member) => !devices.includes(member));
+  data.missing += devices.length;
+  assert(data.members.length > 0, "No device of the data filesystem is left");
+}
+
 async function mountMembers(
   data: DataFilesystem,
   place: Places,
@@ -2249,9 +2280,7 @@ async function mountMembers(
   ): Promise<void> => {
     const dead = await markMembers(devices, data.fsid);
     if (dead.length > 0) {
-      say("warning", `${pathsOf(dead)} cannot be written to: going on without`);
-      data.members = data.members.filter((member) => !dead.includes(member));
-      data.missing += dead.length;
+      leaveOut(dead, `${pathsOf(dead)} cannot be written to`, data);
       return await mountWith(devices.filter((d) => !dead.includes(d)), true);
     }
     const paths = devices.map((device) => device.path);
@@ -2917,6 +2946,7 @@ async function doNextJob(
   let longPart: (() => Promise<void>) | undefined;
   try {
     const plan = decide(await look(settings), settings);
+    await disarm(plan.disarm); // what has taken its place
     const state = plan.mount && stateOf(plan.mount);
     const wishes = readWishes(place);
     const job = state && decideJob(plan, state, wishes);
@@ -2952,7 +2982,6 @@ async function startJob(
   data: DataFilesystem,
   place: Places,
 ): Promise<(() => Promise<void>) | undefined> {
-    await disarm(plan.disarm); // what has taken its place
   switch (job.kind) {
     case "wait":
       return () => waitForOperation(data);
@@ -3104,6 +3133,7 @@ async function finishReplace(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
+  const sequence = diskSequence(device);
   for (let packed = false;; packed = true) {
     await waitForOperation(data);
     const found = await superblockOf(device.path);
@@ -3129,11 +3159,14 @@ async function finishReplace(
   }
 }
 
+/** No two disks have the same (Documentation/ABI/stable/sysfs-block). */
+const diskSequence = ({ disk }: BlockDevice) =>
+  readText(`/sys/block/${disk}/diskseq`);
+
 /**
  * Makes sure that each device has space for new chunks, if need be by moving
  * some to the device that was added. Where all is allocated, Linux 6.18 was
  * seen to abort a conversion with ENOSPC: the filesystem went read-only.
-  const sequence = diskSequence(device);
  */
 async function makeRoom(place: Places): Promise<void> {
   const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
@@ -3158,10 +3191,6 @@ async function makeRoom(place: Places): Promise<void> {
     });
   }
 }
-
-/** No two disks have the same (Documentation/ABI/stable/sysfs-block). */
-const diskSequence = ({ disk }: BlockDevice) =>
-  readText(`/sys/block/${disk}/diskseq`);
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
 async function packChunks(place: Places): Promise<void> {
@@ -3210,17 +3239,28 @@ async function enable(
   force: boolean,
   settings: Settings,
 ): Promise<void> {
+  const isImage = (path: string) =>
+    fs.statSync(path, { throwIfNoEntry: false })?.isFile();
+  const names = paths.map((path) =>
+    basename(attemptNow(() => fs.realpathSync(path)) ?? "")
+  );
+  for (const [i, name] of names.entries()) {
+    if (wholeDisk(name) !== name && names.includes(wholeDisk(name))) {
+      throw new UsageError(
+        `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
+      );
+    }
+  }
   const steps: (() => Promise<void>)[] = [];
   for (const path of paths) {
-    const isImage = fs.statSync(path, { throwIfNoEntry: false })?.isFile();
     steps.push(
-      isImage
+      isImage(path)
         ? await checkImage(path, force)
         : await checkDevice(path, force, settings),
     );
   }
   for (const step of steps) await step();
-  await foretell(settings);
+  if (!paths.every(isImage)) await foretell(settings);
 }
 
 /** Says what is on a device; gives the step that marks it. */
@@ -3231,14 +3271,20 @@ async function checkDevice(
 ): Promise<() => Promise<void>> {
   const { device, facts } = await lookAtOne(path, settings);
   const holds = await describeContents(device, facts);
-  print(`${device.path}: ${describeDevice(device)}, ${holds ?? "empty"}`);
+  print(`${device.path}: ${describeDevice(device)}, ${holds ?? "seems empty"}`);
+  const isEnabled = isMarked(device) && dataOn(device, facts).length === 0;
   const refusal = refuseToEnable(device, facts) ??
-    (holds && !force && !isMarked(device)
+    (holds && !force && !isEnabled
       ? `it holds ${holds}: use --force to give that up`
       : undefined);
   if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+  if (device.hasNode) {
+    await run(words`wipefs --quiet --all --no-act ${device.path}`, {
+      to: `have ${path} alone (is it mounted in a container?)`,
+    });
+  }
   return async () => {
-    if (isMarked(device) && dataOn(device, facts).length === 0) {
+    if (isEnabled) {
       print(`${path} is enabled already`);
     } else {
       await mark(device, facts);
@@ -3296,7 +3342,18 @@ async function checkImage(
   }
   const holds = await describeSignatures(path);
   const size = fs.statSync(path).size;
-  print(`${path}: image file, ${inMiB(size)}, ${holds ?? "empty"}`);
+  print(`${path}: image file, ${inMiB(size)}, ${holds ?? "seems empty"}`);
+  if (size < MiB) {
+    throw new UsageError(
+      `Cannot enable ${path}: it is too small for the image of a disk ` +
+        `(truncate -s 20G makes it larger, and may do so again later)`,
+    );
+  }
+  try {
+    fs.accessSync(path, fs.constants.W_OK);
+  } catch (error) {
+    throw new UsageError(`Cannot enable ${path}: ${messageOf(error)}`);
+  }
   if (holds && !force && !await isMarkedImage(path)) {
     throw new UsageError(
       `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
@@ -3308,7 +3365,10 @@ async function checkImage(
     if (!await isMarkedImage(path)) {
       throw new Error(`Cannot read the mark back from ${path}`);
     }
-    print(`${path} is enabled: a machine that has it as a disk formats it`);
+    print(
+      `${path} is enabled: a machine that has it as a disk formats it` +
+        (holds ? `, unless it holds a "${DATA}": then that wins` : ""),
+    );
   };
 }
 
@@ -3330,6 +3390,9 @@ async function disable(paths: string[], settings: Settings): Promise<void> {
       continue;
     }
     const { device } = await lookAtOne(path, settings);
+    if (device.readError) {
+      throw new Error(`Cannot disable ${path}: ${device.readError}`);
+    }
     if (!isMarked(device)) {
       print(`${path} is not enabled`);
       continue;
@@ -3388,6 +3451,12 @@ function refuseToEnable(device: BlockDevice, facts: Facts): string | undefined {
   if (isSystemSource(device, facts)) {
     return "the running system came from it";
   }
+  const other = device.kind === "partition"
+    ? whole
+    : partsOf(device, facts.devices).find((part) => part !== device);
+  if (other && other !== device && isMarked(other)) {
+    return `${other.path} is enabled (--disable it first)`;
+  }
   const dataBytes = layOut(device, facts.memoryBytes, true).dataBytes;
   if (dataBytes < MINIMUM_DATA_BYTES) {
     return `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
@@ -3412,12 +3481,20 @@ async function describeContents(
   facts: Facts,
 ): Promise<string | undefined> {
   const [ours] = dataOn(device, facts);
-  const found = await describeSignatures(device.path);
-  if (!ours) return found;
-  return `the data filesystem "${DATA}" ${ours.btrfs?.fsid}`;
+  if (ours) return `the data filesystem "${DATA}" ${ours.btrfs?.fsid}`;
+  const found = [await describeSignatures(device.path)];
+  for (const part of partsOf(device, facts.devices)) {
+    if (part === device || !part.hasNode) continue;
+    const holds = await describeSignatures(part.path);
+    if (holds) found.push(`${part.path} (${holds})`);
+  }
+  return found.filter(Boolean).join(", ") || undefined;
 }
 
-/** What wipefs(8) lists: every signature, where blkid(8) picks one. */
+/**
+ * What wipefs(8) lists: every signature, where blkid(8) picks one. An encrypted
+ * disk has none: it shows by what is in its first MiB.
+ */
 async function describeSignatures(path: string): Promise<string | undefined> {
   const listed = await ask(
     words`wipefs --noheadings --output TYPE,LABEL ${path}`,
@@ -3427,7 +3504,12 @@ async function describeSignatures(path: string): Promise<string | undefined> {
   const found = lines.filter(([type]) => type)
     .map(([type, label]) => label ? `${type} "${label}"` : type);
   const unique = [...new Set(found)].join(", ").replaceAll(/\p{Cc}/gu, "?");
-  return unique || undefined;
+  if (unique) return unique;
+  const start = await withDevice(path, (read) => read(0, MiB));
+  if (text(start, 0, MAGIC.length) === MAGIC) start.fill(0, 0, MAGIC.length);
+  return start.some((byte) => byte !== 0)
+    ? "data of an unknown kind"
+    : undefined;
 }
 
 function describeDevice(device: BlockDevice): string {
@@ -3518,7 +3600,7 @@ async function readStatus(settings: Settings): Promise<Status> {
       type,
     })),
     space: base ? readSpace(place.data) : null,
-    metadataSpace: fsid
+    metadataSpace: fsid && members.length > 0
       ? readMetadataSpace(fsid, members.map((member) => member.btrfs))
       : null,
     swap: readSwaps(),
@@ -3629,7 +3711,9 @@ function judgeHealth(
   status: Status,
   state: FilesystemState | undefined,
 ): string[] {
-  const health: string[] = [];
+  const last = status.lastBoot as { errors?: string[] } | null;
+  const health = (last?.errors ?? [])
+    .map((error) => `The last boot said: ${error}`);
   for (const device of status.devices) {
     const name = device.path ?? `device ${device.devid}`;
     if (device.missing) {
@@ -3927,6 +4011,7 @@ async function takeLock(
     return { release: () => {} };
   }
   fs.mkdirSync(dirname(path), { recursive: true });
+  const started = Date.now();
   const file = fs.openSync(path, "a");
   const child = spawn(flock, ["--timeout", `${timeoutMs / 1000}`, "3"], {
     stdio: ["ignore", "ignore", "ignore", file],
@@ -4087,6 +4172,11 @@ const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
 /** Reads the command line and the kernel's. */
 export function parseCommandLine(args: string[], kernel: string) {
+  const valued = args.slice(0, args.indexOf("--") >>> 0)
+    .find((arg) => FLAGS.some((flag) => arg.startsWith(`--${flag}=`)));
+  if (valued) {
+    throw new UsageError(`Option "${valued}" takes no value: see --help`);
+  }
   const parsed = parseArgs(args, {
     boolean: FLAGS,
     string: ["wait", "devices", "root"],
@@ -4195,6 +4285,9 @@ async function main(args: string[]): Promise<number> {
       speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
     }
     for (const warning of warnings) say("warning", warning);
+    if (mode !== "help" && mode !== "version" && process.getuid?.() !== 0) {
+      throw new Error(`Cannot look at disks: only root may, log in as root`);
+    }
     switch (mode) {
       case "help":
         print(HELP);

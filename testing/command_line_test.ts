@@ -52,6 +52,8 @@ const mistakes: Record<string, string[]> = {
   "--devices with a device that is not there": ["--devices", "/dev/nowhere"],
   "--root with a folder that is not there": ["--root", "/nowhere"],
   "--root with a file": ["--root", "/etc/passwd"],
+  "--enable= with a device": ["--enable=/dev/null", "/dev/zero"],
+  "--status with a value": ["--status=no"],
 };
 
 for (const [mistake, args] of Object.entries(mistakes)) {
@@ -183,6 +185,35 @@ onDisks(
     const again = await system.run(["--disable", image]);
     assertEquals(again.status, 0, again.stderr);
     assertEquals(await system.sh("cat tmp/*.img | tr -d '\\0'"), "");
+  },
+);
+
+onDisks(
+  "--enable refuses a file that is no image, and one that cannot be written",
+  { disks: [disk] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    const sum = "cat tmp/* | sha256sum";
+    await system.sh(
+      `: > tmp/empty; echo 'echo a script' > tmp/small
+       head -c 2M /etc/services /bin/* 2>/dev/null | head -c 2M > tmp/large
+       mkdir tmp/ro; mount -t tmpfs none tmp/ro; truncate -s 1M tmp/ro/image
+       mount -o remount,ro tmp/ro`,
+    );
+    const before = await system.sh(`${sum} 2>/dev/null`);
+    const files: Record<string, RegExp> = {
+      "empty": /too small/,
+      "small": /too small/,
+      "large": /data of an unknown kind: use --force/,
+      "ro/image": /read-only file system/i,
+    };
+    for (const [file, says] of Object.entries(files)) {
+      const image = `${system.root}/tmp/${file}`;
+      const result = await system.run(["--enable", path, image]);
+      assertRefused(result, image, says);
+      assertEquals(await marked(system), [false]);
+    }
+    assertEquals(await system.sh(`${sum} 2>/dev/null`), before);
   },
 );
 
@@ -402,6 +433,40 @@ const refusals: {
     force: "overrules",
   },
   {
+    name: "a disk with data of an unknown kind",
+    disks: [{ ...disk, contents: 'head -c 1M /dev/urandom > "$DISK"' }],
+    enable: ["%1"],
+    says: /data of an unknown kind/,
+    force: "overrules",
+  },
+  {
+    name: "a disk that is mounted elsewhere",
+    disks: [disk],
+    prepare: `mkfs.ext4 -q "$1"
+      unshare --mount sh -c 'mount -r "$0" mnt; : > tmp/mounted; exec sleep 8' \\
+        "$1" >/dev/null 2>&1 &
+      until [ -e tmp/mounted ]; do sleep 0.1; done`,
+    enable: ["%1"],
+    says: /busy|use --force/,
+    force: "does not help",
+  },
+  {
+    name: "a disk and its partition at once",
+    disks: [{ ...disk, contents: gpt }],
+    prepare: 'partx --add "$1"',
+    enable: ["%1", "%1p2"],
+    says: /its whole disk is to be enabled/,
+    force: "does not help",
+  },
+  {
+    name: "a partition of a disk that is enabled",
+    disks: [{ ...disk, contents: `${gpt}\n${header}` }],
+    prepare: 'partx --add "$1"',
+    enable: ["%1p2"],
+    says: /loop\d+ is enabled \(--disable it first\)/,
+    force: "does not help",
+  },
+  {
     name: "a good disk together with a mounted one",
     disks: [disk, disk],
     prepare: 'mkfs.ext4 -q "$2"; mount -r "$2" mnt',
@@ -456,6 +521,67 @@ onDisks(
       const result = await system.run(["--enable", path]);
       assert(result.status !== 0, `${path} was accepted`);
       assertStringIncludes(result.stderr, path);
+    }
+  },
+);
+
+const forgotten: Record<string, string> = {
+  "a whole disk": `mkfs.btrfs -q -L lightwhale-data "$DISK"\n${header}`,
+  "a data disk": `printf 'label: gpt\nname=lightwhale-data\n' |
+      sfdisk -q --no-reread --no-tell-kernel "$DISK"
+    truncate -s 500M part; mkfs.btrfs -q -L lightwhale-data part
+    dd if=part of="$DISK" bs=1M seek=1 conv=notrunc,sparse status=none
+    rm part\n${header}`,
+  "a partition": `printf 'label: gpt\nname=${magic}\n' |
+      sfdisk -q --no-reread --no-tell-kernel "$DISK"
+    truncate -s 500M part; mkfs.btrfs -q -L lightwhale-data part
+    dd if=part of="$DISK" bs=1M seek=1 conv=notrunc,sparse status=none
+    rm part`,
+};
+
+for (const [what, contents] of Object.entries(forgotten)) {
+  onDisks(
+    `--enable refuses ${what} with data that is marked already`,
+    { disks: [{ ...disk, contents }] },
+    async (system) => {
+      const [device] = system.disks;
+      if (what !== "a whole disk") await addPartitions(device.path);
+      const path = what === "a partition" ? `${device.path}p1` : device.path;
+      const before = await system.checksum(device);
+      const result = await system.run(["--enable", path]);
+      assertRefused(result, path, /the data filesystem .* use --force/);
+      assertEquals(await system.checksum(device), before);
+      await system.reboot();
+      const { report, stderr } = await system.boot();
+      assertEquals(report.mode, "persistent", stderr);
+      assertEquals(await marked(system), [false]);
+    },
+  );
+}
+
+onDisks(
+  "--disable does not take a disk that it cannot read for one without a mark",
+  { disks: [magicDisk] },
+  async (system) => {
+    const [{ path, image }] = system.disks;
+    await Deno.truncate(image, 0); // every read fails
+    const result = await system.run(["--disable", path]);
+    assertRefused(result, path, /Cannot read/);
+  },
+);
+
+onDisks(
+  "without root: one sentence, nothing is looked at",
+  { disks: [magicDisk] },
+  async (system) => {
+    for (const mode of ["--status", "--dry-run", "--disable"]) {
+      const args = [mode];
+      if (mode === "--disable") args.push(system.disks[0].path);
+      const { status, stdout, stderr } = await system.run(args, {
+        tool: ["setpriv", "--reuid", "1000", ...tool],
+      });
+      assertEquals([status, stdout], [1, ""], stderr);
+      assertMatch(stderr, /^persistence: Cannot .* root\b.*\n$/);
     }
   },
 );
@@ -518,6 +644,26 @@ onDisks(
     for (const name of ["/etc", "/var", "/home", "/mnt/lightwhale-data"]) {
       assert(targets.includes(name), `${targets} lacks ${name}`);
     }
+  },
+);
+
+onDisks(
+  "--status after a boot that failed says so",
+  { disks: [magicDisk] },
+  async (system) => {
+    await system.boot();
+    const [{ path }] = system.disks;
+    await system.reboot();
+    await system.sh(
+      `sfdisk -d ${path} >/dev/null
+       dd if=/dev/zero of=${path} bs=4k seek=272 count=1 conv=notrunc`,
+    );
+    const boot = await system.boot();
+    assertEquals([boot.status, boot.report.mode], [1, "fallback"], boot.stderr);
+    assertMatch(boot.report.reason, /may be damaged/);
+    const { stdout } = await system.run([...system.place(), "--status"]);
+    assertMatch(stdout, /^Attention: The last boot said: .*loop\d+p1/m);
+    assert(!stdout.includes("Healthy"), stdout);
   },
 );
 

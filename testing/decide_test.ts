@@ -461,7 +461,12 @@ const situations: {
     name: "a replace was cut: the mark of its target stays",
     devices: [
       first,
-      data("sdc", { ...two, devid: 0, mark: mark("c", 5, ["a", "c"]) }),
+      data("sdc", {
+        ...two,
+        devid: 0,
+        mark: mark("c", 5, ["a", "c"]),
+        disk: { header: true },
+      }),
     ],
     decides: { ...degraded, target: ["sdc2"] },
   },
@@ -628,13 +633,6 @@ const situations: {
     says: /sdb is marked .* the mark stays/,
   },
   {
-    name: "a magic disk that is too small to mirror what is used",
-    devices: [data("sda"), magic("sdb", { sizeBytes: 8 * GiB })],
-    decides: single,
-    says: /sdb does not join .* 10240 MiB are used, .* only [67]\d{3} MiB/,
-  },
-  {
-  {
     name: "another data filesystem is mounted elsewhere, and lacks a member",
     devices: [
       data("sda", {
@@ -677,6 +675,13 @@ const situations: {
     says:
       /sdb does not join .* it has 3582 MiB for data, and needs 6\d\d\d MiB/,
   },
+  {
+    name: "a magic disk that is too small to mirror what is used",
+    devices: [data("sda"), magic("sdb", { sizeBytes: 8 * GiB })],
+    decides: single,
+    says: /sdb does not join .* 10240 MiB are used, .* only [67]\d{3} MiB/,
+  },
+  {
     name: "two magic disks, of which one is large enough to join first",
     devices: [
       data("sda"),

@@ -174,6 +174,58 @@ for (const how of ["is not installed", "cannot be run"]) {
   );
 }
 
+for (const before of ["a boot", "a reset"]) {
+  onDisks(
+    `after ${before} another one is at work for too long: nothing is touched`,
+    { disks: [magicDisk] },
+    async (system) => {
+      if (before === "a boot") {
+        await system.boot();
+        await system.sh("echo mine > home/file");
+      }
+      const mounts = await system.sh("cat /proc/self/mountinfo");
+      await system.sh(
+        `mkdir -p run/lightwhale
+         flock run/lightwhale/lock sleep 60 >/dev/null 2>&1 &
+         while flock -n run/lightwhale/lock true; do sleep 0.1; done`,
+      );
+      const { status, stderr } = await runImpatiently(system, {});
+      assertEquals(status, 1, stderr);
+      assertMatch(stderr, /another persistence.ts is at work; wait for it/);
+      const after = await system.sh("cat /proc/self/mountinfo");
+      assertEquals(after, mounts, stderr);
+    },
+  );
+}
+
+onDisks(
+  "flock knows no --timeout, as BusyBox's: the boot goes on without a lock",
+  { disks: [magicDisk] },
+  async (system) => {
+    const boot = await bootWith(system, { flock: "#!/bin/sh\nexit 1\n" });
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    assertMatch(boot.stderr, /Working without a lock: "flock" failed \(1\)/);
+    await assertRecovers(system);
+  },
+);
+
+onDisks(
+  "the partitions of half of a mirror cannot be shown: the other half is used",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const partx = `#!/bin/sh
+      PATH=\${PATH#*:}
+      case $* in *${system.disks[0].path}) echo no can do >&2; exit 7; esac
+      exec partx "$@"`;
+    const boot = await bootWith(system, { partx });
+    assertEquals([boot.status, boot.report.mode], [1, "persistent"]);
+    assert(boot.report.degraded, boot.stderr);
+    assertMatch(boot.stderr, /did not appear .*: going on without/);
+    assertEquals(await system.sh("cat etc/precious"), "precious\n");
+  },
+);
+
 onDisks(
   "a boot that is run again fails: what is set up stays",
   { disks: [magicDisk] },
@@ -240,7 +292,8 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
           "replace start"*) ${start} ;;
           "replace cancel"*) exit 2 ;;
           "balance start -dusage"*)
-            dd if=/dev/zero of=${fresh.path} bs=27 count=1 conv=notrunc ;;
+            partx -d ${fresh.path}; losetup -d ${fresh.path}
+            losetup ${fresh.path} ${fresh.image}; partx -a ${fresh.path} ;;
           *) exec btrfs "$@" ;;
         esac`.replaceAll("$PATH_TO_LOG", `${system.root}/run/btrfs.log`);
       const { stderr } = await runImpatiently(

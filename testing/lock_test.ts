@@ -2,7 +2,7 @@
  * Two at once: their commands never interleave, and a lock dies with whoever
  * held it, however that ended.
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import { systemPath } from "./programs.ts";
 import {
   type Boot,
@@ -86,37 +86,6 @@ for (const mode of ["--enable", "--disable"]) {
       } finally {
         await Deno.remove(log, { recursive: true });
       }
-    },
-  );
-}
-
-for (const before of ["a boot", "a reset"]) {
-  onDisks(
-    `after ${before} another one is at work for too long: nothing is touched`,
-    { disks: [magicDisk] },
-    async (system) => {
-      if (before === "a boot") {
-        await system.boot();
-        await system.sh("echo mine > home/file");
-      }
-      const mounts = await system.sh("cat /proc/self/mountinfo");
-      const folder = await Deno.makeTempDir({ prefix: "persistence-lock-" });
-      try { // flock(1): the time is up
-        const flock = `${folder}/flock`;
-        await Deno.writeTextFile(flock, "#!/bin/sh\nexit 1\n");
-        await command(["chmod", "755", flock]);
-        const path = `${folder}:${systemPath}`;
-        const { status, stderr } = await system.boot([], { path });
-        assertEquals(status, 1, stderr);
-        assertMatch(stderr, /another persistence.ts is at work; wait for it/);
-        const after = await system.sh("cat /proc/self/mountinfo");
-        assertEquals(after, mounts, stderr);
-      } finally {
-        await Deno.remove(folder, { recursive: true });
-      }
-      const boot = await system.boot();
-      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
-      await assertComplete(system);
     },
   );
 }
