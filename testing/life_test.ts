@@ -409,12 +409,12 @@ onDisks(
 
 onDisks(
   "a disk too small to mirror what is there does not join",
-  { disks: [{ sizeBytes: 3000 * MiB, contents: header }] },
+  { disks: [{ sizeBytes: 2000 * MiB, contents: header }] },
   async (system) => {
     const sums = await persist(system);
-    sums.much = await write(system, "much", 300);
+    sums.much = await write(system, "much", 750);
     const small = await system.plug({
-      sizeBytes: 400 * MiB,
+      sizeBytes: 1000 * MiB,
       contents: header,
     });
     await system.reboot();
@@ -426,6 +426,24 @@ onDisks(
     assert(await isMarked(small));
     sums.more = await write(system, "more", 300);
     await assertKept(system, sums);
+  },
+);
+
+onDisks(
+  "a disk without room for a chunk of each kind does not join",
+  { disks: [{ sizeBytes: 1024 * MiB, contents: header }] },
+  async (system) => {
+    await system.boot();
+    const small = await system.plug({ sizeBytes: 130 * MiB, contents: header });
+    for (const _ of ["first", "second"]) {
+      await system.reboot();
+      const boot = await system.boot();
+      assertPersistent(boot, { devices: 1 });
+      assertMatch(boot.stderr, /does not join .* use a larger disk/);
+      await idle(system);
+      assert(await isMarked(small));
+      await system.sh("touch etc/still-writable");
+    }
   },
 );
 
