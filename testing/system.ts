@@ -415,10 +415,13 @@ async function waitUntilEmpty(
   namespace: string,
   { besides, endWith }: { besides?: number; endWith?: Deno.Signal },
 ): Promise<void> {
+  let emptyScans = 0;
   for (let tries = 0; tries < 1000; tries++) {
     const all = await processesIn(namespace);
     const pids = all.filter((pid) => pid !== besides);
-    if (pids.length === 0) return;
+    // One that forks and ends during a scan is not seen, nor is its child.
+    emptyScans = pids.length === 0 ? emptyScans + 1 : 0;
+    if (emptyScans === 3) return;
     if (endWith) pids.forEach((pid) => signalProcess(pid, endWith));
     await sleep(20);
   }
