@@ -3350,7 +3350,7 @@ async function checkImage(
     );
   }
   try {
-    fs.accessSync(path, fs.constants.W_OK);
+    fs.closeSync(fs.openSync(path, "r+"));
   } catch (error) {
     throw new UsageError(`Cannot enable ${path}: ${messageOf(error)}`);
   }
