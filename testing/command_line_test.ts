@@ -525,18 +525,19 @@ onDisks(
   },
 );
 
+/** A partition of this name, and the data filesystem on it. */
+const dataPartition = (name: string) =>
+  `printf 'label: gpt\nname=${name}\n' |
+     sfdisk -q --no-reread --no-tell-kernel "$DISK"
+   file=$(mktemp); truncate -s 500M "$file"
+   mkfs.btrfs -q -L lightwhale-data "$file"
+   dd if="$file" of="$DISK" bs=1M seek=1 conv=notrunc,sparse status=none
+   rm "$file"`;
+
 const forgotten: Record<string, string> = {
   "a whole disk": `mkfs.btrfs -q -L lightwhale-data "$DISK"\n${header}`,
-  "a data disk": `printf 'label: gpt\nname=lightwhale-data\n' |
-      sfdisk -q --no-reread --no-tell-kernel "$DISK"
-    truncate -s 500M part; mkfs.btrfs -q -L lightwhale-data part
-    dd if=part of="$DISK" bs=1M seek=1 conv=notrunc,sparse status=none
-    rm part\n${header}`,
-  "a partition": `printf 'label: gpt\nname=${magic}\n' |
-      sfdisk -q --no-reread --no-tell-kernel "$DISK"
-    truncate -s 500M part; mkfs.btrfs -q -L lightwhale-data part
-    dd if=part of="$DISK" bs=1M seek=1 conv=notrunc,sparse status=none
-    rm part`,
+  "a data disk": `${dataPartition("lightwhale-data")}\n${header}`,
+  "a partition": dataPartition(magic),
 };
 
 for (const [what, contents] of Object.entries(forgotten)) {
@@ -654,9 +655,8 @@ onDisks(
     await system.boot();
     const [{ path }] = system.disks;
     await system.reboot();
-    await system.sh(
-      `sfdisk -d ${path} >/dev/null
-       dd if=/dev/zero of=${path} bs=4k seek=272 count=1 conv=notrunc`,
+    await system.sh( // the superblock: 64 KiB behind the first MiB
+      `dd if=/dev/zero of=${path} bs=4k seek=272 count=1 conv=notrunc`,
     );
     const boot = await system.boot();
     assertEquals([boot.status, boot.report.mode], [1, "fallback"], boot.stderr);

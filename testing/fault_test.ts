@@ -14,7 +14,7 @@ import {
   MiB,
   onDisks,
   projectFolder,
-  type Result,
+  type RunOptions,
   type System,
 } from "./system.ts";
 
@@ -130,9 +130,10 @@ const rehearsals: Record<string, { script: string; says: RegExp }> = {
     says: /Cannot rehearse.*was killed by SIGSEGV/,
   },
   "finds no room on /run": {
-    script: `#!/bin/sh
-case $* in *rehearsal-*) echo "ERROR: no space left on device" >&2; exit 1; esac
-PATH=\${PATH#*:} exec mkfs.btrfs "$@"`,
+    script: realBut(
+      "mkfs.btrfs",
+      '*rehearsal-*) echo "ERROR: no space left on device" >&2; exit 1',
+    ),
     says: /Cannot format \S+: it is too small/,
   },
 };
@@ -189,7 +190,10 @@ for (const before of ["a boot", "a reset"]) {
          flock run/lightwhale/lock sleep 60 >/dev/null 2>&1 &
          while flock -n run/lightwhale/lock true; do sleep 0.1; done`,
       );
-      const { status, stderr } = await runImpatiently(system, {});
+      const { status, stderr } = await impatiently(
+        {},
+        (options) => system.run(system.place(), options),
+      );
       assertEquals(status, 1, stderr);
       assertMatch(stderr, /another persistence.ts is at work; wait for it/);
       const after = await system.sh("cat /proc/self/mountinfo");
@@ -214,10 +218,8 @@ onDisks(
   { disks: [magicDisk, magicDisk] },
   async (system) => {
     await persist(system);
-    const partx = `#!/bin/sh
-      PATH=\${PATH#*:}
-      case $* in *${system.disks[0].path}) echo no can do >&2; exit 7; esac
-      exec partx "$@"`;
+    const [{ path }] = system.disks;
+    const partx = realBut("partx", `*${path}) echo no can do >&2; exit 7`);
     const boot = await bootWith(system, { partx });
     assertEquals([boot.status, boot.report.mode], [1, "persistent"]);
     assert(boot.report.degraded, boot.stderr);
@@ -235,10 +237,7 @@ onDisks(
     await system.sh("echo mine > home/file");
     await system.sh("umount mnt/lightwhale-data/lightwhale-state-snapshots");
     const mounts = await system.sh("cat /proc/self/mountinfo");
-    const mount = `#!/bin/sh
-      PATH=\${PATH#*:}
-      case $* in *snapshots*) echo no can do >&2; exit 7; esac
-      exec mount "$@"`;
+    const mount = realBut("mount", "*snapshots*) echo no can do >&2; exit 7");
     const boot = await bootWith(system, { mount });
     assertEquals(boot.status, 1, boot.stderr);
     assertMatch(boot.stderr, /snapshots.* failed with status 7: no can do/);
@@ -284,22 +283,18 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
       const fresh = await system.plug(smallDisk);
       await system.reboot({ without: [old] });
       await bootWith(system, { setsid: "#!/bin/sh\nexit 0\n" });
-      const log = "$PATH_TO_LOG";
-      const script = `#!/bin/sh
-        PATH=\${PATH#*:}
-        echo "$@" >> ${log}
-        case $* in
-          "replace start"*) ${start} ;;
-          "replace cancel"*) exit 2 ;;
-          "balance start -dusage"*)
-            partx -d ${fresh.path}; losetup -d ${fresh.path}
-            losetup ${fresh.path} ${fresh.image}; partx -a ${fresh.path} ;;
-          *) exec btrfs "$@" ;;
-        esac`.replaceAll("$PATH_TO_LOG", `${system.root}/run/btrfs.log`);
-      const { stderr } = await runImpatiently(
-        system,
-        { btrfs: script },
-        [...system.place(), "--maintain"],
+      const btrfs = realBut(
+        "btrfs",
+        `"replace start"*) ${start} ;;
+         "replace cancel"*) exit 2 ;;
+         "balance start -dusage"*)
+           partx -d ${fresh.path}; losetup -d ${fresh.path}
+           losetup ${fresh.path} ${fresh.image}; partx -a ${fresh.path}; exit`,
+        `echo "$@" >> ${system.root}/run/btrfs.log`,
+      );
+      const { stderr } = await impatiently(
+        { btrfs },
+        (options) => system.run([...system.place(), "--maintain"], options),
       );
       assertMatch(stderr, says, stderr);
       const asked = await system.sh("cat run/btrfs.log");
@@ -459,6 +454,20 @@ async function bootWith(
   return await withPrograms(programs, (path) => system.boot([], { path }));
 }
 
+/**
+ * The real program, but for some arguments: cases of a shell.
+ *
+ * @param first What is done before, whatever the arguments.
+ */
+function realBut(name: string, cases: string, first = ""): string {
+  return `#!/bin/sh
+PATH=\${PATH#*:}
+${first}
+case $* in ${cases} ;; esac
+exec ${name} "$@"
+`;
+}
+
 /** Gives a PATH in which these programs are something else. */
 async function withPrograms<T>(
   programs: Record<string, string>,
@@ -497,17 +506,17 @@ upperdir=$over/upper$folder,workdir=$over/work$folder"
 /** A boot with a program that never ends, and impatience. */
 async function bootImpatiently(system: System, hangs: string): Promise<Boot> {
   const sleep = "#!/bin/sh\nexec /bin/sleep 600\n";
-  const result = await runImpatiently(system, { [hangs]: sleep });
-  const report = await system.sh("cat run/lightwhale/persistence.json");
-  return { ...result, report: JSON.parse(report) };
+  return await impatiently(
+    { [hangs]: sleep },
+    (options) => system.boot([], options),
+  );
 }
 
-/** Runs the script with its time-outs divided by thirty, and these programs. */
-async function runImpatiently(
-  system: System,
+/** Uses the script with its time-outs divided by thirty, and these programs. */
+async function impatiently<T>(
   programs: Record<string, string>,
-  args = system.place(),
-): Promise<Result> {
+  use: (options: RunOptions) => Promise<T>,
+): Promise<T> {
   const script = `${projectFolder}dist/impatient.ts`;
   const source = await Deno.readTextFile(`${projectFolder}persistence.ts`);
   const [before, table, after] = source.split(
@@ -524,7 +533,7 @@ async function runImpatiently(
   try {
     return await withPrograms(
       programs,
-      (path) => system.run(args, { path, tool: impatient(script) }),
+      (path) => use({ path, tool: impatient(script) }),
     );
   } finally {
     await Deno.remove(script);

@@ -853,8 +853,8 @@ for (const [kind, script] of Object.entries(images)) {
         whileOff: () =>
           destroy(
             disk,
-            `cd "$(mktemp -d)"; truncate -s 100M image; ${script}
-             dd if=image of="$DISK" bs=1M conv=notrunc; rm image`,
+            `folder=$(mktemp -d); cd "$folder"; truncate -s 100M image; ${script}
+             dd if=image of="$DISK" bs=1M conv=notrunc; rm -r "$folder"`,
           ),
       });
       const before = await system.checksum(disk);
