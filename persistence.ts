@@ -374,9 +374,7 @@ export function parseGpt(
   for (let i = 0; i < count; i++) {
     const entry = entries.subarray(i * size, (i + 1) * size);
     const at = GPT.entry;
-    if (entry.subarray(at.type, at.type + 16).every((byte) => byte === 0)) {
-      continue;
-    }
+    if (isZero(entry.subarray(at.type, at.type + 16))) continue;
     const first = Number(viewOf(entry).getBigUint64(at.first, true));
     const last = Number(viewOf(entry).getBigUint64(at.last, true));
     const name = entry.subarray(at.name, at.name + at.nameBytes);
@@ -510,11 +508,9 @@ export async function boot(settings: Settings): Promise<number> {
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     planned = describePlan(plan);
     sayPlan(plan);
-    await repairTables(plan.mount?.repair ?? []);
-    for (const disk of plan.nodes) {
-      await attempt(() => makePartitionNodes([disk]));
-    }
-    await growPartitions(plan.mount?.grow ?? []);
+    await attemptEach(plan.mount?.repair ?? [], repairTable);
+    await attemptEach(plan.nodes, makePartitionNodes);
+    await attemptEach(plan.mount?.grow ?? [], growPartition);
     await disarm(plan.disarm);
     if (plan.create) {
       await partition(plan.create); //                      step 3
@@ -778,9 +774,9 @@ async function readDevice(device: BlockDevice): Promise<void> {
   if (device.readError) return; // to open it would be to wait for ever
   try {
     await withDevice(device.path, async (read) => {
-      await readStart(device, read, 0);
+      const start = await readStart(device, read, 0);
       if (device.kind === "disk" && !device.gpt) {
-        device.gpt = await readBackupGpt(device, read);
+        device.gpt = await readBackupGpt(device, start, read);
       }
       if (device.btrfs || device.header || device.gpt) return;
       const block = await read(BTRFS.backupAt, BTRFS.bytes);
@@ -798,12 +794,16 @@ function cannotRead(device: BlockDevice, error: unknown): string {
   return named ? message : `Cannot read ${device.path}: ${message}`;
 }
 
-/** Reads the start of a device that begins at byte `at` of what is read. */
+/**
+ * Reads the start of a device that begins at byte `at` of what is read.
+ *
+ * @returns Its first bytes.
+ */
 async function readStart(
   device: BlockDevice,
   read: Read,
   at: number,
-): Promise<void> {
+): Promise<Uint8Array> {
   const sector = device.sectorBytes;
   const isDisk = device.kind === "disk";
   const marksBytes = MARK.slotsAt.length * MARK.bytes;
@@ -814,28 +814,29 @@ async function readStart(
   device.btrfs = parseSuperblock(marks.subarray(marksBytes));
   const mark = device.btrfs && parseMark(marks);
   if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
-  if (!isDisk || isMbr(start)) return;
+  if (!isDisk || isMbr(start)) return start;
   device.gpt = parseGpt(
     start.subarray(sector, 2 * sector),
     (from, length) => start.subarray(from, from + length),
     sector,
   );
+  return start;
+}
+
+/** Partition types in the MBR of a disk, if LBA 0 is one. */
+function mbrTypes(start: Uint8Array): number[] {
+  if (start[510] !== 0x55 || start[511] !== 0xaa) return [];
+  return [450, 466, 482, 498].map((at) => start[at]).filter((type) => type > 0);
 }
 
 /** Says LBA 0 that the disk has a GPT? (UEFI, 5.2.3, Protective MBR.) */
-function isProtectiveMbr(start: Uint8Array): boolean {
-  return start[510] === 0x55 && start[511] === 0xaa &&
-    partitionTypes(start).includes(0xee);
-}
+const isProtectiveMbr = (start: Uint8Array) => mbrTypes(start).includes(0xee);
 
 /** An MBR of its own right: a GPT beside it is a leftover, to the kernel too. */
-function isMbr(start: Uint8Array): boolean {
-  return start[510] === 0x55 && start[511] === 0xaa &&
-    !isProtectiveMbr(start) && partitionTypes(start).some((type) => type !== 0);
-}
+const isMbr = (start: Uint8Array) =>
+  mbrTypes(start).length > 0 && !isProtectiveMbr(start);
 
-const partitionTypes = (start: Uint8Array) =>
-  [450, 466, 482, 498].map((at) => start[at]);
+const isZero = (bytes: Uint8Array) => bytes.every((byte) => byte === 0);
 
 /**
  * The backup table at the end of a disk whose primary one is damaged. Without
@@ -844,10 +845,14 @@ const partitionTypes = (start: Uint8Array) =>
  */
 async function readBackupGpt(
   disk: BlockDevice,
+  start: Uint8Array,
   read: Read,
 ): Promise<Gpt | undefined> {
-  const start = await read(0, BTRFS.superblockAt + BTRFS.bytes);
-  if (!isProtectiveMbr(start) && start.some((byte) => byte !== 0)) return;
+  if (!isProtectiveMbr(start)) {
+    if (!isZero(start)) return;
+    const end = BTRFS.superblockAt + BTRFS.bytes;
+    if (!isZero(await read(start.length, end - start.length))) return;
+  }
   const header = start.subarray(disk.sectorBytes);
   const elsewhere = text(header, 0, 8) === GPT.signature &&
     viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
@@ -1240,7 +1245,7 @@ function isMountedAs(data: DataFilesystem, { type, source }: Mount): boolean {
 
 /** The kernel has it open as a member of its filesystem. */
 function isOpen({ inUse, btrfs }: BlockDevice): boolean {
-  return inUse !== undefined && inUse === openIn(btrfs?.fsid);
+  return inUse === openIn(btrfs?.fsid);
 }
 
 const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
@@ -1474,22 +1479,7 @@ function chooseDataFilesystem(
   }
   if (!chosen) return undefined;
   for (const device of chosen.excluded) {
-    const { members, missing } = chosen;
-    if (missing > 0 && members.some(isOpen) && !hasDevidOf(device, members)) {
-      plan.warnings.push(
-        `${device.path} came back after the mount: the next boot takes it in ` +
-          `or rebuilds it`,
-      );
-      continue;
-    }
-    plan.warnings.push(
-      `${device.path} ${whyExcluded(device, chosen.members)}: ` +
-        `${pathsOf(chosen.members)} is used, ${device.path} is not touched ` +
-        `(to use it instead, unplug ${
-          pathsOf(chosen.members)
-        }; to give it up ` +
-        `and mirror anew: persistence.ts --enable --force ${diskOf(device)})`,
-    );
+    plan.warnings.push(describeExcluded(device, chosen));
   }
   if (chosen.missing > 0) {
     plan.warnings.push(
@@ -1507,16 +1497,28 @@ function chooseDataFilesystem(
   return chosen;
 }
 
-const hasDevidOf = (device: BlockDevice, members: BlockDevice[]) =>
-  members.find((member) => devidOf(member) === devidOf(device));
-
-function whyExcluded(device: BlockDevice, members: BlockDevice[]): string {
-  const same = hasDevidOf(device, members);
-  if (same) return `is a copy of ${same.path}, or was replaced by it`;
-  if (findOnlyMember(members)) return `did not finish joining, or was removed`;
-  return members.every((member) => wroteWithout(device, member))
-    ? `and ${pathsOf(members)} were each written without the other`
+/** Says why a device is not used, and how to choose otherwise. */
+function describeExcluded(
+  device: BlockDevice,
+  { members, missing }: DataFilesystem,
+): string {
+  const { path } = device;
+  const used = pathsOf(members);
+  const same = members.find((member) => devidOf(member) === devidOf(device));
+  if (!same && missing > 0 && members.some(isOpen)) {
+    return `${path} came back after the mount: the next boot takes it in or ` +
+      `rebuilds it`;
+  }
+  const why = same
+    ? `is a copy of ${same.path}, or was replaced by it`
+    : findOnlyMember(members)
+    ? `did not finish joining, or was removed`
+    : members.every((member) => wroteWithout(device, member))
+    ? `and ${used} were each written without the other`
     : `was replaced while it was away`;
+  return `${path} ${why}: ${used} is used, ${path} is not touched (to use it ` +
+    `instead, unplug ${used}; to give it up and mirror anew: ` +
+    `persistence.ts --enable --force ${diskOf(device)})`;
 }
 
 /** How many devices are not even stale: they are not there. */
@@ -1707,7 +1709,7 @@ function planJoining(
         `${pathsOf(doubtful)} may be a data disk that has a bad day`,
     );
   } else {
-    const sizes = plan.mount.members.map((m) => m.btrfs!.deviceBytes);
+    const sizes = sizesOf(plan.mount);
     const largestFirst = planMembers(candidates, facts, settings, plan)
       .sort((a, b) => b.dataBytes - a.dataBytes);
     for (const member of largestFirst) {
@@ -1760,6 +1762,9 @@ function whyNotMirrored(
     `${inMiB(Math.max(0, mirroredBytes))}: use a larger disk, or delete ` +
     `something`;
 }
+
+const sizesOf = ({ members }: DataFilesystem) =>
+  members.map((member) => member.btrfs!.deviceBytes);
 
 /** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
 const largestChunkBytes = (devicesBytes: number[]) =>
@@ -1819,12 +1824,7 @@ export function describePlan(plan: Plan): string[] {
 // Steps 3 to 5, do: partition, wait for nodes, create the data filesystem.
 // ---------------------------------------------------------------------------
 
-/** Restores primary partition tables, as far as that works. */
-async function repairTables(disks: BlockDevice[]): Promise<void> {
-  for (const disk of disks) await attempt(() => repairTable(disk));
-}
-
-/** Writes the table that sfdisk reads: it falls back to the backup. */
+/** Restores the primary partition table: sfdisk falls back to the backup. */
 async function repairTable(disk: BlockDevice): Promise<void> {
   say("warning", `Restoring the primary partition table of ${disk.path}`);
   await restoreProtectiveMbr(disk);
@@ -1850,22 +1850,17 @@ async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
   await writeBytes(disk.path, 0, mbr);
 }
 
-/** Tells the kernel what the tables say: BLKPG, partition by partition. */
-async function makePartitionNodes(disks: BlockDevice[]): Promise<void> {
-  for (const { path } of disks) {
-    await run(words`partx --update ${path}`, {
-      to: `show the partitions of ${path} to the kernel`,
-    });
-  }
+/** Tells the kernel what the table says: BLKPG, partition by partition. */
+async function makePartitionNodes({ path }: BlockDevice): Promise<void> {
+  await run(words`partx --update ${path}`, {
+    to: `show the partitions of ${path} to the kernel`,
+  });
 }
 
-/** Lets partitions follow their enlarged disks, as far as that works. */
-async function growPartitions(members: BlockDevice[]): Promise<void> {
-  for (const member of members) await attempt(() => growPartition(member));
-}
-
-/** Moves the backup table too. */
-async function growPartition({ path, disk, number }: BlockDevice) {
+/** Lets a partition follow its enlarged disk; moves the backup table too. */
+async function growPartition(
+  { path, disk, number }: BlockDevice,
+): Promise<void> {
   say("info", `Growing ${path} to the end of its disk`);
   await run(
     words`sfdisk --quiet --no-reread --no-tell-kernel -N ${number} /dev/${disk}`,
@@ -1878,10 +1873,10 @@ async function growPartition({ path, disk, number }: BlockDevice) {
 
 /** Takes the magic header or partition name away, now or at the next boot. */
 async function disarm(devices: BlockDevice[]): Promise<void> {
-  for (const device of devices) {
+  await attemptEach(devices, async (device) => {
     say("info", `Taking the mark away from ${device.path}`);
-    await attempt(() => setMark(device, DATA));
-  }
+    await setMark(device, DATA);
+  });
 }
 
 /** Marks a device with {@linkcode MAGIC}; any other name takes that away. */
@@ -2020,7 +2015,7 @@ async function partitionDisk(member: NewMember): Promise<void> {
 async function waitForPartitions(members: NewMember[]): Promise<void> {
   for (const { device, swapPath, dataPath } of members) {
     if (device.kind === "partition") continue;
-    await makePartitionNodes([device]);
+    await makePartitionNodes(device);
     await waitForNode(dataPath);
     if (swapPath) await waitForNode(swapPath);
   }
@@ -2807,8 +2802,7 @@ export function decideJob(
   }
   if (member) return { kind: "add", member };
   const filters = balanceFilters(state);
-  const sizes = data.members.map((member) => member.btrfs!.deviceBytes);
-  if (filters.length > 0 && !whyNotMirrored(data, sizes, 0)) {
+  if (filters.length > 0 && !whyNotMirrored(data, sizesOf(data), 0)) {
     return { kind: "balance", filters };
   }
   if (wishes.scrub) return { kind: "scrub" };
@@ -3309,7 +3303,9 @@ async function mark(device: BlockDevice, facts: Facts): Promise<void> {
   await setMark(device, MAGIC);
   // The data would win over the mark: it is given up here, on purpose.
   const parts = dataOn(device, facts);
-  await makePartitionNodes(disksWithoutNodes(parts, facts.devices));
+  for (const disk of disksWithoutNodes(parts, facts.devices)) {
+    await makePartitionNodes(disk);
+  }
   for (const part of parts) await wipe(part);
   const again = await lookAgain(device);
   if (!isMarked(again)) {
@@ -3507,9 +3503,7 @@ async function describeSignatures(path: string): Promise<string | undefined> {
   if (unique) return unique;
   const start = await withDevice(path, (read) => read(0, MiB));
   if (text(start, 0, MAGIC.length) === MAGIC) start.fill(0, 0, MAGIC.length);
-  return start.some((byte) => byte !== 0)
-    ? "data of an unknown kind"
-    : undefined;
+  return isZero(start) ? undefined : "data of an unknown kind";
 }
 
 function describeDevice(device: BlockDevice): string {
@@ -3629,10 +3623,10 @@ function readSpace(directory: string): Space | null {
 function readMetadataSpace(fsid: string, members: Superblock[]): Space {
   const value = (name: string) =>
     Number(readText(`/sys/fs/btrfs/${fsid}/allocation/${name}`) ?? 0);
-  const allocatedBytes = ["data", "metadata", "system"]
-    .reduce((sum, type) => sum + value(`${type}/disk_total`), 0);
-  const deviceBytes = members
-    .reduce((sum, member) => sum + member.deviceBytes, 0);
+  const allocatedBytes = sum(
+    ["data", "metadata", "system"].map((type) => value(`${type}/disk_total`)),
+  );
+  const deviceBytes = sum(members.map((member) => member.deviceBytes));
   const sizeBytes = value("metadata/total_bytes");
   const copies = value("metadata/disk_total") / sizeBytes || 1;
   const freeBytes = sizeBytes - value("metadata/bytes_used") -
@@ -4086,6 +4080,14 @@ async function attempt(step: () => unknown): Promise<void> {
   } catch (error) {
     sayError(error);
   }
+}
+
+/** Does it with each: none fails for another one's sake. */
+async function attemptEach<T>(
+  items: T[],
+  step: (item: T) => Promise<void>,
+): Promise<void> {
+  for (const item of items) await attempt(() => step(item));
 }
 
 /**
