@@ -737,10 +737,10 @@ function readUsers(
     const target = mounted.get(deviceNumber);
     if (target) users.set(name, `mounted on "${target}"`);
   }
-  for (const loop of listDirectory("/sys/block")) {
-    const attached = `/sys/block/${loop}/loop`;
-    if (!loop.startsWith("loop") || !fs.existsSync(attached)) continue;
-    const image = readText(`${attached}/backing_file`);
+  // Lists what has a size (proc(5)): not the loop devices that are free.
+  const partitions = readText("/proc/partitions") ?? "";
+  for (const [loop] of partitions.matchAll(/\bloop\d+$/gm)) {
+    const image = readText(`/sys/block/${loop}/loop/backing_file`);
     const owner = image && deviceOfFile(image);
     if (owner) users.set(owner, `the home of "${image}", which is in use`);
   }
