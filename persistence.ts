@@ -21,7 +21,6 @@
  */
 
 import { parseArgs } from "@std/cli/parse-args";
-import { type ChildProcess, spawn } from "node:child_process";
 import * as fs from "node:fs";
 import { basename, dirname, join } from "node:path";
 import process from "node:process";
@@ -278,11 +277,14 @@ function checksumIsRight(block: Uint8Array, view: DataView): boolean {
 }
 
 /** Castagnoli's polynomial, which Btrfs uses, and that of GPT. */
-const CRC32C = crcTable(0x82f63b78);
-const CRC32 = crcTable(0xedb88320);
+const CRC32C = 0x82f63b78;
+const CRC32 = 0xedb88320;
+
+/** Made when one is needed: not every call of this program reads a disk. */
+const crcTables = new Map<number, Uint32Array>();
 
 /** From the checksum of each bit follows, by exclusive or, that of each byte. */
-function crcTable(polynomial: number): Uint32Array {
+function makeCrcTable(polynomial: number): Uint32Array {
   const table = new Uint32Array(256);
   let crc = 1;
   for (let bit = 0x80; bit > 0; bit >>= 1) {
@@ -291,11 +293,13 @@ function crcTable(polynomial: number): Uint32Array {
       table[byte + bit] = table[byte] ^ crc;
     }
   }
+  crcTables.set(polynomial, table);
   return table;
 }
 
 /** The checksum of bytes (node:zlib's crc32 alone would load for 6 ms). */
-function crc(bytes: Uint8Array, table: Uint32Array): number {
+function crc(bytes: Uint8Array, polynomial: number): number {
+  const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
   let crc = ~0;
   for (let i = 0; i < bytes.length; i++) {
     crc = table[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
@@ -948,7 +952,7 @@ async function withDevice<T>(
   try {
     return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
   } catch (error) {
-    if (open) keepOpen(open.fd);
+    if (open) await keepOpen(open.fd);
     throw error;
   }
 }
@@ -959,8 +963,9 @@ async function withDevice<T>(
  * for what was asked of it (block/bdev.c, blkdev_flush_mapping()): our exit,
  * and init with it, for ever.
  */
-function keepOpen(file: number): void {
+async function keepOpen(file: number): Promise<void> {
   const sleep = findProgram("sleep");
+  const { spawn } = await import("node:child_process");
   attemptNow(() =>
     sleep && spawn(sleep, ["86400"], {
       stdio: ["ignore", "ignore", "ignore", file],
@@ -2874,6 +2879,7 @@ async function startMaintenance(
   }
   const command = ["setsid", process.execPath, ...program, ...options];
   const to = "start the work in the background";
+  const { spawn } = await import("node:child_process");
   const child = spawn(findCommand(command, to), command.slice(1), {
     stdio: "ignore",
     detached: true,
@@ -3855,16 +3861,18 @@ async function run(
   const errors = attemptNow(() => openNameless("")) ?? "inherit";
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    let child: ChildProcess | undefined;
+    // Loaded here: some calls of this program run nothing.
+    const { spawn } = await import("node:child_process");
+    const child = spawn(program, command.slice(1), {
+      env: { ...process.env, LC_ALL: "C" },
+      stdio: [input, "ignore", errors],
+    });
     const ending = new Promise<number | string | null>((resolve, reject) => {
-      child = spawn(program, command.slice(1), {
-        env: { ...process.env, LC_ALL: "C" },
-        stdio: [input, "ignore", errors],
-      }).on("exit", (status, signal) => resolve(status ?? signal))
+      child.on("exit", (status, signal) => resolve(status ?? signal))
         .on("error", (error) => reject(new Error(`${what}: ${error.message}`)));
     });
     const end = await withTimeout(ending, timeoutMs, what).catch((error) => {
-      child?.kill("SIGKILL");
+      child.kill("SIGKILL");
       throw error;
     });
     if (typeof end === "number" && accept.includes(end)) return end;
@@ -4007,6 +4015,7 @@ async function takeLock(
   fs.mkdirSync(dirname(path), { recursive: true });
   const started = Date.now();
   const file = fs.openSync(path, "a");
+  const { spawn } = await import("node:child_process");
   const child = spawn(flock, ["--timeout", `${timeoutMs / 1000}`, "3"], {
     stdio: ["ignore", "ignore", "ignore", file],
   });
@@ -4172,8 +4181,8 @@ const MODES = [
 ];
 const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
-/** Reads the command line and the kernel's. */
-export function parseCommandLine(args: string[], kernel: string) {
+/** Reads the command line. What it gives counts more than the kernel's. */
+export function parseCommandLine(args: string[]) {
   const valued = args.slice(0, args.indexOf("--") >>> 0)
     .find((arg) => FLAGS.some((flag) => arg.startsWith(`--${flag}=`)));
   if (valued) {
@@ -4207,14 +4216,13 @@ export function parseCommandLine(args: string[], kernel: string) {
   if (parsed.json && mode !== "status" && mode !== "dry-run") {
     throw new UsageError("Option --json goes with --status or --dry-run only");
   }
-  const settings = { ...defaultSettings };
-  const warnings: string[] = [];
+  const given: Partial<Settings> = {};
   if (parsed.root !== undefined) {
     if (!attemptNow(() => fs.statSync(parsed.root).isDirectory())) {
       throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
     }
-    settings.root = fs.realpathSync(parsed.root);
-    if (/[\s\\,:]/.test(settings.root)) {
+    given.root = fs.realpathSync(parsed.root);
+    if (/[\s\\,:]/.test(given.root)) {
       throw new UsageError(
         `Cannot use --root "${parsed.root}": mount options cannot hold ` +
           `spaces, commas, colons and backslashes`,
@@ -4222,33 +4230,46 @@ export function parseCommandLine(args: string[], kernel: string) {
     }
   }
   if (parsed.devices !== undefined) {
-    settings.only = parsed.devices.split(",").filter(Boolean).map(nameOfDisk);
-    if (settings.only?.length === 0) {
+    given.only = parsed.devices.split(",").filter(Boolean).map(nameOfDisk);
+    if (given.only?.length === 0) {
       throw new UsageError("Option --devices needs a list of devices");
     }
   }
-  const wait = parsed.wait ?? kernelOption(kernel, "lightwhale.wait");
-  if (wait !== undefined) {
-    if (!/^\d{1,5}(\.\d+)?$/.test(wait)) {
-      const where = parsed.wait === undefined ? "lightwhale.wait" : "--wait";
-      const message = `Cannot wait "${wait}" seconds (${where}): no number`;
-      if (parsed.wait !== undefined) throw new UsageError(message);
-      warnings.push(message);
-    } else settings.waitMs = 1000 * Number(wait);
+  if (parsed.wait !== undefined) {
+    given.waitMs = parseSeconds(parsed.wait);
+    if (given.waitMs === undefined) {
+      throw new UsageError(
+        `Cannot wait "${parsed.wait}" seconds (--wait): no number`,
+      );
+    }
   }
-  const words = kernel.split(/\s+/);
-  settings.off = kernelOption(kernel, "lightwhale.persistence") === "off";
-  settings.noSwap = words.includes("noswap") ||
-    kernelOption(kernel, "lightwhale.swap") === "off";
-  settings.dataUuid = kernelOption(kernel, "lightwhale.data")?.toLowerCase();
-  return { mode, operands, settings, parsed, warnings };
+  return { mode, operands, given, parsed };
 }
 
-function kernelOption(kernel: string, name: string): string | undefined {
-  const words = kernel.split(/\s+/).filter((word) =>
-    word.startsWith(name + "=")
-  );
-  return words.at(-1)?.slice(name.length + 1);
+/** Reads the kernel's command line, which is never a reason not to boot. */
+export function parseKernelCommandLine(kernel: string) {
+  const words = kernel.split(/\s+/);
+  const option = (name: string) =>
+    words.findLast((word) => word.startsWith(`${name}=`))
+      ?.slice(name.length + 1);
+  const settings: Settings = {
+    ...defaultSettings,
+    off: option("lightwhale.persistence") === "off",
+    noSwap: words.includes("noswap") || option("lightwhale.swap") === "off",
+    dataUuid: option("lightwhale.data")?.toLowerCase(),
+  };
+  const warnings: string[] = [];
+  const wait = option("lightwhale.wait");
+  const waitMs = wait === undefined ? settings.waitMs : parseSeconds(wait);
+  if (waitMs === undefined) {
+    warnings.push(`Cannot wait "${wait}" seconds (lightwhale.wait): no number`);
+  } else settings.waitMs = waitMs;
+  return { settings, warnings };
+}
+
+/** Seconds, with a fraction or without, in milliseconds. */
+function parseSeconds(seconds: string): number | undefined {
+  return /^\d{1,5}(\.\d+)?$/.test(seconds) ? 1000 * Number(seconds) : undefined;
 }
 
 /** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
@@ -4273,10 +4294,13 @@ function wholeDisk(name: string): string {
 /** Runs what the command line asks for. Returns the exit status. */
 async function main(args: string[]): Promise<number> {
   try {
-    const { mode, operands, settings, parsed, warnings } = parseCommandLine(
-      args,
-      readText("/proc/cmdline") ?? "",
-    );
+    const { mode, operands, given, parsed } = parseCommandLine(args);
+    if (mode === "help" || mode === "version") {
+      print(mode === "help" ? HELP : `persistence.ts ${VERSION}`);
+      return 0;
+    }
+    const kernel = parseKernelCommandLine(readText("/proc/cmdline") ?? "");
+    const settings = { ...kernel.settings, ...given };
     if (parsed.quiet) speech.level = "warning";
     if (parsed.verbose) speech.level = "debug";
     // What init gives may lack the places of mkfs.btrfs and sfdisk.
@@ -4286,17 +4310,11 @@ async function main(args: string[]): Promise<number> {
     if (mode === "boot" || mode === "maintain") {
       speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
     }
-    for (const warning of warnings) say("warning", warning);
-    if (mode !== "help" && mode !== "version" && process.getuid?.() !== 0) {
+    for (const warning of kernel.warnings) say("warning", warning);
+    if (process.getuid?.() !== 0) {
       throw new Error(`Cannot look at disks: only root may, log in as root`);
     }
     switch (mode) {
-      case "help":
-        print(HELP);
-        return 0;
-      case "version":
-        print(`persistence.ts ${VERSION}`);
-        return 0;
       case "status":
         await showStatus(settings, parsed.json);
         return 0;
