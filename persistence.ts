@@ -297,7 +297,15 @@ function makeCrcTable(polynomial: number): Uint32Array {
   return table;
 }
 
-/** The checksum of bytes (node:zlib's crc32 alone would load for 6 ms). */
+/** What there is only in the executable, which Bun runs. */
+declare const Bun: { hash: { crc32(bytes: Uint8Array): number } } | undefined;
+
+/** CRC-32: Bun's own where there is one (node:zlib's would load for 6 ms). */
+function crc32(bytes: Uint8Array): number {
+  return typeof Bun === "undefined" ? crc(bytes, CRC32) : Bun.hash.crc32(bytes);
+}
+
+/** A checksum, a table lookup for each byte. */
 function crc(bytes: Uint8Array, polynomial: number): number {
   const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
   let crc = ~0;
@@ -360,9 +368,7 @@ export function parseGpt(
   if (headerBytes < 92 || headerBytes > header.length) return undefined;
   const checked = header.slice(0, headerBytes);
   checked.fill(0, GPT.headerCrc, GPT.headerCrc + 4);
-  if (crc(checked, CRC32) !== view.getUint32(GPT.headerCrc, true)) {
-    return undefined;
-  }
+  if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
 
   const size = view.getUint32(GPT.entryBytes, true);
   const count = view.getUint32(GPT.entryCount, true);
@@ -370,18 +376,17 @@ export function parseGpt(
   const entriesAt = Number(view.getBigUint64(GPT.entriesLba, true));
   const entries = readEntries(entriesAt * sectorBytes, size * count);
   if (entries?.length !== size * count) return undefined;
-  if (crc(entries, CRC32) !== view.getUint32(GPT.entriesCrc, true)) {
-    return undefined;
-  }
+  if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
 
   const partitions: GptPartition[] = [];
   for (let i = 0; i < count; i++) {
-    const entry = entries.subarray(i * size, (i + 1) * size);
+    const entry = viewOf(entries.subarray(i * size, (i + 1) * size));
     const at = GPT.entry;
-    if (isZero(entry.subarray(at.type, at.type + 16))) continue;
-    const first = Number(viewOf(entry).getBigUint64(at.first, true));
-    const last = Number(viewOf(entry).getBigUint64(at.last, true));
-    const name = entry.subarray(at.name, at.name + at.nameBytes);
+    const type = entry.getBigUint64(at.type) | entry.getBigUint64(at.type + 8);
+    if (type === 0n) continue;
+    const first = Number(entry.getBigUint64(at.first, true));
+    const last = Number(entry.getBigUint64(at.last, true));
+    const name = entries.subarray(i * size + at.name).subarray(0, at.nameBytes);
     partitions.push({
       number: i + 1,
       name: new TextDecoder("utf-16le").decode(name).replace(/\0.*$/s, ""),
@@ -462,7 +467,7 @@ function parseMarkSlot(slot: string): Mark | undefined {
   }
 }
 
-const crcOfText = (text: string) => crc(new TextEncoder().encode(text), CRC32);
+const crcOfText = (text: string) => crc32(new TextEncoder().encode(text));
 
 function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -935,26 +940,39 @@ async function withDevice<T>(
   path: string,
   use: (read: Read) => Promise<T>,
 ): Promise<T> {
-  let open: fs.promises.FileHandle | undefined;
+  let open: number | undefined;
   const reading = (async () => {
-    const file = open = await fs.promises.open(path, "r");
+    const file = open = await called<number>((done) =>
+      fs.open(path, "r", done)
+    );
     try {
       return await use(async (at, length) => {
         const buffer = new Uint8Array(length);
-        const { bytesRead } = await file.read(buffer, 0, length, at);
+        const bytesRead = await called<number>((done) =>
+          fs.read(file, buffer, 0, length, at, done)
+        );
         return buffer.subarray(0, bytesRead);
       });
     } finally {
-      await file.close();
+      await called<void>((done) => fs.close(file, done));
       open = undefined;
     }
   })();
   try {
     return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
   } catch (error) {
-    if (open) await keepOpen(open.fd);
+    if (open !== undefined) await keepOpen(open);
     throw error;
   }
+}
+
+/** What a call of node:fs comes to (its own promises take longer to load). */
+function called<T>(
+  call: (done: (error: Error | null, value: T) => void) => void,
+): Promise<T> {
+  return new Promise((resolve, reject) =>
+    call((error, value) => error ? reject(error) : resolve(value))
+  );
 }
 
 /**
@@ -1016,21 +1034,22 @@ function readMounts(): Mount[] {
 /** Reads the text of `/proc/PID/mountinfo`. */
 export function parseMountinfo(mountinfo: string): Mount[] {
   return mountinfo.split("\n").flatMap((line) => {
-    const [before, after] = line.split(" - ");
-    const [, , deviceNumber, , target, options] = before.split(" ");
-    const [type, source, superOptions] = after?.split(" ") ?? [];
-    if (!options || !superOptions) return [];
+    const fields = line.split(" ");
+    const separator = fields.indexOf("-", 6); // after optional fields
+    const [type, source, superOptions] = fields.slice(separator + 1);
+    if (separator < 0 || !superOptions) return [];
     return [{
-      target: unescapeOctal(target),
+      target: unescapeOctal(fields[4]),
       type,
       source: unescapeOctal(source),
-      deviceNumber,
+      deviceNumber: fields[2],
       superOptions: superOptions.split(","),
     }];
   });
 }
 
 function unescapeOctal(field: string): string {
+  if (!field.includes("\\")) return field;
   return field.replace(
     /\\([0-7]{3})/g,
     (_, code) => String.fromCharCode(parseInt(code, 8)),
@@ -2163,19 +2182,22 @@ async function mountTheUsual(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
+  const isNew = !fs.existsSync(place.state); // no upper and work directories
   const [first, ...others] = data.members.map((member) => member.path);
   const subvolumes = (["state", "snapshots"] as const)
-    .filter((which) => isFree(place[which]) && fs.existsSync(place[which]))
+    .filter((which) => isFree(place[which]))
     .map((which) => {
+      fs.mkdirSync(place[which], { recursive: true });
       const devices = others.map((path) => `device=${path}`);
       const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
       return [first, place[which], "btrfs", options.join()];
     });
-  if (subvolumes.length < 2) return; // the first boot, or an older disk
+  if (subvolumes.length < 2) return; // an older disk
   for (const name of OVERLAYS) {
     fs.mkdirSync(join(place.lower, name), { recursive: true });
   }
-  const overlays = OVERLAYS.filter((name) => !isOverlaid(name, place))
+  const overlays = isNew ? [] : OVERLAYS
+    .filter((name) => !isOverlaid(name, place))
     .flatMap((name) => overlayEntries(name, place));
   await mountFromTable([...subvolumes, ...overlays], place, "debug");
 }
@@ -3864,7 +3886,6 @@ async function run(
     // Loaded here: some calls of this program run nothing.
     const { spawn } = await import("node:child_process");
     const child = spawn(program, command.slice(1), {
-      env: { ...process.env, LC_ALL: "C" },
       stdio: [input, "ignore", errors],
     });
     const ending = new Promise<number | string | null>((resolve, reject) => {
@@ -3901,7 +3922,7 @@ async function ask(command: string[], options: RunOptions): Promise<string> {
   // between them makes that a status, and passes on that the time is up.
   const script = 'trap "kill -KILL \\$!" TERM; "$@" & wait $!';
   const asking = $`/bin/sh -c ${script} sh ${[program, ...command.slice(1)]}`
-    .env("LC_ALL", "C").signal(killer.signal).noThrow()
+    .signal(killer.signal).noThrow()
     .stdin("null").stdout("piped").stderr("piped");
   const what = `Cannot ${to}: "${command[0]}"`;
   const { code, stdout, stderr } = await withTimeout(asking, timeoutMs, what)
@@ -3945,6 +3966,7 @@ function openNameless(contents: string | Uint8Array): number {
   const bytes = typeof contents === "string"
     ? new TextEncoder().encode(contents)
     : contents;
+  if (bytes.length === 0) return file;
   // At a position, so that the command begins at the start.
   const written = fs.writeSync(file, bytes, 0, bytes.length, 0);
   assert(written === bytes.length, `Cannot write to "${path}": /run is full`);
@@ -4307,6 +4329,7 @@ async function main(args: string[]): Promise<number> {
     process.env.PATH = `${
       process.env.PATH ?? ""
     }:/usr/sbin:/usr/bin:/sbin:/bin`;
+    process.env.LC_ALL = "C"; // what programs say is read, and quoted
     if (mode === "boot" || mode === "maintain") {
       speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
     }
