@@ -379,19 +379,19 @@ export function parseGpt(
   if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
 
   const partitions: GptPartition[] = [];
-  for (let i = 0; i < count; i++) {
-    const entry = viewOf(entries.subarray(i * size, (i + 1) * size));
-    const at = GPT.entry;
-    const type = entry.getBigUint64(at.type) | entry.getBigUint64(at.type + 8);
-    if (type === 0n) continue;
-    const first = Number(entry.getBigUint64(at.first, true));
-    const last = Number(entry.getBigUint64(at.last, true));
-    const name = entries.subarray(i * size + at.name).subarray(0, at.nameBytes);
+  const table = viewOf(entries);
+  const field = (at: number) => table.getBigUint64(at, true);
+  const { type, first, last, name, nameBytes } = GPT.entry;
+  for (let at = 0; at < entries.length; at += size) {
+    if (field(at + type) === 0n && field(at + type + 8) === 0n) continue;
+    const from = Number(field(at + first));
+    const to = Number(field(at + last));
+    const label = entries.subarray(at + name, at + name + nameBytes);
     partitions.push({
-      number: i + 1,
-      name: new TextDecoder("utf-16le").decode(name).replace(/\0.*$/s, ""),
-      startBytes: first * sectorBytes,
-      sizeBytes: (last - first + 1) * sectorBytes,
+      number: at / size + 1,
+      name: new TextDecoder("utf-16le").decode(label).replace(/\0.*$/s, ""),
+      startBytes: from * sectorBytes,
+      sizeBytes: (to - from + 1) * sectorBytes,
     });
   }
   const backupLba = Number(view.getBigUint64(GPT.backupLba, true));
