@@ -631,9 +631,10 @@ export async function look(settings: Settings): Promise<Facts> {
   const diskPending = isDiskPending(); // first: it may appear just now
   const mounts = readMounts();
   const devices = listDevices(settings);
-  const users = readUsers(devices, mounts);
+  const reading = Promise.all(devices.map(readDevice));
+  const users = readUsers(devices, mounts); // meanwhile
   for (const device of devices) device.inUse = users.get(device.name);
-  await Promise.all(devices.map(readDevice));
+  await reading;
   const disks = new Map(devices.map((device) => [device.name, device]));
   for (const device of devices) {
     if (device.kind !== "partition") continue;
