@@ -3963,7 +3963,7 @@ let nameless = 0;
 function openNameless(contents: string | Uint8Array): number {
   const path = `/run/lightwhale-${process.pid}.${nameless++}`;
   const file = fs.openSync(path, "wx+", 0o600);
-  fs.rmSync(path);
+  fs.unlinkSync(path);
   const bytes = typeof contents === "string"
     ? new TextEncoder().encode(contents)
     : contents;
@@ -4272,17 +4272,20 @@ export function parseCommandLine(args: string[]) {
 /** Reads the kernel's command line, which is never a reason not to boot. */
 export function parseKernelCommandLine(kernel: string) {
   const words = kernel.split(/\s+/);
-  const option = (name: string) =>
-    words.findLast((word) => word.startsWith(`${name}=`))
-      ?.slice(name.length + 1);
+  const options = new Map<string, string>(); // of one name the last counts
+  for (const word of words) {
+    const end = word.indexOf("=");
+    if (end > 0) options.set(word.slice(0, end), word.slice(end + 1));
+  }
   const settings: Settings = {
     ...defaultSettings,
-    off: option("lightwhale.persistence") === "off",
-    noSwap: words.includes("noswap") || option("lightwhale.swap") === "off",
-    dataUuid: option("lightwhale.data")?.toLowerCase(),
+    off: options.get("lightwhale.persistence") === "off",
+    noSwap: words.includes("noswap") ||
+      options.get("lightwhale.swap") === "off",
+    dataUuid: options.get("lightwhale.data")?.toLowerCase(),
   };
   const warnings: string[] = [];
-  const wait = option("lightwhale.wait");
+  const wait = options.get("lightwhale.wait");
   const waitMs = wait === undefined ? settings.waitMs : parseSeconds(wait);
   if (waitMs === undefined) {
     warnings.push(`Cannot wait "${wait}" seconds (lightwhale.wait): no number`);
