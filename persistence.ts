@@ -4207,7 +4207,7 @@ const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 /** Reads the command line. What it gives counts more than the kernel's. */
 export function parseCommandLine(args: string[]) {
   const valued = args.slice(0, args.indexOf("--") >>> 0)
-    .find((arg) => FLAGS.some((flag) => arg.startsWith(`--${flag}=`)));
+    .find((arg) => FLAGS.includes(/^--(.*?)=/.exec(arg)?.[1] ?? ""));
   if (valued) {
     throw new UsageError(`Option "${valued}" takes no value: see --help`);
   }
