@@ -955,8 +955,8 @@ async function withDevice<T>(
         return buffer.subarray(0, bytesRead);
       });
     } finally {
+      open = undefined; // from now on its number may be another one's
       await called<void>((done) => fs.close(file, done));
-      open = undefined;
     }
   })();
   try {
