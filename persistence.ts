@@ -962,7 +962,7 @@ async function withDevice<T>(
   try {
     return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
   } catch (error) {
-    if (open !== undefined) await keepOpen(open);
+    await keepOpen(() => open);
     throw error;
   }
 }
@@ -982,12 +982,14 @@ function called<T>(
  * for what was asked of it (block/bdev.c, blkdev_flush_mapping()): our exit,
  * and init with it, for ever.
  */
-async function keepOpen(file: number): Promise<void> {
-  const sleep = findProgram("sleep");
+async function keepOpen(file: () => number | undefined): Promise<void> {
   const { spawn } = await import("node:child_process");
+  const sleep = findProgram("sleep");
+  const open = file(); // it may have answered meanwhile
+  if (!sleep || open === undefined) return;
   attemptNow(() =>
-    sleep && spawn(sleep, ["86400"], {
-      stdio: ["ignore", "ignore", "ignore", file],
+    spawn(sleep, ["86400"], {
+      stdio: ["ignore", "ignore", "ignore", open],
       detached: true,
     }).on("error", () => {}).unref()
   );
@@ -2193,7 +2195,7 @@ async function mountTheUsual(
       const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
       return [first, place[which], "btrfs", options.join()];
     });
-  if (subvolumes.length < 2) return; // an older disk
+  if (subvolumes.length < 2) return; // set up already, or an older disk
   for (const name of OVERLAYS) {
     fs.mkdirSync(join(place.lower, name), { recursive: true });
   }
@@ -4206,19 +4208,24 @@ const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
 /** Reads the command line. What it gives counts more than the kernel's. */
 export function parseCommandLine(args: string[]) {
-  const valued = args.slice(0, args.indexOf("--") >>> 0)
-    .find((arg) => FLAGS.includes(/^--(.*?)=/.exec(arg)?.[1] ?? ""));
+  const options = args.slice(0, args.indexOf("--") >>> 0);
+  const valued = options
+    .find((arg) => FLAGS.includes(/^--(?:no-)?(.*?)=/.exec(arg)?.[1] ?? ""));
   if (valued) {
     throw new UsageError(`Option "${valued}" takes no value: see --help`);
   }
+  const operandsItself = options.find((arg) => /^--(no-)?_(=|$)/.test(arg));
+  if (operandsItself) {
+    throw new UsageError(`Unknown option "${operandsItself}": see --help`);
+  }
   const parsed = parseArgs(args, {
     boolean: FLAGS,
-    string: ["wait", "devices", "root"],
+    string: ["wait", "devices", "root", "_"], // a file 007 is not 7
     unknown: (arg: string, key?: string) => {
       if (key) throw new UsageError(`Unknown option "${arg}": see --help`);
     },
   });
-  const operands = parsed._.map(String);
+  const operands: string[] = parsed._.map(String);
   const modes = MODES.filter((mode) => parsed[mode]);
   const [mode = "boot"] = modes;
   if (modes.length > 1) {

@@ -30,6 +30,7 @@ const magicDisk: DiskSpec = { ...disk, contents: header };
 const mistakes: Record<string, string[]> = {
   "an unknown option": ["--enabel", "/dev/null"],
   "an unknown short option": ["-x"],
+  "an option with one dash": ["-status"],
   "a device without an option": ["/dev/null"],
   "--enable without a device": ["--enable"],
   "--disable without a device": ["--disable"],
