@@ -100,6 +100,16 @@ onDisks("--version is one line", { disks: [disk] }, async (system) => {
 });
 
 onDisks(
+  "a name of digits stays that name",
+  { disks: [disk] },
+  async (system) => {
+    const { status, stderr } = await system.run(["--enable", "007"]);
+    assertEquals(status, 2, stderr);
+    assertStringIncludes(stderr, '"007"');
+  },
+);
+
+onDisks(
   "nothing is read from the working directory",
   { disks: [disk] },
   async (system) => {
