@@ -2185,20 +2185,19 @@ async function mountTheUsual(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
+  const both = ["state", "snapshots"] as const;
+  if (!both.every((which) => isFree(place[which]))) return; // set up, or older
   const isNew = !fs.existsSync(place.state); // no upper and work directories
-  const [first, ...others] = data.members.map((member) => member.path);
-  const subvolumes = (["state", "snapshots"] as const)
-    .filter((which) => isFree(place[which]))
-    .map((which) => {
-      fs.mkdirSync(place[which], { recursive: true });
-      const devices = others.map((path) => `device=${path}`);
-      const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
-      return [first, place[which], "btrfs", options.join()];
-    });
-  if (subvolumes.length < 2) return; // set up already, or an older disk
-  for (const name of OVERLAYS) {
-    fs.mkdirSync(join(place.lower, name), { recursive: true });
+  const lowers = OVERLAYS.map((name) => join(place.lower, name));
+  for (const directory of [place.state, place.snapshots, ...lowers]) {
+    fs.mkdirSync(directory, { recursive: true });
   }
+  const [first, ...others] = data.members.map((member) => member.path);
+  const devices = others.map((path) => `device=${path}`);
+  const subvolumes = both.map((which) => {
+    const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
+    return [first, place[which], "btrfs", options.join()];
+  });
   const overlays = isNew ? [] : OVERLAYS
     .filter((name) => !isOverlaid(name, place))
     .flatMap((name) => overlayEntries(name, place));
