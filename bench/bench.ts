@@ -157,7 +157,7 @@ const rootScript = `
 
 // ---------------------------------------------------------------------------
 
-needPrograms("getfattr", "mkfs.ext4", "time");
+needPrograms("getfattr", "mkfs.ext4", "partx", "sfdisk", "time");
 await command([
   ...[bun, "build", "--compile", "--bytecode", "--format=esm"],
   ...[`${projectFolder}bench/empty.ts`, "--outfile", emptyExecutable],
