@@ -298,7 +298,16 @@ function makeCrcTable(polynomial: number): Uint32Array {
 }
 
 /** What there is only in the executable, which Bun runs. */
-declare const Bun: { hash: { crc32(bytes: Uint8Array): number } } | undefined;
+declare const Bun: {
+  hash: { crc32(bytes: Uint8Array): number };
+  spawn(command: string[], options: StartOptions & { env: unknown }): {
+    exited: Promise<number>;
+    exitCode: number | null;
+    signalCode: string | null;
+    kill: (signal: string) => void;
+    unref: () => void;
+  };
+} | undefined;
 
 /** CRC-32: Bun's own where there is one (node:zlib's would load for 6 ms). */
 function crc32(bytes: Uint8Array): number {
@@ -962,7 +971,7 @@ async function withDevice<T>(
   try {
     return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
   } catch (error) {
-    await keepOpen(() => open);
+    if (open !== undefined) keepOpen(open);
     throw error;
   }
 }
@@ -982,16 +991,14 @@ function called<T>(
  * for what was asked of it (block/bdev.c, blkdev_flush_mapping()): our exit,
  * and init with it, for ever.
  */
-async function keepOpen(file: () => number | undefined): Promise<void> {
-  const { spawn } = await import("node:child_process");
+function keepOpen(file: number): void {
   const sleep = findProgram("sleep");
-  const open = file(); // it may have answered meanwhile
-  if (!sleep || open === undefined) return;
+  if (!sleep) return;
   attemptNow(() =>
-    spawn(sleep, ["86400"], {
-      stdio: ["ignore", "ignore", "ignore", open],
+    start([sleep, "86400"], {
+      stdio: [file, "ignore", "ignore"],
       detached: true,
-    }).on("error", () => {}).unref()
+    })
   );
 }
 
@@ -2882,11 +2889,11 @@ function readWishes(place: Places): Wishes {
  *
  * @throws {Error} When it does not start.
  */
-async function startMaintenance(
+function startMaintenance(
   plan: Plan,
   settings: Settings,
   place: Places,
-): Promise<void> {
+): void {
   if (!plan.mount) return;
   if (plan.mount.needsScrub) fs.writeFileSync(wishFile("scrub", place), "");
   const state = stateOf(plan.mount);
@@ -2901,18 +2908,16 @@ async function startMaintenance(
   if (settings.only) {
     options.push("--devices", settings.only.map((n) => `/dev/${n}`).join());
   }
-  const command = ["setsid", process.execPath, ...program, ...options];
-  const to = "start the work in the background";
-  const { spawn } = await import("node:child_process");
-  const child = spawn(findCommand(command, to), command.slice(1), {
-    stdio: "ignore",
-    detached: true,
-  });
-  await new Promise((resolve, reject) =>
-    child.on("spawn", resolve).on("error", reject)
-  ).catch((error) => {
-    throw new Error(`Cannot ${to}: "setsid": ${messageOf(error)}`);
-  });
+  try {
+    start([process.execPath, ...program, ...options], {
+      stdio: ["ignore", "ignore", "ignore"],
+      detached: true,
+    });
+  } catch (error) {
+    throw new Error(
+      `Cannot start the work in the background: ${messageOf(error)}`,
+    );
+  }
 }
 
 function describeJob(job: Job): string {
@@ -3885,19 +3890,11 @@ async function run(
   const errors = attemptNow(() => openNameless("")) ?? "inherit";
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    // Loaded here: some calls of this program run nothing.
-    const { spawn } = await import("node:child_process");
-    const child = spawn(program, command.slice(1), {
-      stdio: [input, "ignore", errors],
-    });
-    const ending = new Promise<number | string | null>((resolve, reject) => {
-      child.on("exit", (status, signal) => resolve(status ?? signal))
-        .on("error", (error) => reject(new Error(`${what}: ${error.message}`)));
-    });
-    const end = await withTimeout(ending, timeoutMs, what).catch((error) => {
-      child.kill("SIGKILL");
-      throw error;
-    });
+    const end = await endOf([program, ...command.slice(1)], what, timeoutMs, [
+      input,
+      "ignore",
+      errors,
+    ]);
     if (typeof end === "number" && accept.includes(end)) return end;
     throw failure(command, to, end, readNameless(errors));
   } finally {
@@ -3935,6 +3932,74 @@ async function ask(command: string[], options: RunOptions): Promise<string> {
   if (accept.includes(code)) return stdout;
   const end = code > 128 && code <= 128 + 64 ? `signal ${code - 128}` : code;
   throw failure(command, to, end, stderr);
+}
+
+/** What a child has as stdin, stdout and stderr; a number is an open file. */
+type Stdio = (number | "ignore" | "inherit")[];
+
+interface StartOptions {
+  stdio: Stdio;
+  /** In a session of its own, so that it outlives this process. */
+  detached?: boolean;
+}
+
+interface Child {
+  /** Its status, or the name of the signal that killed it. */
+  ended: Promise<number | string>;
+  kill: () => void;
+}
+
+/**
+ * Starts a program: the executable does it by Bun's own function, because
+ * node:child_process is half a MiB of it and takes 2 ms of each boot.
+ *
+ * @throws {Error} When it cannot be executed.
+ */
+function start(command: string[], options: StartOptions): Child {
+  if (typeof Bun !== "undefined") {
+    const child = Bun.spawn(command, { ...options, env: process.env });
+    if (options.detached) child.unref();
+    return {
+      ended: child.exited.then((status) => child.signalCode ?? status),
+      kill: () => child.kill("SIGKILL"),
+    };
+  }
+  // Not imported, for the executable would then embed it.
+  const { spawn } = process.getBuiltinModule("node:child_process");
+  const child = spawn(command[0], command.slice(1), options);
+  const ended = new Promise<number | string>((resolve) =>
+    child.on("exit", (status, signal) => resolve(signal ?? status ?? 0))
+      .on("error", () => {}) // it has no number either
+  );
+  if (child.pid === undefined) throw new Error("It cannot be executed");
+  if (options.detached) child.unref();
+  return { ended, kill: () => child.kill("SIGKILL") };
+}
+
+/**
+ * Runs a program until it ends, or kills it when the time is up.
+ *
+ * @throws {Error} When it cannot be executed.
+ * @throws {NoAnswer} When the time is up.
+ */
+async function endOf(
+  command: string[],
+  what: string,
+  timeoutMs: number,
+  stdio: Stdio,
+): Promise<number | string> {
+  let child: Child;
+  try {
+    child = start(command, { stdio });
+  } catch (error) {
+    throw new Error(`${what}: ${messageOf(error)}`);
+  }
+  try {
+    return await withTimeout(child.ended, timeoutMs, what);
+  } catch (error) {
+    child.kill();
+    throw error;
+  }
 }
 
 function findCommand([name, ...args]: string[], to: string): string {
@@ -4039,14 +4104,9 @@ async function takeLock(
   fs.mkdirSync(dirname(path), { recursive: true });
   const started = Date.now();
   const file = fs.openSync(path, "a");
-  const { spawn } = await import("node:child_process");
-  const child = spawn(flock, ["--timeout", `${timeoutMs / 1000}`, "3"], {
-    stdio: ["ignore", "ignore", "ignore", file],
-  });
-  const status = new Promise((resolve) =>
-    child.on("error", resolve).on("exit", resolve)
-  );
-  const end = await withTimeout(status, timeoutMs + 5000, "flock")
+  const command = [flock, "--timeout", `${timeoutMs / 1000}`, "0"];
+  const stdio: Stdio = [file, "ignore", "ignore"];
+  const end = await endOf(command, "flock", timeoutMs + 5000, stdio)
     .catch(messageOf);
   // flock(1): the time is up; BusyBox's, at once: it knows no --timeout.
   if (end === 1 && Date.now() - started >= timeoutMs) {
@@ -4056,7 +4116,6 @@ async function takeLock(
     );
   }
   if (end !== 0) {
-    child.kill("SIGKILL");
     say("warning", `Working without a lock: "flock" failed (${end})`);
   }
   return { release: () => fs.closeSync(file) };

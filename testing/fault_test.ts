@@ -16,6 +16,7 @@ import {
   projectFolder,
   type RunOptions,
   type System,
+  tool,
 } from "./system.ts";
 
 const magicDisk: DiskSpec = { sizeBytes: 2100 * MiB, contents: header };
@@ -154,26 +155,27 @@ for (const [how, { script, says }] of Object.entries(rehearsals)) {
   );
 }
 
-for (const how of ["is not installed", "cannot be run"]) {
-  onDisks(
-    `a disk is to join, but setsid ${how}: persistent, and said`,
-    { disks: [smallDisk, smallDisk] },
-    async (system) => {
-      const [first, second] = system.disks;
-      await system.boot(["--devices", first.path]);
-      await system.reboot();
-      if (how === "is not installed") await hide(system, ["setsid"]);
-      const boot = how === "is not installed"
-        ? await system.boot()
-        : await bootWith(system, { setsid: failures[how].script });
-      await assertWritable(system, boot, "setsid");
-      assertEquals(boot.report.mode, "persistent", boot.stderr);
-      assertMatch(boot.stderr, /Cannot start the work .*"setsid"/);
-      assert(!/\bat .*:\d+/.test(boot.stderr), `A stack: ${boot.stderr}`);
-      assert(await isMarked(second), "It joined all the same");
-    },
-  );
-}
+onDisks(
+  "a disk is to join, but this program has gone: persistent, and said",
+  { disks: [smallDisk, smallDisk] },
+  async (system) => {
+    const [first, second] = system.disks;
+    await system.boot(["--devices", first.path]);
+    await system.reboot();
+    const copy = `${system.root}/run/copy`;
+    await system.sh(`cp "${tool[0]}" "${copy}"`);
+    const dd = realBut("dd", "never)", `rm -f "${copy}"`);
+    const boot = await withPrograms(
+      { dd },
+      (path) => system.boot([], { path, tool: [copy] }),
+    );
+    await assertWritable(system, boot, "");
+    assertEquals(boot.report.mode, "persistent", boot.stderr);
+    assertMatch(boot.stderr, /Cannot start the work in the background: .*copy/);
+    assert(!/\bat .*:\d+/.test(boot.stderr), `A stack: ${boot.stderr}`);
+    assert(await isMarked(second), "It joined all the same");
+  },
+);
 
 for (const before of ["a boot", "a reset"]) {
   onDisks(
@@ -282,7 +284,12 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
       const [, old] = system.disks;
       const fresh = await system.plug(smallDisk);
       await system.reboot({ without: [old] });
-      await bootWith(system, { setsid: "#!/bin/sh\nexit 0\n" });
+      // Nothing in the background: "another one is at it".
+      const flock = realBut("flock", '"--timeout 0 "*) exit 1');
+      await withPrograms({ flock }, async (path) => {
+        await system.boot([], { path });
+        await system.settle();
+      });
       const btrfs = realBut(
         "btrfs",
         `"replace start"*) ${start} ;;
