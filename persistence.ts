@@ -616,7 +616,7 @@ async function makePlan(
 /** A run that was killed may have left its scratch mounts. */
 async function removeScratchMounts(place: Places): Promise<void> {
   for (const target of [place.topLevel, place.copyUp]) {
-    while (mountedOn(target)) await unmount(target);
+    while (fs.existsSync(target) && mountedOn(target)) await unmount(target);
   }
 }
 
@@ -2498,11 +2498,11 @@ async function mountOverlays(place: Places): Promise<void> {
     fs.mkdirSync(join(place.lower, name), { recursive: true });
     fs.mkdirSync(join(place.work, name), { recursive: true });
   }
-  await makeUppers(names, place);
-  await mountFromTable(
-    names.flatMap((name) => overlayEntries(name, place)),
-    place,
-  );
+  const tidyUp = await makeUppers(names, place);
+  await allOf([
+    tidyUp(),
+    mountFromTable(names.flatMap((name) => overlayEntries(name, place)), place),
+  ]);
   for (const name of names) {
     if (!isOverlaid(name, place)) await mountOverlayAnew(name, place);
   }
@@ -2516,6 +2516,8 @@ function isOurOverlay(target: string, place: Places): boolean {
 
 /** Is there our overlay, and writable? */
 function isOverlaid(name: string, place: Places): boolean {
+  // At a boot there is no lower yet, and no need to ask the kernel.
+  if (!fs.existsSync(join(place.lower, name))) return false;
   const target = join(place.root, name);
   return isOurOverlay(target, place) &&
     !mountedOn(target)?.superOptions.includes("ro");
@@ -2534,7 +2536,12 @@ function overlayEntries(name: string, place: Places): string[][] {
   // private: what is mounted on the directory must not appear in its lower.
   const bind = [directory, lower, "none", "bind,private"];
   const overlay = ["overlay", directory, "overlay", options.join()];
-  return mountedOn(lower) ? [overlay] : [bind, overlay];
+  return isSameFile(directory, lower) ? [overlay] : [bind, overlay];
+}
+
+function isSameFile(path: string, other: string): boolean {
+  const [a, b] = [path, other].map((p) => attemptNow(() => fs.statSync(p)));
+  return a !== undefined && a.dev === b?.dev && a.ino === b.ino;
 }
 
 /**
@@ -2589,21 +2596,29 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
  * Makes the uppers that are not there yet. The root of an overlay shows the
  * mode, owner, times and extended attributes of its upper, so that these must
  * be the lower's. The kernel copies them best: an overlay of the whole root,
- * with `upper` as its upper, makes `upper/etc` when `etc` is changed in it.
+ * with an upper in `work`, makes `etc` there when `etc` is changed in it; from
+ * there it is moved to its place.
+ *
+ * @returns What is left to do, and may be done beside the next steps.
  */
-async function makeUppers(names: string[], place: Places): Promise<void> {
+async function makeUppers(
+  names: string[],
+  place: Places,
+): Promise<() => Promise<void>> {
   fs.mkdirSync(place.upper, { recursive: true });
   const missing = names.filter((name) =>
     !fs.existsSync(join(place.upper, name))
   );
-  if (missing.length === 0) return;
-  const work = join(place.work, ".copy-up");
-  fs.rmSync(work, { recursive: true, force: true });
-  fs.mkdirSync(work);
-  fs.mkdirSync(place.copyUp, { recursive: true });
+  if (missing.length === 0) return async () => {};
+  const scratch = join(place.work, ".copy-up");
+  const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
+  fs.rmSync(scratch, { recursive: true, force: true });
+  for (const directory of [upper, work, place.copyUp]) {
+    fs.mkdirSync(directory, { recursive: true });
+  }
   const options = [
     `lowerdir=${place.root}`,
-    `upperdir=${place.upper}`,
+    `upperdir=${upper}`,
     `workdir=${work}`,
     OVERLAY_FEATURES_OFF,
   ];
@@ -2611,16 +2626,22 @@ async function makeUppers(names: string[], place: Places): Promise<void> {
     words`mount -t overlay -o ${options.join()} overlay ${place.copyUp}`,
     { to: `make the uppers in "${place.upper}"` },
   );
+  const tidyUp = async () => {
+    await unmount(place.copyUp);
+    fs.rmSync(scratch, { recursive: true, force: true });
+  };
   try {
     for (const name of missing) {
       const directory = join(place.copyUp, name);
       const { mode } = fs.statSync(directory);
       fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
+      fs.renameSync(join(upper, name), join(place.upper, name));
     }
-  } finally {
-    await unmount(place.copyUp);
-    fs.rmSync(work, { recursive: true, force: true });
+  } catch (error) {
+    await tidyUp();
+    throw error;
   }
+  return tidyUp;
 }
 
 // ---------------------------------------------------------------------------
@@ -3898,7 +3919,7 @@ async function run(
     if (typeof end === "number" && accept.includes(end)) return end;
     throw failure(command, to, end, readNameless(errors));
   } finally {
-    knownMounts = undefined;
+    if (/^u?mount$/.test(command[0])) knownMounts = undefined;
     for (const file of [input, errors]) {
       if (typeof file === "number") fs.closeSync(file);
     }
