@@ -61,10 +61,11 @@ const shell = ["/bin/sh", `${projectFolder}bench/persistence.sh`];
 const floor = ["/bin/sh", `${projectFolder}bench/floor.sh`];
 const emptyExecutable = `${projectFolder}dist/empty`;
 
-/** What init gives, and what Deno needs. */
+/** What S11persistence gives, and what Deno needs. */
 const environment = [
   ...["env", "-i", `PATH=${systemPath}`, "DENO_NO_UPDATE_CHECK=1"],
-  ...["UV_THREADPOOL_SIZE=64", `HOME=${Deno.env.get("HOME") ?? "/root"}`],
+  ...["UV_THREADPOOL_SIZE=128", "BUN_JSC_useJIT=0"],
+  `HOME=${Deno.env.get("HOME") ?? "/root"}`,
 ];
 
 const dataDisk: DiskSpec = { sizeBytes: 4 * GiB };

@@ -56,6 +56,7 @@ status 0
     await system.sh("cat tmp/environ tmp/stdin"),
     `PATH=/usr/sbin:/usr/bin:/sbin:/bin
 UV_THREADPOOL_SIZE=128
+BUN_JSC_useJIT=0
 /dev/null
 `,
   );
