@@ -66,7 +66,11 @@ const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
 
 /** Places below the system root; see {@linkcode places}. */
 const DATA_MOUNT = "mnt/lightwhale-data";
-const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/lightwhale-state/docker`;
+const STATE = "lightwhale-state"; // in the data filesystem
+const SNAPSHOTS = "lightwhale-state-snapshots";
+const UPPER = "overlay/upper"; // in the state directory
+const WORK = "overlay/work";
+const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/${STATE}/docker`;
 
 const KiB = 1024;
 const MiB = 1024 * KiB;
@@ -101,15 +105,15 @@ const TIMEOUT = {
 /** Where things are below the system root `--root`. */
 export function places(root: string) {
   const data = join(root, DATA_MOUNT);
-  const state = join(data, "lightwhale-state");
+  const state = join(data, STATE);
   const run = join(root, "run/lightwhale");
   return {
     root,
     data,
     state,
-    snapshots: join(data, "lightwhale-state-snapshots"),
-    upper: join(state, "overlay/upper"),
-    work: join(state, "overlay/work"),
+    snapshots: join(data, SNAPSHOTS),
+    upper: join(state, UPPER),
+    work: join(state, WORK),
     docker: join(root, DOCKER_DATA_ROOT),
     daemonJson: join(root, "etc/docker/daemon.json"),
     run,
@@ -513,7 +517,7 @@ export async function boot(settings: Settings): Promise<number> {
   let plan: Plan | undefined;
   let planned: string[] = [];
   let mode: Outcome["mode"] = "persistent";
-  let swapping: Promise<void> | undefined;
+  const meanwhile: Promise<void>[] = [];
   try {
     lock = await takeLock(join(place.run, "lock"));
   } catch (error) {
@@ -533,21 +537,25 @@ export async function boot(settings: Settings): Promise<number> {
     if (plan.create) {
       await partition(plan.create); //                      step 3
       await waitForPartitions(plan.create.members); //      step 4
-      await createDataFilesystem(plan.create, place); //    step 5
-      const made = pathsOf(plan.create.members.map((m) => m.device));
-      plan = await makePlan(settings, 0);
-      if (!plan.mount) {
-        throw new Error(
-          `Cannot find "${DATA}" on ${made} after making it: the disk may be ` +
-            `broken, or unplugged`,
-        );
-      }
+      plan.mount = await createDataFilesystem( //           step 5
+        plan.create,
+        place,
+      );
+      plan.swap = swapOf(plan.create);
+      const made = plan.create.members.map((member) => member.device);
+      meanwhile.push(disarm(made));
     }
-    if (plan.mount) swapping = attempt(() => swapOn(plan!.swap));
-    if (plan.mount) await mountDataFilesystem(plan.mount, place); // step 6
-    else mode = await mountVolatile(plan, place);
+    if (plan.mount) {
+      const areas = plan.swap;
+      meanwhile.push(attempt(() => swapOn(areas)));
+      await mountDataFilesystem(plan.mount, place); //      step 6
+    } else mode = await mountVolatile(plan, place);
     await mountOverlays(place); //                          step 7
+    if (plan.create) {
+      meanwhile.push(attempt(() => removeScratchMounts(place)));
+    }
   } catch (error) {
+    await Promise.all(meanwhile);
     sayError(error);
     if (isNoSpace(error)) sayHowToMakeRoom(place);
     if (wasSetUp) { // and is in use: nothing is taken away from under it
@@ -558,7 +566,7 @@ export async function boot(settings: Settings): Promise<number> {
     await fallBack(place);
   }
   await attempt(() => configureDocker(place)); //           step 8
-  await swapping; //                                        step 9
+  await Promise.all(meanwhile); //                          step 9
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, place));
   }
@@ -613,9 +621,9 @@ async function makePlan(
   }
 }
 
-/** A run that was killed may have left its scratch mounts. */
+/** Those of this run, or of one that was killed. */
 async function removeScratchMounts(place: Places): Promise<void> {
-  for (const target of [place.topLevel, place.copyUp]) {
+  for (const target of [place.copyUp, place.topLevel]) {
     while (fs.existsSync(target) && mountedOn(target)) await unmount(target);
   }
 }
@@ -2047,12 +2055,12 @@ async function partitionDisk(member: NewMember): Promise<void> {
 
 /** Shows new partitions to the kernel and waits for their device nodes. */
 async function waitForPartitions(members: NewMember[]): Promise<void> {
-  for (const { device, swapPath, dataPath } of members) {
-    if (device.kind === "partition") continue;
+  await allOf(members.map(async ({ device, swapPath, dataPath }) => {
+    if (device.kind === "partition") return;
     await makePartitionNodes(device);
     await waitForNode(dataPath);
     if (swapPath) await waitForNode(swapPath);
-  }
+  }));
 }
 
 async function waitForNode(path: string): Promise<void> {
@@ -2072,11 +2080,15 @@ function isBlockDevice(path: string): boolean {
   return attemptNow(() => fs.statSync(path).isBlockDevice()) ?? false;
 }
 
-/** Makes swap and the data filesystem, and commits it by its label. */
+/**
+ * Makes swap and the data filesystem with all that a boot mounts, and commits
+ * it by its label. The top level stays mounted until all the rest is: to open
+ * the filesystem once more takes longer.
+ */
 async function createDataFilesystem(
   create: NewFilesystem,
   place: Places,
-): Promise<void> {
+): Promise<DataFilesystem> {
   const paths = create.members.map((member) => member.dataPath);
   say(
     "info",
@@ -2090,21 +2102,52 @@ async function createDataFilesystem(
     }),
     ...create.members.map(({ swapPath }) => swapPath && makeSwap(swapPath)),
   ]);
-  await verifySuperblocks(paths, UNFINISHED);
-
-  await withTopLevel(paths, [], place, async (top) => {
-    await allOf(
-      Object.values(SUBVOLUMES)
-        .map((name) => createSubvolume(join(top, name), paths)),
-    );
+  const top = place.topLevel;
+  fs.mkdirSync(top, { recursive: true });
+  await allOf([
+    verifySuperblocks(paths, UNFINISHED),
+    mountBtrfs(paths, ["subvolid=5"], top),
+  ]);
+  await allOf(
+    Object.values(SUBVOLUMES)
+      .map((name) => createSubvolume(join(top, name), paths)),
+  );
+  for (const name of [STATE, SNAPSHOTS]) {
+    fs.mkdirSync(join(top, SUBVOLUMES.data, name));
+  }
+  await allOf([
+    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), place)
+      .then((tidyUp) => tidyUp()),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
-    // and with it what was done before: the label never comes without them.
-    await run(words`btrfs filesystem label ${top} ${DATA}`, {
+    // and with it the subvolumes: the label never comes without them.
+    run(words`btrfs filesystem label ${top} ${DATA}`, {
       to: `label the data filesystem on ${paths.join(", ")}`,
-    });
-  });
-  await verifySuperblocks(paths, DATA);
-  await disarm(create.members.map((member) => member.device));
+    }),
+  ]);
+  const superblocks = await verifySuperblocks(paths, DATA);
+  return {
+    fsid: superblocks[0].fsid,
+    members: create.members
+      .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] })),
+    missing: 0,
+    stale: [],
+    excluded: [],
+    needsScrub: false,
+    grow: [],
+    repair: [],
+  };
+}
+
+/** The device that holds the data of a new member. */
+function dataDevice({ device, dataPath }: NewMember): BlockDevice {
+  return { ...device, path: dataPath, mark: undefined };
+}
+
+/** The swap areas of a filesystem that was made. */
+function swapOf({ members }: NewFilesystem): BlockDevice[] {
+  return members.flatMap(({ device, swapPath }) =>
+    swapPath ? [{ ...device, path: swapPath }] : []
+  );
 }
 
 async function makeSwap(path: string): Promise<void> {
@@ -2131,8 +2174,8 @@ async function createSubvolume(
 async function verifySuperblocks(
   paths: string[],
   label: string,
-): Promise<void> {
-  await allOf(paths.map(async (path) => {
+): Promise<Superblock[]> {
+  return await allOf(paths.map(async (path) => {
     const found = await superblockOf(path);
     if (
       !found?.intact || found.label !== label ||
@@ -2143,6 +2186,7 @@ async function verifySuperblocks(
           `"${label}" on ${path} after making it: the disk may be broken`,
       );
     }
+    return found;
   }));
 }
 
@@ -2194,7 +2238,6 @@ async function mountTheUsual(
 ): Promise<void> {
   const both = ["state", "snapshots"] as const;
   if (!both.every((which) => isFree(place[which]))) return; // set up, or older
-  const isNew = !fs.existsSync(place.state); // no upper and work directories
   const lowers = OVERLAYS.map((name) => join(place.lower, name));
   for (const directory of [place.state, place.snapshots, ...lowers]) {
     fs.mkdirSync(directory, { recursive: true });
@@ -2205,7 +2248,7 @@ async function mountTheUsual(
     const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
     return [first, place[which], "btrfs", options.join()];
   });
-  const overlays = isNew ? [] : OVERLAYS
+  const overlays = OVERLAYS
     .filter((name) => !isOverlaid(name, place))
     .flatMap((name) => overlayEntries(name, place));
   await mountFromTable([...subvolumes, ...overlays], place, "debug");
@@ -2496,9 +2539,8 @@ async function mountOverlays(place: Places): Promise<void> {
   if (names.length === 0) return;
   for (const name of names) {
     fs.mkdirSync(join(place.lower, name), { recursive: true });
-    fs.mkdirSync(join(place.work, name), { recursive: true });
   }
-  const tidyUp = await makeUppers(names, place);
+  const tidyUp = await makeUppers(names, place.state, place);
   await allOf([
     tidyUp(),
     mountFromTable(names.flatMap((name) => overlayEntries(name, place)), place),
@@ -2593,7 +2635,7 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
 }
 
 /**
- * Makes the uppers that are not there yet. The root of an overlay shows the
+ * Makes the uppers and works that are not there yet. The root of an overlay shows the
  * mode, owner, times and extended attributes of its upper, so that these must
  * be the lower's. The kernel copies them best: an overlay of the whole root,
  * with an upper in `work`, makes `etc` there when `etc` is changed in it; from
@@ -2603,14 +2645,21 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
  */
 async function makeUppers(
   names: string[],
+  state: string,
   place: Places,
 ): Promise<() => Promise<void>> {
-  fs.mkdirSync(place.upper, { recursive: true });
-  const missing = names.filter((name) =>
-    !fs.existsSync(join(place.upper, name))
-  );
+  const uppers = join(state, UPPER);
+  for (
+    const path of [
+      uppers,
+      ...names.map((name) => join(state, WORK, name)),
+    ]
+  ) {
+    fs.mkdirSync(path, { recursive: true });
+  }
+  const missing = names.filter((name) => !fs.existsSync(join(uppers, name)));
   if (missing.length === 0) return async () => {};
-  const scratch = join(place.work, ".copy-up");
+  const scratch = join(state, WORK, ".copy-up");
   const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
   fs.rmSync(scratch, { recursive: true, force: true });
   for (const directory of [upper, work, place.copyUp]) {
@@ -2624,7 +2673,7 @@ async function makeUppers(
   ];
   await run(
     words`mount -t overlay -o ${options.join()} overlay ${place.copyUp}`,
-    { to: `make the uppers in "${place.upper}"` },
+    { to: `make the uppers in "${uppers}"` },
   );
   const tidyUp = async () => {
     await unmount(place.copyUp);
@@ -2635,7 +2684,7 @@ async function makeUppers(
       const directory = join(place.copyUp, name);
       const { mode } = fs.statSync(directory);
       fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
-      fs.renameSync(join(upper, name), join(place.upper, name));
+      fs.renameSync(join(upper, name), join(uppers, name));
     }
   } catch (error) {
     await tidyUp();
@@ -2705,7 +2754,7 @@ function replaceFile(path: string, contents: string): void {
     if (old) fs.fchmodSync(file, old.mode & 0o7777);
     if (old) fs.fchownSync(file, old.uid, old.gid);
     fs.writeSync(file, contents);
-    fs.fsyncSync(file);
+    if (old) fs.fsyncSync(file); // else there is nothing to lose
   } finally {
     fs.closeSync(file);
   }
@@ -3112,7 +3161,7 @@ async function prepareMember(member: NewMember): Promise<BlockDevice> {
       run(words`swapon ${swapPath}`, { to: `turn on swap on ${swapPath}` })
     );
   }
-  return { ...member.device, path: member.dataPath, mark: undefined };
+  return dataDevice(member);
 }
 
 async function waitForOperation(data: DataFilesystem): Promise<void> {
@@ -4206,12 +4255,14 @@ async function attemptEach<T>(
 /**
  * Waits until all have ended, so that nothing goes on behind a failure.
  *
+ * @returns What each came to.
  * @throws The first failure.
  */
-async function allOf(steps: unknown[]): Promise<void> {
-  const ends = await Promise.allSettled(steps);
-  const failed = ends.find((end) => end.status === "rejected");
-  if (failed) throw failed.reason;
+async function allOf<T extends unknown[]>(
+  steps: [...T],
+): Promise<{ [K in keyof T]: Awaited<T[K]> }> {
+  await Promise.allSettled(steps);
+  return await Promise.all(steps);
 }
 
 /** The value of an expression, or undefined where it throws. */
