@@ -154,8 +154,6 @@ export interface BlockDevice {
   name: string;
   /** Device node. */
   path: string;
-  /** `major:minor`. */
-  deviceNumber: string;
   kind: "disk" | "partition" | "volume";
   /** Name of the whole disk that it is part of, or its own. */
   disk: string;
@@ -187,6 +185,7 @@ export interface BlockDevice {
 
 /** All that a plan is computed from. */
 export interface Facts {
+  /** Those of the disks that hold something of ours, or may do so. */
   devices: BlockDevice[];
   /** A driver is bound to a disk that has not appeared yet. */
   diskPending: boolean;
@@ -643,35 +642,41 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
 // Steps 1 and 2, look: every block device, what it is and what it holds.
 // ---------------------------------------------------------------------------
 
-/** Reads all devices at the same time. Changes nothing. */
-export async function look(settings: Settings): Promise<Facts> {
+/**
+ * Reads all devices at the same time, and looks closer at the disks that hold
+ * something of ours. Changes nothing.
+ *
+ * @param always Name of a disk to look at closely, whatever it holds.
+ */
+export async function look(
+  settings: Settings,
+  always?: string,
+): Promise<Facts> {
   const diskPending = isDiskPending(); // first: it may appear just now
   const mounts = readMounts();
-  const devices = listDevices(settings);
-  const reading = Promise.all(devices.map(readDevice));
-  const users = readUsers(devices, mounts); // meanwhile
-  for (const device of devices) device.inUse = users.get(device.name);
-  await reading;
-  const disks = new Map(devices.map((device) => [device.name, device]));
-  for (const device of devices) {
-    if (device.kind !== "partition") continue;
-    const disk = disks.get(device.disk);
-    // The kernel's name for it may be old; it serves where the disk is mute.
-    if (disk?.readError) continue;
-    const entry = disk?.gpt?.partitions
-      .find((entry) => entry.number === device.number);
-    device.partitionName = entry?.startBytes === device.startBytes
-      ? entry.name
-      : undefined;
-  }
+  const listed = listDevices(settings);
+  await Promise.all(listed.map(readDevice));
+  const all = [...listed, ...await lookAtPartitionsWithoutNode(listed)];
+  const close = new Set(all.filter(mayBeOurs).map((device) => device.disk));
+  if (always) close.add(always);
+  const devices = all.filter((device) => close.has(device.disk));
+  lookCloser(devices, mounts);
   const place = places(settings.root);
   return {
-    devices: [...devices, ...await lookAtPartitionsWithoutNode(devices)],
+    devices,
     diskPending,
     memoryBytes: readMemoryBytes(),
     mounted: mounts.findLast((mount) => mount.target === place.data),
     tooSmall: new Set(),
   };
+}
+
+/** May a plan depend on what is on this device? */
+function mayBeOurs(device: BlockDevice): boolean {
+  const names = device.gpt?.partitions.map((partition) => partition.name) ?? [];
+  return device.header || device.btrfs !== undefined ||
+    device.backupLabel !== undefined || device.readError !== undefined ||
+    [MAGIC, DATA, SWAP].some((name) => names.includes(name));
 }
 
 /** Memory, floppy and optical drives; loop devices unless asked for. */
@@ -687,44 +692,94 @@ function listDevices(settings: Settings): BlockDevice[] {
 
 /** A whole disk and its partitions. */
 function listDisk(disk: string): BlockDevice[] {
-  const directory = `/sys/block/${disk}`;
-  const entries = listDirectory(directory);
+  const entries = listDirectory(`/sys/block/${disk}`);
+  if (!entries.includes("dev")) return []; // hidden: a path of NVMe multipath
   const volume = entries.includes("dm") || entries.includes("md");
-  const suspended = volume && readText(`${directory}/dm/suspended`) === "1";
-  const volumeName = suspended && readText(`${directory}/dm/name`);
+  const suspended = volume && readSysfs(disk, "dm/suspended") === "1";
   const sectorBytes = Number(
-    readText(`${directory}/queue/logical_block_size`) ?? 512,
+    readSysfs(disk, "queue/logical_block_size") ?? 512,
   );
   const devices: BlockDevice[] = [];
-  for (const name of [disk, ...entries.filter((e) => e.startsWith(disk))]) {
-    const own = name === disk ? directory : `${directory}/${name}`;
-    const sizeBytes = 512 * Number(readText(`${own}/size`) ?? 0);
-    const uevent = parseUevent(readText(`${own}/uevent`) ?? "");
-    const node = uevent.DEVNAME;
-    // Without a medium (card readers), or hidden (a path of NVMe multipath).
-    if (sizeBytes === 0 || !node) continue;
-    const number = Number(uevent.PARTN ?? 0);
+  for (const name of [disk, ...entries]) {
+    const number = name === disk ? 0 : partitionNumber(disk, name);
+    if (number === undefined) continue; // an attribute of the disk
+    const sizeBytes = 512 * Number(readSysfs(name, "size") ?? 0);
+    if (sizeBytes === 0) continue; // without a medium: a card reader
+    const path = nodeOf(name);
     devices.push({
       name,
-      path: `/dev/${node}`,
-      deviceNumber: `${uevent.MAJOR}:${uevent.MINOR}`,
+      path,
       kind: number ? "partition" : volume ? "volume" : "disk",
       disk,
       number,
-      startBytes: number ? 512 * Number(readText(`${own}/start`) ?? 0) : 0,
+      startBytes: 0,
       sizeBytes,
       sectorBytes,
-      readOnly: readText(`${own}/ro`) === "1",
+      readOnly: false,
       hasNode: true,
-      partitionName: uevent.PARTNAME,
       readError: suspended
-        ? `Cannot read /dev/${node}: it is suspended (dmsetup resume ` +
-          `"${volumeName}")`
+        ? `Cannot read ${path}: it is suspended (dmsetup resume ` +
+          `"${readSysfs(disk, "dm/name")}")`
         : undefined,
       header: false,
     });
   }
   return devices;
+}
+
+/** An attribute of a block device (Documentation/ABI/stable/sysfs-block). */
+function readSysfs(name: string, attribute: string): string | undefined {
+  return readText(`/sys/class/block/${name}/${attribute}`);
+}
+
+/**
+ * The node of a device: sysfs has "!" in its name for a "/", as in `cciss!c0d0`
+ * (drivers/base/core.c, device_get_devnode()).
+ */
+export const nodeOf = (name: string) => `/dev/${name.replaceAll("!", "/")}`;
+
+/** The name in sysfs of a device node. */
+export const nameOf = (path: string) =>
+  path.replace(/^\/dev\//, "").replaceAll("/", "!");
+
+/**
+ * The number in a partition's name: behind a "p" where the disk's name ends
+ * with a digit (block/partitions/core.c, add_partition()).
+ */
+export function partitionNumber(
+  disk: string,
+  name: string,
+): number | undefined {
+  const prefix = /\d$/.test(disk) ? `${disk}p` : disk;
+  const digits = name.startsWith(prefix) ? name.slice(prefix.length) : "";
+  return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
+}
+
+/**
+ * What sysfs says of devices: where they start, who uses them, whether they
+ * can be written to, and what the table calls the partitions.
+ */
+function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
+  const users = readUsers(devices, mounts);
+  for (const device of devices) {
+    const { name, disk, number, hasNode } = device;
+    const whole = devices.find((other) => other.name === disk);
+    const known = hasNode ? name : disk; // to the kernel
+    device.readOnly = readSysfs(known, "ro") === "1";
+    device.inUse = users.get(known);
+    if (number === 0 || !hasNode) continue;
+    device.startBytes = 512 * Number(readSysfs(name, "start") ?? 0);
+    const entry = whole?.gpt?.partitions
+      .find((entry) => entry.number === number);
+    device.partitionName = entry?.startBytes === device.startBytes
+      ? entry.name
+      : undefined;
+    // The kernel's name for it may be old; it serves where the disk is mute.
+    if (whole?.readError) {
+      device.partitionName = parseUevent(readSysfs(name, "uevent") ?? "")
+        .PARTNAME;
+    }
+  }
 }
 
 /**
@@ -758,36 +813,19 @@ function readUsers(
 ): Map<string, string> {
   const users = new Map<string, string>();
   const mounted = new Map(mounts.map((m) => [m.deviceNumber, m.target]));
-  for (const { name, deviceNumber } of devices) {
+  for (const { name } of devices) {
     const [holder] = listDirectory(`/sys/class/block/${name}/holders`);
-    if (holder) users.set(name, `held by /dev/${holder}`);
-    const target = mounted.get(deviceNumber);
+    if (holder) users.set(name, `held by ${nodeOf(holder)}`);
+    const target = mounted.get(readSysfs(name, "dev") ?? "");
     if (target) users.set(name, `mounted on "${target}"`);
-  }
-  // Lists what has a size (proc(5)): not the loop devices that are free.
-  const partitions = readText("/proc/partitions") ?? "";
-  for (const [loop] of partitions.matchAll(/\bloop\d+$/gm)) {
-    const image = readText(`/sys/block/${loop}/loop/backing_file`);
-    const owner = image && deviceOfFile(image);
-    if (owner) users.set(owner, `the home of "${image}", which is in use`);
   }
   for (const fsid of listDirectory("/sys/fs/btrfs")) {
     for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
       users.set(name, openIn(fsid));
     }
   }
-  for (const path of readSwaps()) users.set(basename(path), "swap in use");
+  for (const path of readSwaps()) users.set(nameOf(path), "swap in use");
   return users;
-}
-
-/** Name of the block device that a file lies on, if it lies on one. */
-function deviceOfFile(path: string): string | undefined {
-  const dev = attemptNow(() => fs.statSync(path).dev);
-  if (dev === undefined) return undefined;
-  const major = (dev >> 8) & 0xfff;
-  const minor = (dev & 0xff) | ((dev >> 12) & 0xfff00);
-  const link = `/sys/dev/block/${major}:${minor}`;
-  return attemptNow(() => basename(fs.realpathSync(link)));
 }
 
 /** Active swap devices (proc_swaps(5)). */
@@ -912,7 +950,7 @@ async function lookAtPartitionsWithoutNode(
       if (known.has(path)) continue;
       found.push({
         ...disk,
-        name: basename(path),
+        name: nameOf(path),
         path,
         kind: "partition",
         number: entry.number,
@@ -930,7 +968,7 @@ async function lookAtPartitionsWithoutNode(
   }
   await Promise.all(found.map(async (device) => {
     try {
-      await withDevice(`/dev/${device.disk}`, async (read) => {
+      await withDevice(nodeOf(device.disk), async (read) => {
         await readStart(device, read, device.startBytes);
       });
     } catch (error) {
@@ -1580,7 +1618,7 @@ function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
 
 /** The argument for `--enable` that marks a device or its whole disk. */
 function diskOf(device: BlockDevice): string {
-  return device.number === 0 ? device.path : `/dev/${device.disk}`;
+  return nodeOf(device.disk);
 }
 
 function disksWithoutNodes(
@@ -1903,12 +1941,13 @@ async function makePartitionNodes({ path }: BlockDevice): Promise<void> {
 async function growPartition(
   { path, disk, number }: BlockDevice,
 ): Promise<void> {
+  const whole = nodeOf(disk);
   say("info", `Growing ${path} to the end of its disk`);
   await run(
-    words`sfdisk --quiet --no-reread --no-tell-kernel -N ${number} /dev/${disk}`,
+    words`sfdisk --quiet --no-reread --no-tell-kernel -N ${number} ${whole}`,
     { to: `grow ${path}`, stdin: ", +\n" },
   );
-  await run(words`partx --update --nr ${number} /dev/${disk}`, {
+  await run(words`partx --update --nr ${number} ${whole}`, {
     to: `tell the kernel the new size of ${path}`,
   });
 }
@@ -1940,7 +1979,7 @@ async function namePartition(
 ): Promise<void> {
   await run(
     words`sfdisk --quiet --no-tell-kernel
-      --part-label /dev/${disk} ${number} ${name}`,
+      --part-label ${nodeOf(disk)} ${number} ${name}`,
     { to: `name ${path} "${name}"` },
   );
 }
@@ -2266,8 +2305,7 @@ async function growFilesystem(
   place: Places,
 ): Promise<void> {
   for (const member of members) {
-    const sizeBytes = 512 *
-      Number(readText(`/sys/class/block/${basename(member.path)}/size`) ?? 0);
+    const sizeBytes = 512 * Number(readSysfs(nameOf(member.path), "size") ?? 0);
     if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
     const id = devidOf(member);
     await attempt(() =>
@@ -2976,7 +3014,7 @@ function startMaintenance(
   const program = own.slice(1, own.lastIndexOf("") - given.length);
   const options = ["--maintain", "--root", settings.root];
   if (settings.only) {
-    options.push("--devices", settings.only.map((n) => `/dev/${n}`).join());
+    options.push("--devices", settings.only.map(nodeOf).join());
   }
   try {
     start([process.execPath, ...program, ...options], {
@@ -3303,7 +3341,7 @@ async function packChunks(place: Places): Promise<void> {
 /** The disk that has the header, or the partition that has the name. */
 function bearerOfMark(device: BlockDevice): BlockDevice {
   if (device.partitionName === MAGIC) return device;
-  return { ...device, path: `/dev/${device.disk}`, kind: "disk" };
+  return { ...device, path: nodeOf(device.disk), kind: "disk" };
 }
 
 const fresh = (device: BlockDevice) => ({ ...device, mark: undefined });
@@ -3341,7 +3379,7 @@ async function enable(
   const isImage = (path: string) =>
     fs.statSync(path, { throwIfNoEntry: false })?.isFile();
   const names = paths.map((path) =>
-    basename(attemptNow(() => fs.realpathSync(path)) ?? "")
+    nameOf(attemptNow(() => fs.realpathSync(path)) ?? "")
   );
   for (const [i, name] of names.entries()) {
     if (wholeDisk(name) !== name && names.includes(wholeDisk(name))) {
@@ -3423,7 +3461,7 @@ async function mark(device: BlockDevice, facts: Facts): Promise<void> {
 /** Reads a device anew, its partition name from the table. */
 async function lookAgain(device: BlockDevice): Promise<BlockDevice> {
   const settings = { ...defaultSettings, only: [device.disk] };
-  const facts = await look(settings);
+  const facts = await look(settings, device.disk);
   const found = facts.devices.find((other) => other.path === device.path);
   if (!found) throw new Error(`Cannot find ${device.path} any more`);
   return found;
@@ -3526,8 +3564,8 @@ async function lookAtOne(
     );
   }
   const real = fs.realpathSync(path);
-  const only = [wholeDisk(basename(real))];
-  const facts = await look({ ...settings, only });
+  const disk = wholeDisk(nameOf(real));
+  const facts = await look({ ...settings, only: [disk] }, disk);
   const device = facts.devices.find((device) => device.path === real);
   if (!device) {
     throw new UsageError(
@@ -3741,7 +3779,7 @@ function readMetadataSpace(fsid: string, members: Superblock[]): Space {
 
 /** The UUID of a mounted Btrfs, from the device that stands for it. */
 function fsidOf(mount: Mount): string | undefined {
-  const device = attemptNow(() => basename(fs.realpathSync(mount.source)));
+  const device = attemptNow(() => nameOf(fs.realpathSync(mount.source)));
   return listDirectory("/sys/fs/btrfs").find((fsid) =>
     device && fs.existsSync(`/sys/fs/btrfs/${fsid}/devices/${device}`)
   );
@@ -3753,7 +3791,7 @@ async function readMembers(
 ): Promise<{ path: string; btrfs: Superblock }[]> {
   const members: { path: string; btrfs: Superblock }[] = [];
   for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
-    const path = `/dev/${name}`;
+    const path = nodeOf(name);
     await attempt(async () => {
       const btrfs = await superblockOf(path);
       if (btrfs && btrfs.devid > 0) members.push({ path, btrfs });
@@ -4437,7 +4475,7 @@ function parseSeconds(seconds: string): number | undefined {
 
 /** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
 function nameOfDisk(path: string): string {
-  const name = attemptNow(() => basename(fs.realpathSync(path)));
+  const name = attemptNow(() => nameOf(fs.realpathSync(path)));
   if (!name || !fs.existsSync(`/sys/class/block/${name}`)) {
     throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
   }

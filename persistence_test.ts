@@ -626,6 +626,29 @@ onDisks(
   },
 );
 
+for (const node of ["with", "without"]) {
+  onDisks(
+    `a data filesystem in a partition of any name is found, ${node} its node`,
+    {
+      disks: [{
+        ...disk,
+        contents: `echo 'start=1MiB, name=other' | sfdisk -q --label gpt "$DISK"
+          partx -a "$DISK"; mkfs.btrfs -q -L lightwhale-data "$DISK"p1 >/dev/null
+          mkdir /tmp/$$; mount "$DISK"p1 /tmp/$$; echo kept > /tmp/$$/kept
+          umount /tmp/$$; rmdir /tmp/$$; partx -d "$DISK"`,
+      }],
+    },
+    async (system) => {
+      const [{ path }] = system.disks;
+      if (node === "with") await command(["partx", "-a", path]);
+      const boot = await system.boot();
+      const { mode, status } = await look(system, boot);
+      assertEquals({ mode, status }, { mode: "persistent", status: 0 });
+      assertEquals(await topLevel(system, "cat kept"), "kept\n");
+    },
+  );
+}
+
 onDisks(
   "a magic partition name on a data filesystem is not obeyed",
   { disks: [magicDisk] },

@@ -14,6 +14,10 @@ import {
   findDataFilesystems,
   MAGIC,
   type Mark,
+  nameOf,
+  nodeOf,
+  partitionNumber,
+  partitionPath,
   type Plan,
   type Settings,
   SWAP,
@@ -1024,7 +1028,6 @@ function device(
   return {
     name,
     path: `/dev/${name}`,
-    deviceNumber: `8:${name.charCodeAt(2)}`,
     kind: "disk",
     disk: name,
     number: 0,
@@ -1154,3 +1157,25 @@ Deno.test("decide(): a magic partition beside other partitions", () => {
     create: ["sda2"],
   });
 });
+
+const names: [disk: string, name: string, number: number | undefined][] = [
+  ["sda", "sda3", 3],
+  ["sda", "sda", undefined],
+  ["sda", "sdaa1", undefined],
+  ["sda", "sda03", undefined],
+  ["sda", "queue", undefined],
+  ["nvme0n1", "nvme0n1p12", 12],
+  ["nvme0n1", "nvme0n11", undefined],
+  ["loop1", "loop10p1", undefined],
+  ["mmcblk0", "mmcblk0p2", 2],
+  ["mmcblk0", "mmcblk0boot0", undefined],
+  ["cciss!c0d0", "cciss!c0d0p1", 1],
+];
+for (const [disk, name, number] of names) {
+  Deno.test(`partitionNumber() of ${name} on ${disk} is ${number}`, () => {
+    assertEquals(partitionNumber(disk, name), number);
+    if (number === undefined) return;
+    const path = partitionPath({ path: nodeOf(disk) }, number);
+    assertEquals([path, nameOf(path)], [nodeOf(name), name]);
+  });
+}

@@ -546,7 +546,6 @@ function someMachine(random: Random): Machine {
       kind: random.chance(0.9) ? "disk" : "volume",
       disk: name,
       number: 0,
-      deviceNumber: `8:${16 * i}`,
       startBytes: 0,
       sizeBytes: random.pick(sizes),
       sectorBytes: 512,
