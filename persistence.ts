@@ -623,7 +623,9 @@ async function makePlan(
 /** Those of this run, or of one that was killed. */
 async function removeScratchMounts(place: Places): Promise<void> {
   for (const target of [place.copyUp, place.topLevel]) {
-    while (fs.existsSync(target) && mountedOn(target)) await unmount(target);
+    if (!fs.existsSync(target)) continue; // and no need to ask the kernel
+    const mounts = readMounts().filter((mount) => mount.target === target);
+    for (const _ of mounts) await unmount(target);
   }
 }
 
@@ -2207,6 +2209,11 @@ async function createSubvolume(
   await run(words`btrfs subvolume create ${path}`, {
     to: `create the subvolume ${basename(path)} on ${devices.join(", ")}`,
   });
+  assert(
+    isSubvolume(path),
+    `Cannot find the subvolume ${basename(path)} on ${devices.join(", ")} ` +
+      `after making it`,
+  );
 }
 
 /** Reads back what mkfs or a label was to achieve, on every member. */

@@ -26,7 +26,7 @@ const mutations: Mutation[] = [
   {
     name: "no fsync",
     patches: [["conv=notrunc,fsync", "conv=notrunc"], [
-      /fs\.fsyncSync\(file\);/g,
+      /if \(old\) fs\.fsyncSync\(file\);/g,
       "",
     ]],
     file: "power_cut_test.ts",
