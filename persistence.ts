@@ -392,12 +392,15 @@ export function parseGpt(
 
   const partitions: GptPartition[] = [];
   const table = viewOf(entries);
-  const field = (at: number) => table.getBigUint64(at, true);
   const { type, first, last, name, nameBytes } = GPT.entry;
+  // Four words and not two of 64 bits: there are 128 entries on each disk.
+  const isUsed = (at: number) =>
+    table.getUint32(at) !== 0 || table.getUint32(at + 4) !== 0 ||
+    table.getUint32(at + 8) !== 0 || table.getUint32(at + 12) !== 0;
   for (let at = 0; at < entries.length; at += size) {
-    if (field(at + type) === 0n && field(at + type + 8) === 0n) continue;
-    const from = Number(field(at + first));
-    const to = Number(field(at + last));
+    if (!isUsed(at + type)) continue;
+    const from = Number(table.getBigUint64(at + first, true));
+    const to = Number(table.getBigUint64(at + last, true));
     const label = entries.subarray(at + name, at + name + nameBytes);
     partitions.push({
       number: at / size + 1,
@@ -485,11 +488,13 @@ function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
+const utf8 = new TextDecoder();
+
 /** Text up to the first NUL; what is not UTF-8 becomes U+FFFD. */
 function text(bytes: Uint8Array, at: number, length: number): string {
   const field = bytes.subarray(at, at + length);
   const end = field.indexOf(0);
-  return new TextDecoder().decode(end < 0 ? field : field.subarray(0, end));
+  return utf8.decode(end < 0 ? field : field.subarray(0, end));
 }
 
 function uuid(bytes: Uint8Array, at: number): string {
@@ -701,12 +706,12 @@ function listDisk(disk: string): BlockDevice[] {
   const sectorBytes = Number(
     readSysfs(disk, "queue/logical_block_size") ?? 512,
   );
+  const diskBytes = sizeOf(disk);
+  if (diskBytes === 0) return []; // without a medium: a card reader
   const devices: BlockDevice[] = [];
   for (const name of [disk, ...entries]) {
     const number = name === disk ? 0 : partitionNumber(disk, name);
     if (number === undefined) continue; // an attribute of the disk
-    const sizeBytes = 512 * Number(readSysfs(name, "size") ?? 0);
-    if (sizeBytes === 0) continue; // without a medium: a card reader
     const path = nodeOf(name);
     devices.push({
       name,
@@ -715,7 +720,7 @@ function listDisk(disk: string): BlockDevice[] {
       disk,
       number,
       startBytes: 0,
-      sizeBytes,
+      sizeBytes: number ? 0 : diskBytes,
       sectorBytes,
       readOnly: false,
       hasNode: true,
@@ -733,6 +738,9 @@ function listDisk(disk: string): BlockDevice[] {
 function readSysfs(name: string, attribute: string): string | undefined {
   return readText(`/sys/class/block/${name}/${attribute}`);
 }
+
+/** sysfs counts in 512 bytes, whatever the size of a sector. */
+const sizeOf = (name: string) => 512 * Number(readSysfs(name, "size") ?? 0);
 
 /**
  * The node of a device: sysfs has "!" in its name for a "/", as in `cciss!c0d0`
@@ -758,8 +766,8 @@ export function partitionNumber(
 }
 
 /**
- * What sysfs says of devices: where they start, who uses them, whether they
- * can be written to, and what the table calls the partitions.
+ * What sysfs says of devices: who uses them, whether they can be written to,
+ * and of partitions where they are, and what the table calls them.
  */
 function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
   const users = readUsers(devices, mounts);
@@ -771,6 +779,7 @@ function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
     device.inUse = users.get(known);
     if (number === 0 || !hasNode) continue;
     device.startBytes = 512 * Number(readSysfs(name, "start") ?? 0);
+    device.sizeBytes = sizeOf(name);
     const entry = whole?.gpt?.partitions
       .find((entry) => entry.number === number);
     device.partitionName = entry?.startBytes === device.startBytes
@@ -2312,7 +2321,7 @@ async function growFilesystem(
   place: Places,
 ): Promise<void> {
   for (const member of members) {
-    const sizeBytes = 512 * Number(readSysfs(nameOf(member.path), "size") ?? 0);
+    const sizeBytes = sizeOf(nameOf(member.path));
     if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
     const id = devidOf(member);
     await attempt(() =>
