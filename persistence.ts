@@ -286,18 +286,26 @@ const CRC32 = 0xedb88320;
 /** Made when one is needed: not every call of this program reads a disk. */
 const crcTables = new Map<number, Uint32Array>();
 
-/** From the checksum of each bit follows, by exclusive or, that of each byte. */
-function makeCrcTable(polynomial: number): Uint32Array {
-  const table = new Uint32Array(256);
+/**
+ * Four tables, for each byte of a word one: the sum of a byte, and of a byte
+ * with one, two and three zeros behind it. From the sum of each bit follows, by
+ * exclusive or, that of each byte.
+ */
+function makeCrcTables(polynomial: number): Uint32Array {
+  const tables = new Uint32Array(4 * 256);
   let crc = 1;
   for (let bit = 0x80; bit > 0; bit >>= 1) {
     crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
     for (let byte = 0; byte < 256; byte += 2 * bit) {
-      table[byte + bit] = table[byte] ^ crc;
+      tables[byte + bit] = tables[byte] ^ crc;
     }
   }
-  crcTables.set(polynomial, table);
-  return table;
+  for (let i = 256; i < tables.length; i++) {
+    const shorter = tables[i - 256];
+    tables[i] = (shorter >>> 8) ^ tables[shorter & 0xff];
+  }
+  crcTables.set(polynomial, tables);
+  return tables;
 }
 
 /** What there is only in the executable, which Bun runs. */
@@ -317,12 +325,19 @@ function crc32(bytes: Uint8Array): number {
   return typeof Bun === "undefined" ? crc(bytes, CRC32) : Bun.hash.crc32(bytes);
 }
 
-/** A checksum, a table lookup for each byte. */
+/** A checksum, by words of four bytes: a boot has no compiler to make it fast. */
 function crc(bytes: Uint8Array, polynomial: number): number {
-  const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
+  const tables = crcTables.get(polynomial) ?? makeCrcTables(polynomial);
+  const aligned = bytes.slice(); // words as x86-64 and arm64 have them
+  const words = new Uint32Array(aligned.buffer, 0, bytes.length >> 2);
   let crc = ~0;
-  for (let i = 0; i < bytes.length; i++) {
-    crc = table[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
+  for (let i = 0; i < words.length; i++) {
+    crc ^= words[i];
+    crc = tables[768 + (crc & 0xff)] ^ tables[512 + ((crc >>> 8) & 0xff)] ^
+      tables[256 + ((crc >>> 16) & 0xff)] ^ tables[crc >>> 24];
+  }
+  for (let i = 4 * words.length; i < bytes.length; i++) {
+    crc = tables[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
   }
   return ~crc >>> 0;
 }
@@ -553,11 +568,11 @@ export async function boot(settings: Settings): Promise<number> {
       const areas = plan.swap;
       meanwhile.push(attempt(() => swapOn(areas)));
       await mountDataFilesystem(plan.mount, place); //      step 6
+      if (plan.create) {
+        meanwhile.push(attempt(() => unmount(place.topLevel)));
+      }
     } else mode = await mountVolatile(plan, place);
     await mountOverlays(place); //                          step 7
-    if (plan.create) {
-      meanwhile.push(attempt(() => removeScratchMounts(place)));
-    }
   } catch (error) {
     await Promise.all(meanwhile);
     sayError(error);
@@ -625,7 +640,7 @@ async function makePlan(
   }
 }
 
-/** Those of this run, or of one that was killed. */
+/** A run that was killed may have left its scratch mounts. */
 async function removeScratchMounts(place: Places): Promise<void> {
   for (const target of [place.copyUp, place.topLevel]) {
     if (!fs.existsSync(target)) continue; // and no need to ask the kernel
@@ -1183,6 +1198,8 @@ export interface DataFilesystem {
   excluded: BlockDevice[];
   /** A member has missed writes, and no mark says which. */
   needsScrub: boolean;
+  /** Just made: marked, and with all that a boot mounts. */
+  isNew?: boolean;
   /** Disks that became larger than their partition table knows. */
   grow: BlockDevice[];
   /** Disks whose primary table is to be restored from the backup. */
@@ -2154,13 +2171,21 @@ async function createDataFilesystem(
   ]);
   const top = place.topLevel;
   fs.mkdirSync(top, { recursive: true });
-  await allOf([
+  const [superblocks] = await allOf([
     verifySuperblocks(paths, UNFINISHED),
     mountBtrfs(paths, ["subvolid=5"], top),
   ]);
-  await allOf(
-    Object.values(SUBVOLUMES)
+  const { fsid } = superblocks[0];
+  const members = create.members
+    .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] }));
+  const [unmarked] = await allOf([
+    markMembers(members, fsid),
+    ...Object.values(SUBVOLUMES)
       .map((name) => createSubvolume(join(top, name), paths)),
+  ]);
+  assert(
+    unmarked.length === 0,
+    `Cannot mark ${pathsOf(unmarked)}: the disk may be broken`,
   );
   for (const name of [STATE, SNAPSHOTS]) {
     fs.mkdirSync(join(top, SUBVOLUMES.data, name));
@@ -2174,15 +2199,15 @@ async function createDataFilesystem(
       to: `label the data filesystem on ${paths.join(", ")}`,
     }),
   ]);
-  const superblocks = await verifySuperblocks(paths, DATA);
+  await verifySuperblocks(paths, DATA);
   return {
-    fsid: superblocks[0].fsid,
-    members: create.members
-      .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] })),
+    fsid,
+    members,
     missing: 0,
     stale: [],
     excluded: [],
     needsScrub: false,
+    isNew: true,
     grow: [],
     repair: [],
   };
@@ -2269,6 +2294,7 @@ async function mountDataFilesystem(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
+  if (data.isNew) await mountNew(data, place);
   if (!mountedOn(place.data)) {
     for (const member of data.members) {
       await waitForNode(member.path).catch((error) => {
@@ -2283,6 +2309,17 @@ async function mountDataFilesystem(
   await mountSubvolume("snapshots", data, place);
 }
 
+/** Mounts what was just made: all of it is there, and nothing to decide. */
+async function mountNew(data: DataFilesystem, place: Places): Promise<void> {
+  for (const path of [place.data, ...lowersOf(place)]) {
+    fs.mkdirSync(path, { recursive: true });
+  }
+  await mountFromTable(
+    [subvolumeEntry("data", data, place), ...usualEntries(data, place)],
+    place,
+  );
+}
+
 /**
  * Mounts all that a disk of ours has, by one process. What is not there, or no
  * more, is left to the functions that follow.
@@ -2291,22 +2328,36 @@ async function mountTheUsual(
   data: DataFilesystem,
   place: Places,
 ): Promise<void> {
-  const both = ["state", "snapshots"] as const;
-  if (!both.every((which) => isFree(place[which]))) return; // set up, or older
-  const lowers = OVERLAYS.map((name) => join(place.lower, name));
-  for (const directory of [place.state, place.snapshots, ...lowers]) {
+  const both = [place.state, place.snapshots];
+  if (!both.every(isFree)) return; // set up, or older
+  for (const directory of [...both, ...lowersOf(place)]) {
     fs.mkdirSync(directory, { recursive: true });
   }
-  const [first, ...others] = data.members.map((member) => member.path);
+  await mountFromTable(usualEntries(data, place), place, "debug");
+}
+
+const lowersOf = (place: Places) =>
+  OVERLAYS.map((name) => join(place.lower, name));
+
+/** fstab(5) entries of what lies above the data mount. */
+function usualEntries(data: DataFilesystem, place: Places): string[][] {
+  return [
+    subvolumeEntry("state", data, place),
+    subvolumeEntry("snapshots", data, place),
+    ...OVERLAYS.filter((name) => !isOverlaid(name, place))
+      .flatMap((name) => overlayEntries(name, place)),
+  ];
+}
+
+function subvolumeEntry(
+  which: keyof typeof SUBVOLUMES,
+  { members }: DataFilesystem,
+  place: Places,
+): string[] {
+  const [first, ...others] = members.map((member) => member.path);
   const devices = others.map((path) => `device=${path}`);
-  const subvolumes = both.map((which) => {
-    const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
-    return [first, place[which], "btrfs", options.join()];
-  });
-  const overlays = OVERLAYS
-    .filter((name) => !isOverlaid(name, place))
-    .flatMap((name) => overlayEntries(name, place));
-  await mountFromTable([...subvolumes, ...overlays], place, "debug");
+  const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
+  return [first, place[which], "btrfs", options.join()];
 }
 
 /** May something be mounted here? Not over data, nor over a subvolume. */
