@@ -724,7 +724,7 @@ function listDisk(disk: string): BlockDevice[] {
   const diskBytes = sizeOf(disk);
   if (diskBytes === 0) return []; // without a medium: a card reader
   const devices: BlockDevice[] = [];
-  for (const name of [disk, ...entries]) {
+  for (const name of [disk, ...entries.filter((e) => e.startsWith(disk))]) {
     const number = name === disk ? 0 : partitionNumber(disk, name);
     if (number === undefined) continue; // an attribute of the disk
     const path = nodeOf(name);
