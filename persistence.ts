@@ -286,26 +286,18 @@ const CRC32 = 0xedb88320;
 /** Made when one is needed: not every call of this program reads a disk. */
 const crcTables = new Map<number, Uint32Array>();
 
-/**
- * Four tables, for each byte of a word one: the sum of a byte, and of a byte
- * with one, two and three zeros behind it. From the sum of each bit follows, by
- * exclusive or, that of each byte.
- */
-function makeCrcTables(polynomial: number): Uint32Array {
-  const tables = new Uint32Array(4 * 256);
+/** From the checksum of each bit follows, by exclusive or, that of each byte. */
+function makeCrcTable(polynomial: number): Uint32Array {
+  const table = new Uint32Array(256);
   let crc = 1;
   for (let bit = 0x80; bit > 0; bit >>= 1) {
     crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
     for (let byte = 0; byte < 256; byte += 2 * bit) {
-      tables[byte + bit] = tables[byte] ^ crc;
+      table[byte + bit] = table[byte] ^ crc;
     }
   }
-  for (let i = 256; i < tables.length; i++) {
-    const shorter = tables[i - 256];
-    tables[i] = (shorter >>> 8) ^ tables[shorter & 0xff];
-  }
-  crcTables.set(polynomial, tables);
-  return tables;
+  crcTables.set(polynomial, table);
+  return table;
 }
 
 /** What there is only in the executable, which Bun runs. */
@@ -313,7 +305,6 @@ declare const Bun: {
   hash: { crc32(bytes: Uint8Array): number };
   spawn(command: string[], options: StartOptions & { env: unknown }): {
     exited: Promise<number>;
-    exitCode: number | null;
     signalCode: string | null;
     kill: (signal: string) => void;
     unref: () => void;
@@ -325,19 +316,12 @@ function crc32(bytes: Uint8Array): number {
   return typeof Bun === "undefined" ? crc(bytes, CRC32) : Bun.hash.crc32(bytes);
 }
 
-/** A checksum, by words of four bytes: a boot has no compiler to make it fast. */
+/** A checksum, a table lookup for each byte. */
 function crc(bytes: Uint8Array, polynomial: number): number {
-  const tables = crcTables.get(polynomial) ?? makeCrcTables(polynomial);
-  const aligned = bytes.slice(); // words as x86-64 and arm64 have them
-  const words = new Uint32Array(aligned.buffer, 0, bytes.length >> 2);
+  const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
   let crc = ~0;
-  for (let i = 0; i < words.length; i++) {
-    crc ^= words[i];
-    crc = tables[768 + (crc & 0xff)] ^ tables[512 + ((crc >>> 8) & 0xff)] ^
-      tables[256 + ((crc >>> 16) & 0xff)] ^ tables[crc >>> 24];
-  }
-  for (let i = 4 * words.length; i < bytes.length; i++) {
-    crc = tables[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
+  for (let i = 0; i < bytes.length; i++) {
+    crc = table[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
   }
   return ~crc >>> 0;
 }
@@ -556,10 +540,7 @@ export async function boot(settings: Settings): Promise<number> {
     if (plan.create) {
       await partition(plan.create); //                      step 3
       await waitForPartitions(plan.create.members); //      step 4
-      plan.mount = await createDataFilesystem( //           step 5
-        plan.create,
-        place,
-      );
+      plan.mount = await createDataFilesystem(plan.create, place); // step 5
       plan.swap = swapOf(plan.create);
       const made = plan.create.members.map((member) => member.device);
       meanwhile.push(disarm(made));
@@ -800,27 +781,12 @@ function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
     device.partitionName = entry?.startBytes === device.startBytes
       ? entry.name
       : undefined;
+    if (!whole?.readError) continue;
     // The kernel's name for it may be old; it serves where the disk is mute.
-    if (whole?.readError) {
-      device.partitionName = parseUevent(readSysfs(name, "uevent") ?? "")
-        .PARTNAME;
-    }
+    // The first such line is the kernel's, whatever lines are in the name.
+    const uevent = readSysfs(name, "uevent") ?? "";
+    device.partitionName = /^PARTNAME=(.*)$/m.exec(uevent)?.[1];
   }
-}
-
-/**
- * Reads the text of a `uevent` file in sysfs: KEY=value, a line each. Of a key
- * that comes twice the first counts: the partition's name, which anybody may
- * have chosen, stands last (block/partitions/core.c, part_uevent()).
- */
-export function parseUevent(
-  uevent: string,
-): Record<string, string | undefined> {
-  const pairs = uevent.split("\n").map((line) => {
-    const [key] = line.split("=", 1);
-    return [key, line.slice(key.length + 1)];
-  });
-  return Object.fromEntries(pairs.reverse());
 }
 
 /** `sdb` before `sdaa`, `loop9` before `loop10`. */
@@ -2740,12 +2706,13 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
 }
 
 /**
- * Makes the uppers and works that are not there yet. The root of an overlay shows the
- * mode, owner, times and extended attributes of its upper, so that these must
- * be the lower's. The kernel copies them best: an overlay of the whole root,
- * with an upper in `work`, makes `etc` there when `etc` is changed in it; from
- * there it is moved to its place.
+ * Makes the uppers and works that are not there yet. The root of an overlay
+ * shows the mode, owner, times and extended attributes of its upper, so that
+ * these must be the lower's. The kernel copies them best: an overlay of the
+ * whole root, with an upper in `work`, makes `etc` there when `etc` is changed
+ * in it; from there it is moved to its place.
  *
+ * @param state The state directory, wherever it is mounted.
  * @returns What is left to do, and may be done beside the next steps.
  */
 async function makeUppers(
@@ -2754,13 +2721,9 @@ async function makeUppers(
   place: Places,
 ): Promise<() => Promise<void>> {
   const uppers = join(state, UPPER);
-  for (
-    const path of [
-      uppers,
-      ...names.map((name) => join(state, WORK, name)),
-    ]
-  ) {
-    fs.mkdirSync(path, { recursive: true });
+  fs.mkdirSync(uppers, { recursive: true });
+  for (const name of names) {
+    fs.mkdirSync(join(state, WORK, name), { recursive: true });
   }
   const missing = names.filter((name) => !fs.existsSync(join(uppers, name)));
   if (missing.length === 0) return async () => {};
@@ -2859,7 +2822,7 @@ function replaceFile(path: string, contents: string): void {
     if (old) fs.fchmodSync(file, old.mode & 0o7777);
     if (old) fs.fchownSync(file, old.uid, old.gid);
     fs.writeSync(file, contents);
-    if (old) fs.fsyncSync(file); // else there is nothing to lose
+    if (old) fs.fsyncSync(file); // a new one that a crash empties is made anew
   } finally {
     fs.closeSync(file);
   }
@@ -4065,11 +4028,9 @@ async function run(
   const errors = attemptNow(() => openNameless("")) ?? "inherit";
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    const end = await endOf([program, ...command.slice(1)], what, timeoutMs, [
-      input,
-      "ignore",
-      errors,
-    ]);
+    const stdio: Stdio = [input, "ignore", errors];
+    const all = [program, ...command.slice(1)];
+    const end = await endOf(all, what, timeoutMs, stdio);
     if (typeof end === "number" && accept.includes(end)) return end;
     throw failure(command, to, end, readNameless(errors));
   } finally {

@@ -30,7 +30,6 @@ import {
   parseMountinfo,
   parseSuperblock,
   parseSwapLabel,
-  parseUevent,
   type Plan,
   setDataRoot,
   SWAP,
@@ -338,24 +337,6 @@ fuzz("parseMountinfo() reads whatever stands there", (random) => {
     for (const text of [mount.target, mount.type, mount.source]) {
       assertEquals(typeof text, "string");
     }
-  }
-});
-
-fuzz("parseUevent() takes the kernel's word, not a partition's", (random) => {
-  const kernel = "MAJOR=8\nMINOR=3\nDEVNAME=sda3\nDEVTYPE=partition\nPARTN=3";
-  const name = random.pick(hostileTexts) + random.pick([
-    ...["", "\nDEVNAME=sdb", "\nPARTN=1", "\n__proto__=x", "\n=", "\n\n"],
-  ]);
-  const whole = parseUevent(`${kernel}\nPARTNAME=${name}`);
-  const { DEVNAME, PARTN, PARTNAME } = whole;
-  assertEquals(
-    { DEVNAME, PARTN, PARTNAME },
-    { DEVNAME: "sda3", PARTN: "3", PARTNAME: name.split("\n")[0] },
-  );
-  const bytes = new TextEncoder().encode(`${kernel}\nPARTNAME=${name}\n`);
-  mutate(bytes, random);
-  for (const value of Object.values(parseUevent(textOf(bytes)))) {
-    assertEquals(typeof value, "string");
   }
 });
 
