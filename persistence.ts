@@ -781,12 +781,23 @@ function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
     device.partitionName = entry?.startBytes === device.startBytes
       ? entry.name
       : undefined;
-    if (!whole?.readError) continue;
     // The kernel's name for it may be old; it serves where the disk is mute.
-    // The first such line is the kernel's, whatever lines are in the name.
-    const uevent = readSysfs(name, "uevent") ?? "";
-    device.partitionName = /^PARTNAME=(.*)$/m.exec(uevent)?.[1];
+    if (whole?.readError) {
+      device.partitionName = parsePartname(readSysfs(name, "uevent") ?? "");
+    }
   }
+}
+
+/**
+ * Reads the partition's name from the text of a `uevent` file in sysfs:
+ * KEY=value, a line each. The first such line is the kernel's: behind it come
+ * the lines that may be in the name, which anybody may have chosen
+ * (block/partitions/core.c, part_uevent()).
+ */
+export function parsePartname(uevent: string): string | undefined {
+  const key = "PARTNAME=";
+  return uevent.split("\n").find((line) => line.startsWith(key))
+    ?.slice(key.length);
 }
 
 /** `sdb` before `sdaa`, `loop9` before `loop10`. */
@@ -4104,7 +4115,7 @@ function start(command: string[], options: StartOptions): Child {
   const { spawn } = process.getBuiltinModule("node:child_process");
   const child = spawn(command[0], command.slice(1), options);
   const ended = new Promise<number | string>((resolve) =>
-    child.on("exit", (status, signal) => resolve(signal ?? status ?? 0))
+    child.on("exit", (status, signal) => resolve(status ?? signal ?? "?"))
       .on("error", () => {}) // it has no number either
   );
   if (child.pid === undefined) throw new Error("It cannot be executed");

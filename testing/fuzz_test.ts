@@ -28,6 +28,7 @@ import {
   parseKernelCommandLine,
   parseMark,
   parseMountinfo,
+  parsePartname,
   parseSuperblock,
   parseSwapLabel,
   type Plan,
@@ -338,6 +339,21 @@ fuzz("parseMountinfo() reads whatever stands there", (random) => {
       assertEquals(typeof text, "string");
     }
   }
+});
+
+fuzz("parsePartname() takes the kernel's word, not a partition's", (random) => {
+  const kernel = "MAJOR=8\nMINOR=3\nDEVNAME=sda3\nDEVTYPE=partition\nPARTN=3";
+  const name = random.pick(hostileTexts) + random.pick([
+    ...["", "\nDEVNAME=sdb", "\nPARTN=1", "\n__proto__=x", "\n=", "\n\n"],
+    ...["\nPARTNAME=x", "\rPARTNAME=x", "\u2028x"],
+  ]);
+  const found = parsePartname(`${kernel}\nPARTNAME=${name}`);
+  assertEquals(found, name.split("\n")[0]);
+  assertEquals(parsePartname(kernel), undefined);
+  const bytes = new TextEncoder().encode(`${kernel}\nPARTNAME=${name}\n`);
+  mutate(bytes, random);
+  const mutated = parsePartname(textOf(bytes));
+  assert(mutated === undefined || typeof mutated === "string");
 });
 
 /** Words of command lines, right and wrong. */
