@@ -702,10 +702,10 @@ function listDisk(disk: string): BlockDevice[] {
   const sectorBytes = Number(
     readSysfs(disk, "queue/logical_block_size") ?? 512,
   );
-  const diskBytes = sizeOf(disk);
+  const diskBytes = readSysfsBytes(disk, "size");
   if (diskBytes === 0) return []; // without a medium: a card reader
   const devices: BlockDevice[] = [];
-  for (const name of [disk, ...entries.filter((e) => e.startsWith(disk))]) {
+  for (const name of [disk, ...entries]) {
     const number = name === disk ? 0 : partitionNumber(disk, name);
     if (number === undefined) continue; // an attribute of the disk
     const path = nodeOf(name);
@@ -736,7 +736,8 @@ function readSysfs(name: string, attribute: string): string | undefined {
 }
 
 /** sysfs counts in 512 bytes, whatever the size of a sector. */
-const sizeOf = (name: string) => 512 * Number(readSysfs(name, "size") ?? 0);
+const readSysfsBytes = (name: string, attribute: "size" | "start") =>
+  512 * Number(readSysfs(name, attribute) ?? 0);
 
 /**
  * The node of a device: sysfs has "!" in its name for a "/", as in `cciss!c0d0`
@@ -749,14 +750,18 @@ export const nameOf = (path: string) =>
   path.replace(/^\/dev\//, "").replaceAll("/", "!");
 
 /**
- * The number in a partition's name: behind a "p" where the disk's name ends
- * with a digit (block/partitions/core.c, add_partition()).
+ * What the number of a partition follows: a "p" where the disk's name ends with
+ * a digit (block/partitions/core.c, add_partition()).
  */
+const partitionPrefix = (disk: string) => /\d$/.test(disk) ? `${disk}p` : disk;
+
+/** The number in a partition's name, undefined where it is none of the disk. */
 export function partitionNumber(
   disk: string,
   name: string,
 ): number | undefined {
-  const prefix = /\d$/.test(disk) ? `${disk}p` : disk;
+  if (!name.startsWith(disk)) return undefined;
+  const prefix = partitionPrefix(disk);
   const digits = name.startsWith(prefix) ? name.slice(prefix.length) : "";
   return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
 }
@@ -774,8 +779,8 @@ function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
     device.readOnly = readSysfs(known, "ro") === "1";
     device.inUse = users.get(known);
     if (number === 0 || !hasNode) continue;
-    device.startBytes = 512 * Number(readSysfs(name, "start") ?? 0);
-    device.sizeBytes = sizeOf(name);
+    device.startBytes = readSysfsBytes(name, "start");
+    device.sizeBytes = readSysfsBytes(name, "size");
     const entry = whole?.gpt?.partitions
       .find((entry) => entry.number === number);
     device.partitionName = entry?.startBytes === device.startBytes
@@ -983,7 +988,7 @@ async function lookAtPartitionsWithoutNode(
 
 /** `/dev/sda2`, but `/dev/nvme0n1p2`, `/dev/mmcblk0p2`, `/dev/loop3p2`. */
 export function partitionPath(disk: { path: string }, number: number): string {
-  return `${disk.path}${/\d$/.test(disk.path) ? "p" : ""}${number}`;
+  return `${partitionPrefix(disk.path)}${number}`;
 }
 
 /** Reads `length` bytes at a byte offset, less at the end of the device. */
@@ -1603,7 +1608,7 @@ function describeExcluded(
     : `was replaced while it was away`;
   return `${path} ${why}: ${used} is used, ${path} is not touched (to use it ` +
     `instead, unplug ${used}; to give it up and mirror anew: ` +
-    `persistence.ts --enable --force ${diskOf(device)})`;
+    `persistence.ts --enable --force ${nodeOf(device.disk)})`;
 }
 
 /** How many devices are not even stale: they are not there. */
@@ -1619,11 +1624,6 @@ function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
   return devices.filter((device) =>
     disks.has(device.disk) && device.swapLabel === SWAP && !device.inUse
   );
-}
-
-/** The argument for `--enable` that marks a device or its whole disk. */
-function diskOf(device: BlockDevice): string {
-  return nodeOf(device.disk);
 }
 
 function disksWithoutNodes(
@@ -1698,7 +1698,7 @@ function describeDamage(device: BlockDevice): string {
     : `it has a "${SWAP}" partition but no data partition`;
   return `${device.path} seems to have been a "${DATA}" disk, but ${why}: it ` +
     `is not touched (try "btrfs rescue super-recover ${device.path}"; to give ` +
-    `it up: persistence.ts --enable --force ${diskOf(device)})`;
+    `it up: persistence.ts --enable --force ${nodeOf(device.disk)})`;
 }
 
 /**
@@ -2147,16 +2147,14 @@ async function createDataFilesystem(
     ...create.members.map(({ swapPath }) => swapPath && makeSwap(swapPath)),
   ]);
   const top = place.topLevel;
-  fs.mkdirSync(top, { recursive: true });
   const [superblocks] = await allOf([
     verifySuperblocks(paths, UNFINISHED),
-    mountBtrfs(paths, ["subvolid=5"], top),
+    mountTopLevel(paths, [], place),
   ]);
-  const { fsid } = superblocks[0];
   const members = create.members
     .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] }));
   const [unmarked] = await allOf([
-    markMembers(members, fsid),
+    markMembers(members, superblocks[0].fsid),
     ...Object.values(SUBVOLUMES)
       .map((name) => createSubvolume(join(top, name), paths)),
   ]);
@@ -2177,17 +2175,7 @@ async function createDataFilesystem(
     }),
   ]);
   await verifySuperblocks(paths, DATA);
-  return {
-    fsid,
-    members,
-    missing: 0,
-    stale: [],
-    excluded: [],
-    needsScrub: false,
-    isNew: true,
-    grow: [],
-    repair: [],
-  };
+  return { ...sortOutMembers(members), isNew: true };
 }
 
 /** The device that holds the data of a new member. */
@@ -2254,13 +2242,21 @@ async function withTopLevel(
   place: Places,
   use: (directory: string) => Promise<void>,
 ): Promise<void> {
-  fs.mkdirSync(place.topLevel, { recursive: true });
-  await mountBtrfs(paths, ["subvolid=5", ...options], place.topLevel);
+  await mountTopLevel(paths, options, place);
   try {
     await use(place.topLevel);
   } finally {
     await unmount(place.topLevel);
   }
+}
+
+async function mountTopLevel(
+  paths: string[],
+  options: string[],
+  place: Places,
+): Promise<void> {
+  fs.mkdirSync(place.topLevel, { recursive: true });
+  await mountBtrfs(paths, ["subvolid=5", ...options], place.topLevel);
 }
 
 // ---------------------------------------------------------------------------
@@ -2349,7 +2345,7 @@ async function growFilesystem(
   place: Places,
 ): Promise<void> {
   for (const member of members) {
-    const sizeBytes = sizeOf(nameOf(member.path));
+    const sizeBytes = readSysfsBytes(nameOf(member.path), "size");
     if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
     const id = devidOf(member);
     await attempt(() =>
