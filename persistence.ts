@@ -658,7 +658,7 @@ export async function look(
   const diskPending = isDiskPending(); // first: it may appear just now
   const mounts = readMounts();
   const listed = listDevices(settings);
-  await Promise.all(listed.map(readDevice));
+  await readDevices(listed);
   const all = [...listed, ...await lookAtPartitionsWithoutNode(listed)];
   const close = new Set(all.filter(mayBeOurs).map((device) => device.disk));
   if (always) close.add(always);
@@ -842,8 +842,46 @@ function readSwaps(): string[] {
     .map((line) => unescapeOctal(line.split(/\s/)[0])).filter(Boolean);
 }
 
-/** Reads where the formats that matter have their place. */
-async function readDevice(device: BlockDevice): Promise<void> {
+/**
+ * Reads all devices, some at a time: with more, the runtime would start a
+ * thread for each, and all would take longer. One that does not answer keeps no
+ * other from being read: while any is waited for, more are begun.
+ */
+async function readDevices(devices: BlockDevice[]): Promise<void> {
+  let next = 0;
+  const readers: Promise<void>[] = [];
+  const readSome = async () => {
+    let memory = new Uint8Array(READ_MEMORY_BYTES);
+    while (next < devices.length) {
+      const device = devices[next++];
+      await readDevice(device, memory);
+      // A read that was given up may end after all, and write there.
+      if (device.readError) memory = new Uint8Array(READ_MEMORY_BYTES);
+    }
+  };
+  const begin = () => {
+    for (let i = 0; i < 8 && next < devices.length; i++) {
+      readers.push(readSome());
+    }
+  };
+  begin();
+  const timer = setInterval(begin, 100);
+  for (const reader of readers) await reader; // also those that are added
+  clearInterval(timer);
+}
+
+/** What is read of most devices; to get new memory takes as long as a read. */
+const READ_MEMORY_BYTES = 48 * KiB;
+
+/**
+ * Reads where the formats that matter have their place.
+ *
+ * @param memory To read into; nothing of it is needed afterwards.
+ */
+async function readDevice(
+  device: BlockDevice,
+  memory: Uint8Array,
+): Promise<void> {
   if (device.readError) return; // to open it would be to wait for ever
   try {
     await withDevice(device.path, async (read) => {
@@ -855,7 +893,7 @@ async function readDevice(device: BlockDevice): Promise<void> {
       const block = await read(BTRFS.backupAt, BTRFS.bytes);
       const backup = parseSuperblock(block);
       device.backupLabel = backup?.intact ? backup.label : undefined;
-    });
+    }, memory);
   } catch (error) {
     device.readError = cannotRead(device, error);
   }
@@ -997,12 +1035,14 @@ type Read = (at: number, length: number) => Promise<Uint8Array>;
 /**
  * Opens a device for reading.
  *
+ * @param memory To read into, in place of new memory, as long as it lasts.
  * @throws {Error} When it cannot be read or does not answer in time. (A
  * suspended volume, of which the open itself may never end, is not opened.)
  */
 async function withDevice<T>(
   path: string,
   use: (read: Read) => Promise<T>,
+  memory: Uint8Array = new Uint8Array(),
 ): Promise<T> {
   let open: number | undefined;
   const reading = (async () => {
@@ -1011,7 +1051,10 @@ async function withDevice<T>(
     );
     try {
       return await use(async (at, length) => {
-        const buffer = new Uint8Array(length);
+        const buffer = length <= memory.length
+          ? memory.subarray(0, length)
+          : new Uint8Array(length);
+        memory = memory.subarray(length);
         const bytesRead = await called<number>((done) =>
           fs.read(file, buffer, 0, length, at, done)
         );

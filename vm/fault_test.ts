@@ -31,7 +31,7 @@ const here = fileURLToPath(new URL(".", import.meta.url));
 
 /** A disk before the boot: magic, or a data filesystem over the whole of it. */
 interface FaultyDisk extends Omit<VmDisk, "file"> {
-  holds: "magic" | "data" | "half of a mirror";
+  holds: "nothing" | "magic" | "data" | "half of a mirror";
   /** From the start of S11persistence on. */
   trouble?: Trouble;
 }
@@ -178,6 +178,21 @@ const faults: Fault[] = [
     status: 1,
     says: /\/dev\/vdb will not be formatted while \/dev\/vda/,
     marked: [1],
+  },
+  {
+    // All of them are given up at the same time, and none waits for another.
+    name: "more disks never answer than are read at a time",
+    disks: [
+      ...Array.from(
+        { length: 9 },
+        (): FaultyDisk => ({ holds: "nothing", trouble: neverAnswers }),
+      ),
+      { holds: "data" },
+    ],
+    mode: "persistent",
+    status: 0,
+    says: /from \/dev\/vdj[^]*Cannot read \/dev\/vdi: no answer in 20 s/,
+    withinMs: 35_000,
   },
   {
     name: "a data disk answers no write",
@@ -477,7 +492,9 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
       magic: holds === "magic",
     }),
   }));
-  const data = disks.filter((_, i) => fault.disks[i].holds !== "magic")
+  const isData = ({ holds }: FaultyDisk) =>
+    holds === "data" || holds === "half of a mirror";
+  const data = disks.filter((_, i) => isData(fault.disks[i]))
     .map(({ file }) => file);
   if (data.length > 0) makeDataFilesystem(data);
   const before = `size=$(cat /sys/block/vda/size)\n${fault.before ?? ""}`;
