@@ -662,7 +662,7 @@ export async function look(
   const all = [...listed, ...await lookAtPartitionsWithoutNode(listed)];
   const close = new Set(all.filter(mayBeOurs).map((device) => device.disk));
   if (always) close.add(always);
-  const devices = all.filter((device) => close.has(device.disk));
+  const devices = all.filter((device) => close.has(device.disk)).sort(byName);
   lookCloser(devices, mounts);
   const place = places(settings.root);
   return {
@@ -685,49 +685,60 @@ function mayBeOurs(device: BlockDevice): boolean {
 /** Memory, floppy and optical drives; loop devices unless asked for. */
 const NEVER_LOOKED_AT = /^(ram|zram|fd|sr|loop)\d/;
 
-/** Lists block devices from sysfs, whatever their driver calls them. */
-function listDevices(settings: Settings): BlockDevice[] {
-  const disks = settings.only ??
-    listDirectory("/sys/block").filter((name) => !NEVER_LOOKED_AT.test(name));
-  return disks.flatMap(listDisk)
-    .sort(byName);
-}
+/** md arrays and device-mapper volumes (drivers/md/md.c, drivers/md/dm.c). */
+const VOLUME = /^(md[_\d]|dm-\d)/;
 
-/** A whole disk and its partitions. */
-function listDisk(disk: string): BlockDevice[] {
-  const entries = listDirectory(`/sys/block/${disk}`);
-  if (!entries.includes("dev")) return []; // hidden: a path of NVMe multipath
-  const volume = entries.includes("dm") || entries.includes("md");
-  const suspended = volume && readSysfs(disk, "dm/suspended") === "1";
-  const sectorBytes = Number(
-    readSysfs(disk, "queue/logical_block_size") ?? 512,
+/**
+ * Lists block devices, whatever their driver calls them. sysfs knows which are
+ * whole disks; `/proc/partitions` has neither those without a medium, such as
+ * card readers, nor the hidden paths of NVMe multipath (block/genhd.c,
+ * show_partition()).
+ */
+function listDevices({ only }: Settings): BlockDevice[] {
+  const disks = new Set(
+    only ??
+      listDirectory("/sys/block").filter((name) => !NEVER_LOOKED_AT.test(name)),
   );
-  const diskBytes = readSysfsBytes(disk, "size");
-  if (diskBytes === 0) return []; // without a medium: a card reader
   const devices: BlockDevice[] = [];
-  for (const name of [disk, ...entries]) {
-    const number = name === disk ? 0 : partitionNumber(disk, name);
-    if (number === undefined) continue; // an attribute of the disk
-    const path = nodeOf(name);
-    devices.push({
-      name,
-      path,
-      kind: number ? "partition" : volume ? "volume" : "disk",
-      disk,
-      number,
-      startBytes: 0,
-      sizeBytes: number ? 0 : diskBytes,
-      sectorBytes,
-      readOnly: false,
-      hasNode: true,
-      readError: suspended
-        ? `Cannot read ${path}: it is suspended (dmsetup resume ` +
-          `"${readSysfs(disk, "dm/name")}")`
-        : undefined,
-      header: false,
-    });
+  let whole: BlockDevice | undefined; // its partitions follow it
+  for (const line of (readText("/proc/partitions") ?? "").split("\n")) {
+    const name = nameOf(line.slice(line.lastIndexOf(" ") + 1));
+    const number = whole && partitionNumber(whole.name, name);
+    if (whole && number) {
+      devices.push({
+        ...whole,
+        name,
+        path: nodeOf(name),
+        kind: "partition",
+        number,
+      });
+    } else if (disks.has(name)) devices.push(whole = wholeDevice(name));
   }
   return devices;
+}
+
+/** A disk or volume; its size is not asked for before it matters. */
+function wholeDevice(name: string): BlockDevice {
+  const path = nodeOf(name);
+  const isVolume = VOLUME.test(name);
+  const isSuspended = isVolume && readSysfs(name, "dm/suspended") === "1";
+  return {
+    name,
+    path,
+    kind: isVolume ? "volume" : "disk",
+    disk: name,
+    number: 0,
+    startBytes: 0,
+    sizeBytes: 0,
+    sectorBytes: Number(readSysfs(name, "queue/logical_block_size") ?? 512),
+    readOnly: false,
+    hasNode: true,
+    readError: isSuspended
+      ? `Cannot read ${path}: it is suspended (dmsetup resume ` +
+        `"${readSysfs(name, "dm/name")}")`
+      : undefined,
+    header: false,
+  };
 }
 
 /** An attribute of a block device (Documentation/ABI/stable/sysfs-block). */
@@ -778,9 +789,10 @@ function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
     const known = hasNode ? name : disk; // to the kernel
     device.readOnly = readSysfs(known, "ro") === "1";
     device.inUse = users.get(known);
-    if (number === 0 || !hasNode) continue;
-    device.startBytes = readSysfsBytes(name, "start");
+    if (!hasNode) continue;
     device.sizeBytes = readSysfsBytes(name, "size");
+    if (number === 0) continue;
+    device.startBytes = readSysfsBytes(name, "start");
     const entry = whole?.gpt?.partitions
       .find((entry) => entry.number === number);
     device.partitionName = entry?.startBytes === device.startBytes
@@ -969,7 +981,8 @@ async function readBackupGpt(
     viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
   if (elsewhere) return; // sgdisk --move-main-table: not damaged
   const areaBytes = GPT.entriesArea + disk.sectorBytes;
-  const areaAt = disk.sizeBytes - areaBytes;
+  const endBytes = readSysfsBytes(disk.name, "size");
+  const areaAt = endBytes - areaBytes;
   if (areaAt < 0) return undefined;
   const area = await read(areaAt, areaBytes);
   const gpt = parseGpt(
@@ -977,7 +990,7 @@ async function readBackupGpt(
     (at, length) => area.subarray(at - areaAt, at - areaAt + length),
     disk.sectorBytes,
   );
-  return gpt && { ...gpt, primaryDamaged: true, endBytes: disk.sizeBytes };
+  return gpt && { ...gpt, primaryDamaged: true, endBytes };
 }
 
 /**
