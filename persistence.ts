@@ -959,7 +959,9 @@ const isProtectiveMbr = (start: Uint8Array) => mbrTypes(start).includes(0xee);
 const isMbr = (start: Uint8Array) =>
   mbrTypes(start).length > 0 && !isProtectiveMbr(start);
 
-const isZero = (bytes: Uint8Array) => bytes.every((byte) => byte === 0);
+/** As text, for the runtime compares texts at once, and bytes one by one. */
+const isZero = (bytes: Uint8Array) =>
+  utf8.decode(bytes) === "\0".repeat(bytes.length);
 
 /**
  * The backup table at the end of a disk whose primary one is damaged. Without
@@ -3475,7 +3477,8 @@ async function enable(
     nameOf(attemptNow(() => fs.realpathSync(path)) ?? "")
   );
   for (const [i, name] of names.entries()) {
-    if (wholeDisk(name) !== name && names.includes(wholeDisk(name))) {
+    const disk = wholeDisk(name) ?? name;
+    if (disk !== name && names.includes(disk)) {
       throw new UsageError(
         `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
       );
@@ -3657,7 +3660,8 @@ async function lookAtOne(
     );
   }
   const real = fs.realpathSync(path);
-  const disk = wholeDisk(nameOf(real));
+  const name = nameOf(real);
+  const disk = wholeDisk(name) ?? name;
   const facts = await look({ ...settings, only: [disk] }, disk);
   const device = facts.devices.find((device) => device.path === real);
   if (!device) {
@@ -4249,9 +4253,11 @@ function readNameless(file: number | "inherit"): string {
 
 /** Where a program is, or undefined where it is not installed. */
 function findProgram(name: string): string | undefined {
-  return (process.env.PATH ?? "").split(":").filter(Boolean)
-    .map((directory) => join(directory, name))
-    .find((path) => fs.existsSync(path));
+  for (const directory of (process.env.PATH ?? "").split(":")) {
+    if (directory && fs.existsSync(join(directory, name))) {
+      return join(directory, name);
+    }
+  }
 }
 
 /** Of what did not answer: to ask again would be to wait as long again. */
@@ -4567,20 +4573,18 @@ function parseSeconds(seconds: string): number | undefined {
 /** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
 function nameOfDisk(path: string): string {
   const name = attemptNow(() => nameOf(fs.realpathSync(path)));
-  if (!name || !fs.existsSync(`/sys/class/block/${name}`)) {
-    throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
-  }
-  return wholeDisk(name);
+  const disk = name && wholeDisk(name);
+  if (disk) return disk;
+  throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
 }
 
 /** Name of the whole disk that a device is part of, or its own. */
-function wholeDisk(name: string): string {
-  const directory = attemptNow(() =>
+function wholeDisk(name: string): string | undefined {
+  if (fs.existsSync(`/sys/block/${name}`)) return name;
+  const partition = attemptNow(() =>
     fs.realpathSync(`/sys/class/block/${name}`)
   );
-  return directory && fs.existsSync(`${directory}/partition`)
-    ? basename(dirname(directory))
-    : name;
+  return partition && basename(dirname(partition));
 }
 
 /** Runs what the command line asks for. Returns the exit status. */
