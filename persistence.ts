@@ -529,7 +529,7 @@ export async function boot(settings: Settings): Promise<number> {
   }
   const wasSetUp = OVERLAYS.every((name) => isOverlaid(name, place));
   try {
-    await removeScratchMounts(place);
+    await removeScratch(place);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
     planned = describePlan(plan);
     sayPlan(plan);
@@ -542,16 +542,13 @@ export async function boot(settings: Settings): Promise<number> {
       await waitForPartitions(plan.create.members); //      step 4
       plan.mount = await createDataFilesystem(plan.create, place); // step 5
       plan.swap = swapOf(plan.create);
-      const made = plan.create.members.map((member) => member.device);
-      meanwhile.push(disarm(made));
+      meanwhile.push(disarm(plan.create.members.map((m) => m.device)));
     }
     if (plan.mount) {
       const areas = plan.swap;
       meanwhile.push(attempt(() => swapOn(areas)));
       await mountDataFilesystem(plan.mount, place); //      step 6
-      if (plan.create) {
-        meanwhile.push(attempt(() => unmount(place.topLevel)));
-      }
+      if (plan.create) meanwhile.push(attempt(() => removeScratch(place)));
     } else mode = await mountVolatile(plan, place);
     await mountOverlays(place); //                          step 7
   } catch (error) {
@@ -621,13 +618,17 @@ async function makePlan(
   }
 }
 
-/** A run that was killed may have left its scratch mounts. */
-async function removeScratchMounts(place: Places): Promise<void> {
-  for (const target of [place.copyUp, place.topLevel]) {
-    if (!fs.existsSync(target)) continue; // and no need to ask the kernel
-    const mounts = readMounts().filter((mount) => mount.target === target);
-    for (const _ of mounts) await unmount(target);
-  }
+/**
+ * Takes away what served only to make subvolumes and uppers, for this run or
+ * for one that was killed.
+ */
+async function removeScratch(place: Places): Promise<void> {
+  const scratch = [place.copyUp, place.topLevel].filter(fs.existsSync);
+  if (scratch.length === 0) return; // and no need to ask the kernel
+  const targets = readMounts().map((mount) => mount.target)
+    .filter((target) => scratch.includes(target));
+  if (targets.length > 0) await unmount(...targets);
+  removeScratchLayers(place.state);
 }
 
 /** Names what a boot should wait for, or undefined when nothing is late. */
@@ -2205,27 +2206,19 @@ async function createDataFilesystem(
     ...create.members.map(({ swapPath }) => swapPath && makeSwap(swapPath)),
   ]);
   const top = place.topLevel;
-  const [superblocks] = await allOf([
-    verifySuperblocks(paths, UNFINISHED),
+  const [members] = await allOf([
+    verifySuperblocks(paths, UNFINISHED)
+      .then((superblocks) => markNew(create, superblocks)),
     mountTopLevel(paths, [], place),
   ]);
-  const members = create.members
-    .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] }));
-  const [unmarked] = await allOf([
-    markMembers(members, superblocks[0].fsid),
-    ...Object.values(SUBVOLUMES)
-      .map((name) => createSubvolume(join(top, name), paths)),
-  ]);
-  assert(
-    unmarked.length === 0,
-    `Cannot mark ${pathsOf(unmarked)}: the disk may be broken`,
-  );
+  const subvolumes = Object.values(SUBVOLUMES)
+    .map((name) => createSubvolume(join(top, name), paths));
+  await allOf(subvolumes);
   for (const name of [STATE, SNAPSHOTS]) {
     fs.mkdirSync(join(top, SUBVOLUMES.data, name));
   }
   await allOf([
-    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), place)
-      .then((tidyUp) => tidyUp()),
+    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), place),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
     // and with it the subvolumes: the label never comes without them.
     run(words`btrfs filesystem label ${top} ${DATA}`, {
@@ -2234,6 +2227,21 @@ async function createDataFilesystem(
   ]);
   await verifySuperblocks(paths, DATA);
   return { ...sortOutMembers(members), isNew: true };
+}
+
+/** The members of a filesystem that was made, marked. */
+async function markNew(
+  create: NewFilesystem,
+  superblocks: Superblock[],
+): Promise<BlockDevice[]> {
+  const members = create.members
+    .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] }));
+  const unmarked = await markMembers(members, superblocks[0].fsid);
+  assert(
+    unmarked.length === 0,
+    `Cannot mark ${pathsOf(unmarked)}: the disk may be broken`,
+  );
+  return members;
 }
 
 /** The device that holds the data of a new member. */
@@ -2599,8 +2607,9 @@ async function mountBtrfs(
   }
 }
 
-async function unmount(target: string): Promise<void> {
-  await run(words`umount ${target}`, { to: `unmount "${target}"` });
+async function unmount(...targets: string[]): Promise<void> {
+  const quoted = targets.map((target) => `"${target}"`).join(", ");
+  await run(words`umount ${targets}`, { to: `unmount ${quoted}` });
 }
 
 /** The topmost mount on a directory. */
@@ -2653,10 +2662,11 @@ async function fallBack(place: Places): Promise<void> {
   try {
     const targets = OVERLAYS.map((name) => join(place.root, name))
       .filter((target) => isOurOverlay(target, place))
-      .concat(place.snapshots, place.state, place.data, place.topLevel);
+      .concat(place.snapshots, place.state, place.data);
     for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
+    await attempt(() => removeScratch(place));
     if (!mountedOn(place.data)) await mountTmpfs(place);
     await mountOverlays(place);
     say("warning", "The system runs volatile until this is repaired");
@@ -2676,9 +2686,9 @@ async function mountOverlays(place: Places): Promise<void> {
   for (const name of names) {
     fs.mkdirSync(join(place.lower, name), { recursive: true });
   }
-  const tidyUp = await makeUppers(names, place.state, place);
+  const isMade = await makeUppers(names, place.state, place);
   await allOf([
-    tidyUp(),
+    isMade && attempt(() => removeScratch(place)),
     mountFromTable(names.flatMap((name) => overlayEntries(name, place)), place),
   ]);
   for (const name of names) {
@@ -2770,6 +2780,13 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
   }
 }
 
+/** Where the overlay that makes uppers has its own. */
+const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
+
+function removeScratchLayers(state: string): void {
+  fs.rmSync(scratchLayers(state), { recursive: true, force: true });
+}
+
 /**
  * Makes the uppers and works that are not there yet. The root of an overlay
  * shows the mode, owner, times and extended attributes of its upper, so that
@@ -2778,23 +2795,24 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
  * in it; from there it is moved to its place.
  *
  * @param state The state directory, wherever it is mounted.
- * @returns What is left to do, and may be done beside the next steps.
+ * @returns Whether any was made: then {@linkcode removeScratch} is to follow,
+ * if need be beside the next steps.
  */
 async function makeUppers(
   names: string[],
   state: string,
   place: Places,
-): Promise<() => Promise<void>> {
+): Promise<boolean> {
   const uppers = join(state, UPPER);
   fs.mkdirSync(uppers, { recursive: true });
   for (const name of names) {
     fs.mkdirSync(join(state, WORK, name), { recursive: true });
   }
   const missing = names.filter((name) => !fs.existsSync(join(uppers, name)));
-  if (missing.length === 0) return async () => {};
-  const scratch = join(state, WORK, ".copy-up");
+  if (missing.length === 0) return false;
+  const scratch = scratchLayers(state);
   const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
-  fs.rmSync(scratch, { recursive: true, force: true });
+  removeScratchLayers(state);
   for (const directory of [upper, work, place.copyUp]) {
     fs.mkdirSync(directory, { recursive: true });
   }
@@ -2808,22 +2826,13 @@ async function makeUppers(
     words`mount -t overlay -o ${options.join()} overlay ${place.copyUp}`,
     { to: `make the uppers in "${uppers}"` },
   );
-  const tidyUp = async () => {
-    await unmount(place.copyUp);
-    fs.rmSync(scratch, { recursive: true, force: true });
-  };
-  try {
-    for (const name of missing) {
-      const directory = join(place.copyUp, name);
-      const { mode } = fs.statSync(directory);
-      fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
-      fs.renameSync(join(upper, name), join(uppers, name));
-    }
-  } catch (error) {
-    await tidyUp();
-    throw error;
+  for (const name of missing) {
+    const directory = join(place.copyUp, name);
+    const { mode } = fs.statSync(directory);
+    fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
+    fs.renameSync(join(upper, name), join(uppers, name));
   }
-  return tidyUp;
+  return true;
 }
 
 // ---------------------------------------------------------------------------
