@@ -4277,23 +4277,17 @@ class NoAnswer extends Error {}
  *
  * @throws {NoAnswer} When the time is up.
  */
-async function withTimeout<T>(
+function withTimeout<T>(
   promise: PromiseLike<T>,
   timeoutMs: number,
   what: string,
 ): Promise<T> {
-  if (timeoutMs === Infinity) return await promise;
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const timeout = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => {
+  return new Promise((resolve, reject) => {
+    const timer = timeoutMs === Infinity ? undefined : setTimeout(() => {
       reject(new NoAnswer(`${what}: no answer in ${timeoutMs / 1000} s`));
     }, timeoutMs);
+    promise.then(resolve, reject).then(() => clearTimeout(timer));
   });
-  try {
-    return await Promise.race([promise, timeout]);
-  } finally {
-    clearTimeout(timer);
-  }
 }
 
 interface Lock {
