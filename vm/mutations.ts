@@ -104,6 +104,12 @@ const mutations: Mutation[] = [
     file: "boot_test.ts",
     filter: "a USB disk whose driver",
   },
+  {
+    name: "disks that never answer keep others from being read",
+    patches: [["setInterval(begin, 100)", "setInterval(() => {}, 100)"]],
+    file: "fault_test.ts",
+    filter: "more disks never answer",
+  },
 ];
 
 const names = Deno.args;
