@@ -628,7 +628,7 @@ async function removeScratch(place: Places): Promise<void> {
   const targets = readMounts().map((mount) => mount.target)
     .filter((target) => scratch.includes(target));
   if (targets.length > 0) await unmount(...targets);
-  removeScratchLayers(place.state);
+  fs.rmSync(scratchLayers(place.state), { recursive: true, force: true });
 }
 
 /** Names what a boot should wait for, or undefined when nothing is late. */
@@ -856,35 +856,37 @@ function readSwaps(): string[] {
 }
 
 /**
- * Reads all devices, some at a time: with more, the runtime would start a
- * thread for each, and all would take longer. One that does not answer keeps no
- * other from being read: while any is waited for, more are begun.
+ * How many devices are read at a time: with more the runtime starts a thread
+ * for each, and all take longer. While any is waited for, as many more are
+ * begun: one that does not answer keeps no other from being read. What is read
+ * of most fits into a memory that serves the next device, too: new memory takes
+ * as long as a read.
  */
+const READERS = { atATime: 8, moreEveryMs: 20, memoryBytes: 48 * KiB };
+
+/** Reads all devices. */
 async function readDevices(devices: BlockDevice[]): Promise<void> {
   let next = 0;
   const readers: Promise<void>[] = [];
   const readSome = async () => {
-    let memory = new Uint8Array(READ_MEMORY_BYTES);
+    let memory = new Uint8Array(READERS.memoryBytes);
     while (next < devices.length) {
       const device = devices[next++];
       await readDevice(device, memory);
       // A read that was given up may end after all, and write there.
-      if (device.readError) memory = new Uint8Array(READ_MEMORY_BYTES);
+      if (device.readError) memory = new Uint8Array(READERS.memoryBytes);
     }
   };
   const begin = () => {
-    for (let i = 0; i < 8 && next < devices.length; i++) {
+    for (let i = 0; i < READERS.atATime && next < devices.length; i++) {
       readers.push(readSome());
     }
   };
   begin();
-  const timer = setInterval(begin, 100);
+  const timer = setInterval(begin, READERS.moreEveryMs);
   for (const reader of readers) await reader; // also those that are added
   clearInterval(timer);
 }
-
-/** What is read of most devices; to get new memory takes as long as a read. */
-const READ_MEMORY_BYTES = 48 * KiB;
 
 /**
  * Reads where the formats that matter have their place.
@@ -2783,10 +2785,6 @@ async function mountOverlayAnew(name: string, place: Places): Promise<void> {
 /** Where the overlay that makes uppers has its own. */
 const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
 
-function removeScratchLayers(state: string): void {
-  fs.rmSync(scratchLayers(state), { recursive: true, force: true });
-}
-
 /**
  * Makes the uppers and works that are not there yet. The root of an overlay
  * shows the mode, owner, times and extended attributes of its upper, so that
@@ -2812,7 +2810,7 @@ async function makeUppers(
   if (missing.length === 0) return false;
   const scratch = scratchLayers(state);
   const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
-  removeScratchLayers(state);
+  fs.rmSync(scratch, { recursive: true, force: true });
   for (const directory of [upper, work, place.copyUp]) {
     fs.mkdirSync(directory, { recursive: true });
   }
