@@ -889,7 +889,9 @@ async function readDevices(devices: BlockDevice[]): Promise<void> {
 }
 
 /**
- * Reads where the formats that matter have their place.
+ * Reads where the formats that matter have their place. A backup counts only
+ * where the start is empty, as Btrfs leaves it: anything else may be what was
+ * put there since, a filesystem for example.
  *
  * @param memory To read into; nothing of it is needed afterwards.
  */
@@ -904,7 +906,7 @@ async function readDevice(
       if (device.kind === "disk" && !device.gpt) {
         device.gpt = await readBackupGpt(device, start, read);
       }
-      if (device.btrfs || device.header || device.gpt) return;
+      if (device.btrfs || device.gpt || !isZero(start)) return;
       const block = await read(BTRFS.backupAt, BTRFS.bytes);
       const backup = parseSuperblock(block);
       device.backupLabel = backup?.intact ? backup.label : undefined;
@@ -962,9 +964,14 @@ const isProtectiveMbr = (start: Uint8Array) => mbrTypes(start).includes(0xee);
 const isMbr = (start: Uint8Array) =>
   mbrTypes(start).length > 0 && !isProtectiveMbr(start);
 
-/** As text, for the runtime compares texts at once, and bytes one by one. */
-const isZero = (bytes: Uint8Array) =>
-  utf8.decode(bytes) === "\0".repeat(bytes.length);
+/** By texts, for the runtime compares them at once, and bytes one by one. */
+function isZero(bytes: Uint8Array): boolean {
+  for (let at = 0; at < bytes.length; at += KiB) {
+    const part = bytes.subarray(at, at + KiB);
+    if (utf8.decode(part) !== "\0".repeat(part.length)) return false;
+  }
+  return true;
+}
 
 /**
  * The backup table at the end of a disk whose primary one is damaged. Without

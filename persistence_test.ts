@@ -703,6 +703,65 @@ for (const [damage, script] of Object.entries(damages)) {
   );
 }
 
+/** A data disk without partitions, of which a backup superblock is left. */
+const withoutPartitions = `mkfs.btrfs -q -L lightwhale-data "$DISK" >/dev/null`;
+const backupMagic = `dd bs=8 skip=$((64 * 131072 + 8)) count=1 status=none`;
+
+onDisks(
+  "only a backup superblock is left: nothing is formatted",
+  {
+    disks: [{
+      ...smallDisk,
+      contents: `${withoutPartitions}
+        dd if=/dev/zero of="$DISK" bs=4K count=32 conv=notrunc status=none`,
+    }, smallMagicDisk],
+  },
+  async (system) => {
+    const before = await checksums(system, [0, 1]);
+    const boot = await system.boot();
+    const { mode, status } = await look(system, boot);
+    assertEquals(
+      { mode, status },
+      { mode: "fallback", status: 1 },
+      boot.stderr,
+    );
+    assertStringIncludes(boot.stderr, "only a backup superblock is left");
+    assertEquals(await checksums(system, [0, 1]), before);
+  },
+);
+
+/** They leave a backup superblock as it is. */
+const successors: Record<string, string> = {
+  ext4: 'mkfs.ext4 -q -F -E nodiscard "$DISK"',
+  XFS: 'mkfs.xfs -q -f -K "$DISK"',
+  FAT: 'mkfs.vfat "$DISK"',
+  swap: 'mkswap -q "$DISK"',
+  "an MBR":
+    'echo type=83 | sfdisk -q --no-tell-kernel -w always -X dos "$DISK"',
+};
+
+for (const [successor, script] of Object.entries(successors)) {
+  onDisks(
+    `${successor} on what once was a data disk: it is no damaged one`,
+    {
+      disks: [{
+        ...smallDisk,
+        contents: `${withoutPartitions}
+          ${script} >/dev/null 2>&1
+          ${backupMagic} if="$DISK" | grep -q _BHRfS_M`,
+      }, smallMagicDisk],
+    },
+    async (system) => {
+      const before = await checksums(system, [0]);
+      const boot = await system.boot();
+      const { mode, status } = await look(system, boot);
+      assertEquals({ mode, status }, { mode: "persistent", status: 0 });
+      assert(!boot.stderr.includes("backup superblock"), boot.stderr);
+      assertEquals(await checksums(system, [0]), before);
+    },
+  );
+}
+
 // Disks made by the older tool or by hand
 
 const older: Record<string, string> = {
