@@ -964,11 +964,13 @@ const isProtectiveMbr = (start: Uint8Array) => mbrTypes(start).includes(0xee);
 const isMbr = (start: Uint8Array) =>
   mbrTypes(start).length > 0 && !isProtectiveMbr(start);
 
+const ZEROS = "\0".repeat(512);
+
 /** By texts, for the runtime compares them at once, and bytes one by one. */
 function isZero(bytes: Uint8Array): boolean {
-  for (let at = 0; at < bytes.length; at += KiB) {
-    const part = bytes.subarray(at, at + KiB);
-    if (utf8.decode(part) !== "\0".repeat(part.length)) return false;
+  for (let at = 0; at < bytes.length; at += ZEROS.length) {
+    const part = bytes.subarray(at, at + ZEROS.length);
+    if (utf8.decode(part) !== ZEROS.slice(0, part.length)) return false;
   }
   return true;
 }
@@ -1075,15 +1077,16 @@ async function withDevice<T>(
       fs.open(path, "r", done)
     );
     try {
-      return await use(async (at, length) => {
+      return await use((at, length) => {
         const buffer = length <= memory.length
           ? memory.subarray(0, length)
           : new Uint8Array(length);
         memory = memory.subarray(length);
-        const bytesRead = await called<number>((done) =>
-          fs.read(file, buffer, 0, length, at, done)
+        return called<Uint8Array>((done) =>
+          fs.read(file, buffer, 0, length, at, (error, bytesRead) => {
+            done(error, buffer.subarray(0, bytesRead));
+          })
         );
-        return buffer.subarray(0, bytesRead);
       });
     } finally {
       open = undefined; // from now on its number may be another one's
