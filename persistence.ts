@@ -647,8 +647,8 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
 // ---------------------------------------------------------------------------
 
 /**
- * Reads all devices at the same time, and looks closer at the disks that hold
- * something of ours. Changes nothing.
+ * Reads all devices, and looks closer at the disks that hold something of ours.
+ * Changes nothing.
  *
  * @param always Name of a disk to look at closely, whatever it holds.
  */
