@@ -2497,12 +2497,7 @@ async function mountMembers(
   place: Places,
 ): Promise<void> {
   const unwanted = [...data.excluded, ...data.stale];
-  if (unwanted.length > 0) {
-    // The kernel must not bring in what it may have scanned already.
-    await run(words`btrfs device scan --forget`, {
-      to: `make the kernel forget ${pathsOf(unwanted)}`,
-    });
-  }
+  if (unwanted.length > 0) await forget(unwanted);
   fs.mkdirSync(place.data, { recursive: true });
   const mountWith = async (
     devices: BlockDevice[],
@@ -2526,12 +2521,13 @@ async function mountMembers(
     if (error instanceof NoAnswer) throw error;
     // The source of an interrupted replace may still be there: the kernel then
     // mounts only degraded, though nothing is missing. Or no replace knows the
-    // target any more, and it is freed later.
+    // target any more, or yet: it is freed later, or another replace begins.
     if (data.missing > 0 && target.length === 0) throw error; // it is neither
     say("warning", messageOf(error));
-    await mountWith([...data.members, ...target], true).catch((again) => {
+    await mountWith([...data.members, ...target], true).catch(async (again) => {
       if (again instanceof NoAnswer || target.length === 0) throw error;
-      return mountWith(data.members, true);
+      await forget(target);
+      await mountWith(data.members, true);
     }).catch(() => Promise.reject(error));
   }
   if (mountedOn(place.data)?.superOptions.includes("ro")) {
@@ -2540,6 +2536,13 @@ async function mountMembers(
         `kernel mounted it read-only (see dmesg and "btrfs check")`,
     );
   }
+}
+
+/** The kernel would bring in what it has scanned, named or not. */
+async function forget(devices: BlockDevice[]): Promise<void> {
+  await run(words`btrfs device scan --forget`, {
+    to: `make the kernel forget ${pathsOf(devices)}`,
+  });
 }
 
 /**
@@ -3247,6 +3250,8 @@ async function startJob(
     case "replace": {
       await cancelReplace(place);
       const device = await prepareMember(job.member);
+      // To btrfs-progs it is mounted, whether or not the kernel knows it.
+      if (data.replaceTarget) await wipe(device);
       try {
         await startReplace(job.devid, device, data, place);
       } catch (error) { // btrfs-progs refuse a target that is too small

@@ -9,7 +9,6 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { Buffer } from "node:buffer";
-import { createHash } from "node:crypto";
 import process from "node:process";
 import { crc32 } from "node:zlib";
 import {
@@ -39,15 +38,10 @@ import {
 } from "../persistence.ts";
 import { needPrograms } from "./programs.ts";
 import { countFrom, diceOf, type Random, seed } from "./random.ts";
+import { repairSuperblock } from "./superblock.ts";
 import { command, MiB } from "./system.ts";
 
 const KiB = 1024;
-const CRC32C = Uint32Array.from({ length: 16 }, (_, nibble) => {
-  for (let bit = 0; bit < 4; bit++) {
-    nibble = (nibble >>> 1) ^ (nibble & 1 ? 0x82f63b78 : 0);
-  }
-  return nibble;
-});
 const cases = countFrom("CASES", 30_000);
 /** No case may take longer; a slow machine needs less than a hundredth. */
 const LONGEST_MS = 2000;
@@ -190,28 +184,6 @@ function put(bytes: Uint8Array, at: number, text: string): void {
 function cutShort(bytes: Uint8Array, random: Random): Uint8Array {
   if (!random.chance(0.1)) return bytes;
   return bytes.subarray(0, random.below(bytes.length + 1));
-}
-
-/** CRC-32C of four bits at a time (RFC 3720, appendix B.4). */
-function crc32c(bytes: Uint8Array): number {
-  let crc = 0xffffffff;
-  for (const byte of bytes) {
-    crc ^= byte;
-    crc = (crc >>> 4) ^ CRC32C[crc & 15];
-    crc = (crc >>> 4) ^ CRC32C[crc & 15];
-  }
-  return ~crc >>> 0;
-}
-
-function repairSuperblock(block: Uint8Array): void {
-  const view = new DataView(block.buffer, block.byteOffset, block.length);
-  const body = block.subarray(0x20, 4 * KiB);
-  if (view.getUint16(0xc4, true) === 2) {
-    block.set(createHash("sha256").update(body).digest(), 0);
-  } else {
-    view.setUint16(0xc4, 0, true); // crc32c, whose field is not in the body
-    view.setUint32(0, crc32c(body), true);
-  }
 }
 
 function repairGpt(table: Uint8Array, sectorBytes: number): void {

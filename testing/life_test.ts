@@ -5,6 +5,7 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { systemPath } from "./programs.ts";
+import { becomeReplaceTarget } from "./superblock.ts";
 import {
   type Boot,
   command,
@@ -538,6 +539,29 @@ for (const [name, { operation, count, prepare }] of Object.entries(cuts)) {
     },
   );
 }
+
+onDisks(
+  "the power goes when only the target of a replace knows of it: it starts anew",
+  { disks: [bigDisk, bigDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    sums.large = await write(system, "large", 150);
+    const [kept, lost] = system.disks;
+    const target = await system.plug({ sizeBytes: bigDisk.sizeBytes });
+    await system.reboot({
+      without: [lost],
+      whileOff: () => makeReplaceTarget(target, kept),
+    });
+    const boot = await system.boot(["--wait", "0"]);
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    await assertKept(system, sums);
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2], boot.stderr);
+    assertEquals((await status(system)).health, []);
+    assertEquals(await isMarked(target), false);
+    await assertMirrored(system, sums, { without: [lost] });
+  },
+);
 
 onDisks(
   "the power goes between a disk's joining and the balance",
@@ -1236,6 +1260,23 @@ async function makeFreezer(fsid: string): Promise<Freezer> {
       await Deno.remove(folder, { recursive: true });
     },
   };
+}
+
+/** What a disk holds when a replace has written its superblock, but no other's. */
+async function makeReplaceTarget(target: Disk, member: Disk): Promise<void> {
+  await copyImage(member.image, target.image);
+  const data = MiB; // where the partition begins
+  const file = await Deno.open(target.image, { read: true, write: true });
+  const block = new Uint8Array(4096);
+  await file.seek(data + 64 * 1024, Deno.SeekMode.Start);
+  await file.read(block);
+  becomeReplaceTarget(block);
+  const marks = new Uint8Array(8192); // right before it: it has none
+  await file.seek(data + 56 * 1024, Deno.SeekMode.Start);
+  await file.write(marks);
+  await file.write(block);
+  file.close();
+  await destroy(target, header); // it is marked until it has taken its place
 }
 
 async function copyImage(from: string, to: string): Promise<void> {
