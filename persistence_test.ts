@@ -703,9 +703,8 @@ for (const [damage, script] of Object.entries(damages)) {
   );
 }
 
-/** A data disk without partitions, of which a backup superblock is left. */
+/** A data disk that no partition's name tells to be one. */
 const withoutPartitions = `mkfs.btrfs -q -L lightwhale-data "$DISK" >/dev/null`;
-const backupMagic = `dd bs=8 skip=$((64 * 131072 + 8)) count=1 status=none`;
 
 onDisks(
   "only a backup superblock is left: nothing is formatted",
@@ -748,7 +747,8 @@ for (const [successor, script] of Object.entries(successors)) {
         ...smallDisk,
         contents: `${withoutPartitions}
           ${script} >/dev/null 2>&1
-          ${backupMagic} if="$DISK" | grep -q _BHRfS_M`,
+          dd if="$DISK" bs=8 skip=$((64 * 131072 + 8)) count=1 status=none |
+            grep -q _BHRfS_M`,
       }, smallMagicDisk],
     },
     async (system) => {

@@ -525,14 +525,7 @@ for (const [name, { operation, count, prepare }] of Object.entries(cuts)) {
         });
         await system.reboot({ without, whileOff: () => freezer.give() });
 
-        const next = await system.boot(["--wait", "0"]);
-        assertEquals([next.status, next.report.mode], [0, "persistent"]);
-        await assertKept(system, sums);
-        await idle(system);
-        const whole = mirrors[system.disks.length - without.length];
-        assertEquals(await profiles(system), whole, next.stderr);
-        assertEquals((await status(system)).health, []);
-        await assertMirrored(system, sums, { without });
+        await assertGoesOn(system, sums, without);
       } finally {
         await freezer.close();
       }
@@ -552,14 +545,8 @@ onDisks(
       without: [lost],
       whileOff: () => makeReplaceTarget(target, kept),
     });
-    const boot = await system.boot(["--wait", "0"]);
-    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
-    await assertKept(system, sums);
-    await idle(system);
-    assertEquals(await profiles(system), mirrors[2], boot.stderr);
-    assertEquals((await status(system)).health, []);
+    await assertGoesOn(system, sums, [lost]);
     assertEquals(await isMarked(target), false);
-    await assertMirrored(system, sums, { without: [lost] });
   },
 );
 
@@ -599,12 +586,7 @@ onDisks(
     await Deno.remove(programs, { recursive: true });
     await system.reboot();
 
-    const next = await system.boot(["--wait", "0"]);
-    assertEquals(next.report.mode, "persistent");
-    await assertKept(system, sums);
-    await idle(system);
-    assertEquals(await profiles(system), mirrors[2], next.stderr);
-    await assertMirrored(system, sums);
+    await assertGoesOn(system, sums);
   },
 );
 
@@ -626,12 +608,7 @@ onDisks(
       );
       await system.reboot({ whileOff: () => freezer.give() });
 
-      const boot = await system.boot(["--wait", "0"]);
-      assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
-      await assertKept(system, sums);
-      await idle(system);
-      assertEquals(await profiles(system), mirrors[2], boot.stderr);
-      await assertMirrored(system, sums);
+      await assertGoesOn(system, sums);
     } finally {
       await freezer.close();
     }
@@ -1260,6 +1237,21 @@ async function makeFreezer(fsid: string): Promise<Freezer> {
       await Deno.remove(folder, { recursive: true });
     },
   };
+}
+
+/** Boots: what a power cut interrupted ends by itself, in a mirror of two. */
+async function assertGoesOn(
+  system: System,
+  sums: Sums,
+  without: Disk[] = [],
+): Promise<void> {
+  const boot = await system.boot(["--wait", "0"]);
+  assertEquals([boot.status, boot.report.mode], [0, "persistent"], boot.stderr);
+  await assertKept(system, sums);
+  await idle(system);
+  assertEquals(await profiles(system), mirrors[2], boot.stderr);
+  assertEquals((await status(system)).health, []);
+  await assertMirrored(system, sums, { without });
 }
 
 /** What a disk holds when a replace has written its superblock, but no other's. */
