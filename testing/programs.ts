@@ -10,13 +10,16 @@ const packages: Record<string, string> = {
   "btrfs": "btrfs-progs",
   "busybox": "busybox-static",
   "cpio": "cpio",
+  "cryptsetup": "cryptsetup-bin",
   "depmod": "kmod",
   "dockerd": "docker.io",
   "getfattr": "attr",
   "losetup": "mount",
   "lvm": "lvm2",
+  "make-bcache": "bcache-tools",
   "mkfs.btrfs": "btrfs-progs",
   "mkfs.ext4": "e2fsprogs",
+  "mkfs.f2fs": "f2fs-tools",
   "mkfs.vfat": "dosfstools",
   "mkfs.xfs": "xfsprogs",
   "mkntfs": "ntfs-3g",
@@ -28,6 +31,7 @@ const packages: Record<string, string> = {
   "sfdisk": "fdisk",
   "shellcheck": "shellcheck",
   "time": "time",
+  "xorriso": "xorriso",
 };
 
 /** Where the tool, its tests and init look for programs. */
