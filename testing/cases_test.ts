@@ -449,7 +449,7 @@ for (const [trouble, prepare] of Object.entries(troubles)) {
 
 /** The checksum of a server's own partitions. */
 function startOfDisk(disk: Disk): Promise<string> {
-  return onDevices([disk], 'head -c 221M "$1" | tail -c 220M | sha256sum');
+  return onDevices([disk], mebibytes(1, 90));
 }
 
 /** What `--enable` must say of a disk that holds this. */
@@ -726,7 +726,7 @@ for (const [made, seen] of [[512, 4096], [4096, 512]] as (512 | 4096)[][]) {
         head -c 3M /dev/urandom > "$DISK"p1`,
     }],
     sectorBytes: seen,
-    keeps: 'head -c 101M "$1" | tail -c 100M | sha256sum',
+    keeps: mebibytes(1, 70),
     uses: [1],
     says: ["%1"],
     also: ({ disks: [{ path }] }, { status, report, stderr }) => {
@@ -988,7 +988,7 @@ for (const [what, { entries, sectorBytes }] of Object.entries(tables)) {
   });
   const expected: Situation = {
     disks: [disk(magic)],
-    keeps: 'head -c 101M "$1" | tail -c 100M | sha256sum',
+    keeps: mebibytes(1, 70),
     mode: "persistent",
     status: 0,
     uses: [1],
@@ -1117,7 +1117,8 @@ for (const [what, script] of Object.entries(leftovers)) {
 /** What a person does with the second of three disks. */
 const byHand: Record<string, string> = {
   "replaced": "replace start -B -f 2",
-  "removed": "device remove 2",
+  "removed": `balance start -f -mconvert=raid1 -sconvert=raid1 \
+      mnt/lightwhale-data >/dev/null; btrfs device remove 2`,
 };
 
 for (const [what, words] of Object.entries(byHand)) {
@@ -1199,31 +1200,32 @@ const severalParts: Record<
   { lines: string; used: number; keeps: string }
 > = {
   "two, the second one larger": {
-    lines: `size=100M size=200M,name=${magic} name=${magic}`,
+    lines: `size=100M size=600M,name=${magic} name=${magic}`,
     used: 3,
-    keeps: 'head -c 301M "$1" | tail -c 300M | sha256sum',
+    keeps: mebibytes(1, 170),
   },
   "three, the first one larger": {
-    lines: `size=250M,name=${magic} size=150M,name=${magic} name=${magic}`,
+    lines: `size=700M,name=${magic} size=150M,name=${magic} name=${magic}`,
     used: 1,
-    keeps: 'tail -c 340M "$1" | head -c 320M | sha256sum',
+    keeps: `${mebibytes(701, 70)}; ${mebibytes(851, 70)}`,
   },
 };
 
 for (const [what, { lines, used, keeps }] of Object.entries(severalParts)) {
   const disk: DiskSpec = {
     ...blankDisk,
+    sizeBytes: 1500 * MiB,
     contents: `${tools} gpt "$DISK" ${lines}`,
   };
-  const usesOne = (before: number[] = []) => async (system: System) => {
-    const [{ path }, other] = system.disks;
-    const expected = before.length ? [`${other.path}p1`] : [];
+  const usesOne = async (system: System) => {
     for (const _ of ["this boot", "the next"]) {
       const shown = await system.sh(
         "btrfs filesystem show mnt/lightwhale-data",
       );
-      const members = [...shown.matchAll(/path (\S+)/g)].map(([, one]) => one);
-      assertEquals(members.sort(), [`${path}p${used}`, ...expected].sort());
+      const found = [...shown.matchAll(/path (\S+)/g)].map(([, path]) => path);
+      const [{ path }, other] = system.disks;
+      const expected = [`${path}p${used}`, ...other ? [`${other.path}p1`] : []];
+      assertEquals(found.sort(), expected.sort());
       await system.reboot();
       await bootPersistent(system);
     }
@@ -1237,13 +1239,13 @@ for (const [what, { lines, used, keeps }] of Object.entries(severalParts)) {
   };
   situation(`magic partitions, ${what}: the largest is used`, {
     ...expected,
-    also: usesOne(),
+    also: usesOne,
   });
   situation(`magic partitions, ${what}, and a magic disk: one of each`, {
     ...expected,
     disks: [disk, magicDisk],
     uses: [1, 2],
-    also: usesOne([2]),
+    also: usesOne,
   });
   situation(`magic partitions, ${what}, beside a data disk: one joins`, {
     ...expected,
@@ -1251,7 +1253,7 @@ for (const [what, { lines, used, keeps }] of Object.entries(severalParts)) {
     earlier: [[2]],
     uses: [2],
     mayChange: [1],
-    also: usesOne([2]),
+    also: usesOne,
   });
 }
 
@@ -1303,7 +1305,7 @@ for (const [what, { contents, then }] of Object.entries(doubts)) {
         mode: anyway ? "persistent" : "fallback",
         status: anyway ? undefined : 1,
         uses: anyway ? [2] : [],
-        says: anyway ? ["%1"] : ["%1", "--enable --force %2"],
+        says: ["%1", ...text === "\\n" ? ["--enable --force %2"] : []],
       },
     );
   }
@@ -1455,6 +1457,8 @@ const slots: Record<string, { seek: number; count: number }> = {
 for (const [where, { seek, count }] of Object.entries(slots)) {
   for (const part of ["", "p1"]) {
     const node = `"$1"${part}`;
+    const read = `partx -u "$1" 2>/dev/null || :
+      dd if=${node} bs=4k skip=${seek} count=${count} status=none | sha256sum`;
     situation(
       `a ${
         part ? "data partition" : "whole disk"
@@ -1466,14 +1470,17 @@ for (const [where, { seek, count }] of Object.entries(slots)) {
         then: `partx -u "$1" 2>/dev/null || :
           dd if=/dev/urandom of=${node} bs=4k seek=${seek} count=${count} \
             conv=notrunc status=none`,
-        keeps: `partx -u "$1" 2>/dev/null || :
-          dd if=${node} bs=4k skip=${seek} count=${count} status=none |
-            sha256sum`,
+        keeps: read,
         mode: "persistent",
         uses: [1],
-        also: ({ disks: [{ path }] }, { report, stderr }) => {
+        also: async (system, { report }) => {
+          const { disks } = system;
           const said = [...report.warnings, ...report.errors];
-          assert(said.some((text) => text.includes(path)), stderr);
+          assert(said.some((text) => text.includes(disks[0].path)), `${said}`);
+          await system.reboot(); // records are written in turn
+          const before = await onDevices(disks, read);
+          const { stderr } = await bootPersistent(system);
+          assertEquals(await onDevices(disks, read), before, stderr);
         },
       },
     );
@@ -1491,6 +1498,7 @@ const changelings: Record<string, string> = {
 
 for (const [what, contents] of Object.entries(changelings)) {
   for (const when of ["rehearsal", "mount"]) {
+    if (when === "mount" && contents === ":") continue;
     onDisks(
       `${what} takes the name of a magic disk that is to ` +
         `${when === "mount" ? "join" : "be formatted"}: it is not touched`,
@@ -1669,6 +1677,11 @@ for (const [what, script] of Object.entries(parted)) {
 }
 
 // Helpers
+
+/** A script: the checksum of some of the first disk. */
+function mebibytes(from: number, count: number): string {
+  return `dd if="$1" bs=1M skip=${from} count=${count} status=none | sha256sum`;
+}
 
 /** Boots; all is well. */
 async function bootPersistent(system: System): Promise<Boot> {
