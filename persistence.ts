@@ -3,10 +3,13 @@
  * Persistence for Lightwhale, an immutable live system that runs Docker.
  *
  * Called without arguments, early at every boot, this program gives the
- * read-only system its one writable filesystem. It is meant to be read from top
- * to bottom in an hour: first the contract (names and places), then
- * {@linkcode boot}, whose body is the nine documented steps, then the functions
- * of those steps in the order in which they happen. They are of three kinds:
+ * read-only system its one writable filesystem. All that a boot can do to a
+ * disk stands before the line "a boot ends here": first the contract (names and
+ * places), then {@linkcode boot}, whose body is the nine documented steps, then
+ * the functions of those steps in the order in which they happen. Behind that
+ * line come the care of the disks in the background, the commands, and the
+ * toolbox (`run`, `ask`, `say`, `attempt`, which do what their names say). The
+ * functions are of three kinds:
  *
  * - *look*: read devices, sysfs and procfs, change nothing;
  * - *decide*: pure functions from facts to a {@linkcode Plan}, so that
@@ -21,6 +24,7 @@
  */
 
 import { parseArgs } from "@std/cli/parse-args";
+import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
 import { basename, dirname, join } from "node:path";
 import process from "node:process";
@@ -30,10 +34,13 @@ import process from "node:process";
 // ---------------------------------------------------------------------------
 
 /** Version of this program, printed by `--version`. */
-export const VERSION = "1.0.0";
+export const VERSION = "1.1.0";
 
 /** Magic header at offset 0 of a whole disk, and magic GPT partition name. */
 export const MAGIC = "lightwhale-please-format-me";
+
+/** The line after the header that has a disk formatted although others are in doubt. */
+export const ANYWAY = "lightwhale-anyway";
 
 /** Label of the data filesystem and GPT name of its partitions. */
 export const DATA = "lightwhale-data";
@@ -64,7 +71,7 @@ const OVERLAYS = ["etc", "var", "home"];
  */
 const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
 
-/** Places below the system root; see {@linkcode places}. */
+/** Paths below the system root; see {@linkcode pathsBelow}. */
 const DATA_MOUNT = "mnt/lightwhale-data";
 const STATE = "lightwhale-state"; // in the data filesystem
 const SNAPSHOTS = "lightwhale-state-snapshots";
@@ -103,7 +110,7 @@ const TIMEOUT = {
 };
 
 /** Where things are below the system root `--root`. */
-export function places(root: string) {
+export function pathsBelow(root: string) {
   const data = join(root, DATA_MOUNT);
   const state = join(data, STATE);
   const run = join(root, "run/lightwhale");
@@ -126,7 +133,7 @@ export function places(root: string) {
   };
 }
 
-type Places = ReturnType<typeof places>;
+type Paths = ReturnType<typeof pathsBelow>;
 
 // ---------------------------------------------------------------------------
 // The facts: what is known about the machine before anything is decided.
@@ -148,40 +155,96 @@ export interface Settings {
   dataUuid?: string;
 }
 
-/** A whole disk, a partition, or a volume (md, device mapper). */
-export interface BlockDevice {
+/** A device node: a whole disk, a partition, or a volume (md, device mapper). */
+export interface DeviceNode {
   /** Name in `/sys/class/block`. */
   name: string;
-  /** Device node. */
   path: string;
   kind: "disk" | "partition" | "volume";
   /** Name of the whole disk that it is part of, or its own. */
   disk: string;
   /** Partition number, 0 for anything else. */
   number: number;
-  /** Where it starts on its disk. */
-  startBytes: number;
-  sizeBytes: number;
+  /** `major:minor`; two names with the same are one device. */
+  deviceNumber?: string;
   /** Logical sector size of the disk. */
   sectorBytes: number;
+  /** The entry of a partition that is in the table but not in the kernel. */
+  entry?: GptPartition;
+}
+
+/** What our own reading found on a device, not judged yet. */
+export interface Reading {
+  /** Why it could not be read. */
+  error?: string;
+  /** It begins with {@linkcode MAGIC}. */
+  header: boolean;
+  /** {@linkcode ANYWAY} is the next line. */
+  anyway: boolean;
+  /** Its first sector is the header and otherwise zeros. */
+  onlyHeader: boolean;
+  table?: "mbr" | "gpt";
+  gpt?: Gpt;
+  btrfs?: Superblock;
+  record?: MemberRecord;
+  /** A record may be written: there are only zeros, or records of ours. */
+  recordable: boolean;
+  /** Neither its start nor its end holds anything beside the filesystem. */
+  plain: boolean;
+  /** A Btrfs superblock that is left only as a backup copy. */
+  backup?: Superblock;
+  swapLabel?: string;
+}
+
+/** A signature that libblkid knows (wipefs(8)). */
+export interface Signature {
+  type: string;
+  label?: string;
+}
+
+/** A device that may matter, with all that is known about it. */
+export interface BlockDevice extends DeviceNode {
+  startBytes: number;
+  sizeBytes: number;
   readOnly: boolean;
-  /** False for a partition that is in the table but not in the kernel. */
-  hasNode: boolean;
   /** Why nothing may be written to it now, or undefined when it is free. */
   inUse?: string;
   /** GPT partition name, from the table or, failing that, from the kernel. */
   partitionName?: string;
-  /** Why it could not be read. */
-  readError?: string;
-  /** It begins with {@linkcode MAGIC}. */
-  header: boolean;
-  gpt?: Gpt;
-  btrfs?: Superblock;
-  /** Label of a Btrfs superblock that is left only as a backup copy. */
-  backupLabel?: string;
-  swapLabel?: string;
-  mark?: Mark;
+  /** No two disks of a running system have the same (diskseq). */
+  sequence?: string;
+  /** What the disk says of itself: world-wide name, serial number. */
+  hardware?: string;
+  read: Reading;
+  /** What libblkid sees; undefined where it was not asked. */
+  signatures?: Signature[];
+  /** It asks to be formatted. */
+  magic: boolean;
+  holds: Holds;
 }
+
+/** What a device holds, as far as this program is concerned. */
+export type Holds =
+  | { kind: "nothing of ours" }
+  | { kind: "unreadable"; why: string }
+  | { kind: "swap" }
+  /** Part of a Btrfs of any label. */
+  | { kind: "member"; btrfs: Superblock; record?: MemberRecord }
+  /** It may be a data disk, and cannot be used as one: never touched. */
+  | {
+    kind: "suspect";
+    why: string;
+    /** It carries the label of a data filesystem. */
+    labelled: boolean;
+    fsid?: string;
+    /** The command that may repair it. */
+    remedy?: string;
+  };
+
+/** A device that is part of a Btrfs. */
+export type Member = BlockDevice & {
+  holds: Extract<Holds, { kind: "member" }>;
+};
 
 /** All that a plan is computed from. */
 export interface Facts {
@@ -190,10 +253,12 @@ export interface Facts {
   /** A driver is bound to a disk that has not appeared yet. */
   diskPending: boolean;
   memoryBytes: number;
+  /** Tells this machine from others; undefined where it has no identity. */
+  machine?: string;
   /** What is mounted on the data filesystem's mount point. */
-  mounted?: Mount;
-  /** Paths of devices found too small by {@linkcode rehearse}. */
-  tooSmall: Set<string>;
+  mounted?: Mount & { fsid?: string };
+  /** Why devices do not fit, by their path: found out by {@linkcode tryOut}. */
+  misfits: Map<string, string>;
 }
 
 /** A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). */
@@ -235,6 +300,7 @@ const BTRFS = {
   checksum: 0x00,
   checksummedFrom: 0x20,
   fsid: 0x20,
+  ownPlace: 0x30,
   magic: 0x40,
   magicText: "_BHRfS_M",
   generation: 0x48,
@@ -252,9 +318,13 @@ const BTRFS = {
  * Reads a Btrfs superblock.
  *
  * @param block The {@linkcode BTRFS.bytes} bytes at 64 KiB, or a copy of them.
+ * @param at Where it was read: a superblock in another place is not intact.
  * @returns The superblock, or undefined where there is none.
  */
-export function parseSuperblock(block: Uint8Array): Superblock | undefined {
+export function parseSuperblock(
+  block: Uint8Array,
+  at: number = BTRFS.superblockAt,
+): Superblock | undefined {
   if (block.length < BTRFS.bytes) return undefined;
   if (text(block, BTRFS.magic, 8) !== BTRFS.magicText) return undefined;
   const view = viewOf(block);
@@ -267,7 +337,8 @@ export function parseSuperblock(block: Uint8Array): Superblock | undefined {
     deviceBytes: Number(view.getBigUint64(BTRFS.deviceBytes, true)),
     usedBytes: Number(view.getBigUint64(BTRFS.usedBytes, true)),
     hasLog: view.getBigUint64(BTRFS.logRoot, true) !== 0n,
-    intact: checksumIsRight(block, view),
+    intact: checksumIsRight(block, view) &&
+      Number(view.getBigUint64(BTRFS.ownPlace, true)) === at,
   };
 }
 
@@ -286,7 +357,7 @@ const CRC32 = 0xedb88320;
 /** Made when one is needed: not every call of this program reads a disk. */
 const crcTables = new Map<number, Uint32Array>();
 
-/** From the checksum of each bit follows, by exclusive or, that of each byte. */
+/** CRC is linear: a byte's entry is the XOR of the entries of its bits. */
 function makeCrcTable(polynomial: number): Uint32Array {
   const table = new Uint32Array(256);
   let crc = 1;
@@ -300,7 +371,7 @@ function makeCrcTable(polynomial: number): Uint32Array {
   return table;
 }
 
-/** What there is only in the executable, which Bun runs. */
+/** Globals that exist only in the executable (Bun), not under Deno. */
 declare const Bun: {
   hash: { crc32(bytes: Uint8Array): number };
   spawn(command: string[], options: StartOptions & { env: unknown }): {
@@ -316,21 +387,23 @@ function crc32(bytes: Uint8Array): number {
   return typeof Bun === "undefined" ? crc(bytes, CRC32) : Bun.hash.crc32(bytes);
 }
 
-/** A checksum, a table lookup for each byte. */
+/** Table-driven CRC-32 for a reflected polynomial. */
 function crc(bytes: Uint8Array, polynomial: number): number {
   const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
-  let crc = ~0;
+  let remainder = ~0;
   for (let i = 0; i < bytes.length; i++) {
-    crc = table[(crc ^ bytes[i]) & 0xff] ^ (crc >>> 8);
+    remainder = table[(remainder ^ bytes[i]) & 0xff] ^ (remainder >>> 8);
   }
-  return ~crc >>> 0;
+  return ~remainder >>> 0;
 }
 
 /** A GUID partition table (UEFI Specification 2.10, chapter 5). */
 export interface Gpt {
   partitions: GptPartition[];
-  /** The primary table is damaged; this was read from the backup. */
-  primaryDamaged: boolean;
+  /** What is lost: the protective MBR, or the primary table as well. */
+  lost?: "first sector" | "primary table";
+  /** The sector size that it was made for, which may be another disk's. */
+  sectorBytes: number;
   /** Where the table believes that the disk ends. */
   endBytes: number;
 }
@@ -347,6 +420,7 @@ const GPT = {
   signature: "EFI PART",
   headerBytes: 12,
   headerCrc: 16,
+  ownLba: 24,
   backupLba: 32,
   entriesLba: 72,
   entryCount: 80,
@@ -354,6 +428,8 @@ const GPT = {
   entriesCrc: 88,
   /** Room that 128 entries of 128 bytes take before the backup header. */
   entriesArea: 16 * KiB,
+  /** More than any tool makes; entries beyond would take memory for nothing. */
+  largestBytes: MiB,
   entry: { type: 0, first: 32, last: 40, name: 56, nameBytes: 72 },
 };
 
@@ -361,16 +437,17 @@ const GPT = {
  * Reads a GUID partition table.
  *
  * @param header The sector that holds the header.
- * @param readEntries Gives the entries, which start at the given byte of the
- * disk, or undefined where that cannot be read.
- * @param sectorBytes Logical sector size of the disk.
+ * @param at The byte of the disk at which that sector begins.
+ * @param sectorBytes Logical sector size that the table was made for.
+ * @param read Gives bytes of the disk.
  * @returns The table, or undefined where there is none or it is damaged.
  */
-export function parseGpt(
+export async function parseGpt(
   header: Uint8Array,
-  readEntries: (atBytes: number, lengthBytes: number) => Uint8Array | undefined,
+  at: number,
   sectorBytes: number,
-): Gpt | undefined {
+  read: Read,
+): Promise<Gpt | undefined> {
   if (header.length < 512 || text(header, 0, 8) !== GPT.signature) {
     return undefined;
   }
@@ -380,13 +457,15 @@ export function parseGpt(
   const checked = header.slice(0, headerBytes);
   checked.fill(0, GPT.headerCrc, GPT.headerCrc + 4);
   if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
+  const bytesAt = (field: number) =>
+    Number(view.getBigUint64(field, true)) * sectorBytes;
+  if (bytesAt(GPT.ownLba) !== at) return undefined;
 
   const size = view.getUint32(GPT.entryBytes, true);
   const count = view.getUint32(GPT.entryCount, true);
-  if (size < 128 || size > 4 * KiB || count > 4 * KiB) return undefined;
-  const entriesAt = Number(view.getBigUint64(GPT.entriesLba, true));
-  const entries = readEntries(entriesAt * sectorBytes, size * count);
-  if (entries?.length !== size * count) return undefined;
+  if (size < 128 || size * count > GPT.largestBytes) return undefined;
+  const entries = await read(bytesAt(GPT.entriesLba), size * count);
+  if (entries.length !== size * count) return undefined;
   if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
 
   const partitions: GptPartition[] = [];
@@ -403,30 +482,61 @@ export function parseGpt(
     const label = entries.subarray(at + name, at + name + nameBytes);
     partitions.push({
       number: at / size + 1,
-      name: new TextDecoder("utf-16le").decode(label).replace(/\0.*$/s, ""),
+      name: utf16.decode(label).replace(/\0.*$/s, ""),
       startBytes: from * sectorBytes,
       sizeBytes: (to - from + 1) * sectorBytes,
     });
   }
-  const backupLba = Number(view.getBigUint64(GPT.backupLba, true));
-  const endBytes = (backupLba + 1) * sectorBytes;
-  return { partitions, primaryDamaged: false, endBytes };
+  return {
+    partitions,
+    sectorBytes,
+    endBytes: bytesAt(GPT.backupLba) + sectorBytes,
+  };
 }
 
+/** Partition types in the MBR of a disk, if LBA 0 is one. */
+function mbrTypes(start: Uint8Array): number[] {
+  if (start[510] !== 0x55 || start[511] !== 0xaa) return [];
+  return MBR.entriesAt.map((at) => start[at + MBR.type])
+    .filter((type) => type > 0);
+}
+
+const MBR = {
+  entriesAt: [446, 462, 478, 494],
+  type: 4,
+  sectors: 12, // size of the partition
+  protective: 0xee,
+};
+
+/** Does LBA 0 announce a GPT (UEFI Specification 2.10, 5.2.3)? */
+const isProtectiveMbr = (start: Uint8Array) =>
+  mbrTypes(start).includes(MBR.protective);
+
+/** `SWAPSPACE2` ends the first page, whose size is the machine's that made it. */
+const SWAP_AREA = {
+  magic: "SWAPSPACE2",
+  pagesBytes: [4 * KiB, 8 * KiB, 16 * KiB, 32 * KiB, 64 * KiB],
+  label: 1052,
+  labelBytes: 16,
+};
+
 /** Reads the label of a swap area (mkswap(8); linux/swap.h). */
-export function parseSwapLabel(page: Uint8Array): string | undefined {
-  if (page.length < 4 * KiB) return undefined;
-  if (text(page, 4 * KiB - 10, 10) !== "SWAPSPACE2") return undefined;
-  return text(page, 1052, 16);
+export function parseSwapLabel(start: Uint8Array): string | undefined {
+  const { magic, pagesBytes, label, labelBytes } = SWAP_AREA;
+  const isSwap = pagesBytes.some((end) =>
+    text(start, end - magic.length, magic.length) === magic
+  );
+  return isSwap ? text(start, label, labelBytes) : undefined;
 }
 
 /**
  * What a member remembers of its last read-write mount. Superblocks alone
- * cannot tell a stale member or a split mirror, so that every member present
- * gets a mark in the first 64 KiB of its data partition, which Btrfs never
- * uses (btrfs(5), "bootloader support").
+ * cannot tell a stale member, a split mirror or a copy, so that every member
+ * present gets a record in the first 64 KiB of its data partition, which Btrfs
+ * never uses (btrfs(5), "bootloader support"). The fields from `machine` on are
+ * unknown to version 1.0, which ignores and drops them.
  */
-export interface Mark {
+export interface MemberRecord {
   fsid: string;
   /** Identity of this member; unlike a devid it is never used again. */
   member: string;
@@ -436,49 +546,84 @@ export interface Mark {
   present: string[];
   /** Members that were not, and the generation when each was last there. */
   absent: Record<string, number>;
+  /** Hash of the machine that mounted it. */
+  machine?: string;
+  /** When that was, in seconds since 1970; never less than before. */
+  seconds?: number;
+  /** The hardware that it was on. */
+  hardware?: string;
+  /** A random name for each of the last mounts: what a copy does not share. */
+  mounts?: string[];
+  /** The last mount that each absent member took part in. */
+  lastSeen?: Record<string, string>;
 }
 
 /** Two slots, written in turn, so that a torn write leaves the older one. */
-const MARK = {
+const RECORD = {
   slotsAt: [56 * KiB, 60 * KiB],
   bytes: 4 * KiB,
   title: "lightwhale-mark 1",
+  /** There is room for so many absent members, and so many mounts. */
+  remembered: 16,
 };
 
-/** Writes a mark as text: a title, the CRC-32 of the rest, and JSON. */
-export function formatMark(mark: Mark): Uint8Array {
-  const json = JSON.stringify(mark);
+/** Writes a record as text: a title, the CRC-32 of the rest, and JSON. */
+export function formatRecord(record: MemberRecord): Uint8Array {
+  const json = JSON.stringify(record);
   const sum = crcOfText(json).toString(16).padStart(8, "0");
-  const block = new Uint8Array(MARK.bytes);
-  const bytes = new TextEncoder().encode(`${MARK.title}\n${sum}\n${json}\n`);
-  assert(bytes.length <= block.length, "The mark of a member is too long");
+  const block = new Uint8Array(RECORD.bytes);
+  const bytes = new TextEncoder().encode(`${RECORD.title}\n${sum}\n${json}\n`);
+  assert(bytes.length <= block.length, "The record of a member is too long");
   block.set(bytes);
   return block;
 }
 
 /** Reads the newer of two slots, given as they stand on the disk. */
-export function parseMark(slots: Uint8Array): Mark | undefined {
-  return MARK.slotsAt
-    .map((_, i) => parseMarkSlot(text(slots, i * MARK.bytes, MARK.bytes)))
-    .filter((mark) => mark !== undefined)
+export function parseRecord(slots: Uint8Array): MemberRecord | undefined {
+  return RECORD.slotsAt
+    .map((_, i) => parseSlot(text(slots, i * RECORD.bytes, RECORD.bytes)))
+    .filter((record) => record !== undefined)
     .sort((a, b) => b.epoch - a.epoch)[0];
 }
 
-function parseMarkSlot(slot: string): Mark | undefined {
+function parseSlot(slot: string): MemberRecord | undefined {
   const [title, sum, json] = slot.split("\n");
-  if (title !== MARK.title || !json) return undefined;
+  if (title !== RECORD.title || !json) return undefined;
   if (crcOfText(json) !== parseInt(sum, 16)) return undefined;
   try {
-    const { fsid, member, epoch, present, absent } = JSON.parse(json);
-    const valid = typeof fsid === "string" && typeof member === "string" &&
+    const record = JSON.parse(json);
+    const { fsid, member, epoch, present, absent } = record;
+    const isText = (value: unknown) => typeof value === "string";
+    const isOptional = (value: unknown, isValid: (value: unknown) => boolean) =>
+      value === undefined || isValid(value);
+    const isTable = (value: unknown, isValid: (value: unknown) => boolean) =>
+      typeof value === "object" && value !== null &&
+      Object.values(value).every(isValid);
+    const valid = isText(fsid) && isText(member) &&
       Number.isSafeInteger(epoch) && Array.isArray(present) &&
-      present.every((id: unknown) => typeof id === "string") &&
-      typeof absent === "object" && absent !== null &&
-      Object.values(absent).every(Number.isSafeInteger);
-    return valid ? { fsid, member, epoch, present, absent } : undefined;
+      present.every(isText) && isTable(absent, Number.isSafeInteger) &&
+      isOptional(record.machine, isText) &&
+      isOptional(record.hardware, isText) &&
+      isOptional(record.seconds, Number.isSafeInteger) &&
+      isOptional(record.mounts, (m) => Array.isArray(m) && m.every(isText)) &&
+      isOptional(record.lastSeen, (seen) => isTable(seen, isText));
+    return valid ? record : undefined;
   } catch {
     return undefined;
   }
+}
+
+/**
+ * May a record be written over this slot? Over zeros, and over a record of ours
+ * even where a power cut tore it: its first sector may be the one that is lost.
+ */
+function isRecordSlot(slot: Uint8Array): boolean {
+  const { title } = RECORD;
+  if (text(slot, 0, title.length) === title) return true;
+  const isTextAndZeros = slot.every((byte) =>
+    byte < 0x7f && (byte >= 0x20 || byte === 0 || byte === 0x0a)
+  );
+  return isZero(slot.subarray(0, 512)) && isTextAndZeros;
 }
 
 const crcOfText = (text: string) => crc32(new TextEncoder().encode(text));
@@ -487,7 +632,19 @@ function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
-const utf8 = new TextDecoder();
+function isZero(bytes: Uint8Array): boolean {
+  for (let at = 0; at < bytes.length; at += ZEROS.length) {
+    const part = bytes.subarray(at, at + ZEROS.length);
+    if (!ZEROS.subarray(0, part.length).equals(part)) return false;
+  }
+  return true;
+}
+
+const ZEROS = Buffer.alloc(4 * KiB);
+
+// A byte order mark is a character like others: a name with one is another.
+const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+const utf16 = new TextDecoder("utf-16le", { ignoreBOM: true });
 
 /** Text up to the first NUL; what is not UTF-8 becomes U+FFFD. */
 function text(bytes: Uint8Array, at: number, length: number): string {
@@ -514,129 +671,111 @@ function uuid(bytes: Uint8Array, at: number): string {
  * fallback is in place.
  */
 export async function boot(settings: Settings): Promise<number> {
-  const started = Date.now();
-  const place = places(settings.root);
+  const startedMs = performance.now();
+  const paths = pathsBelow(settings.root);
   let lock: Lock;
   let plan: Plan | undefined;
-  let planned: string[] = [];
   let mode: Outcome["mode"] = "persistent";
   const meanwhile: Promise<void>[] = [];
   try {
-    lock = await takeLock(join(place.run, "lock"));
+    lock = await takeLock(join(paths.run, "lock"));
   } catch (error) {
-    sayError(error); // another one is at it: it has the fallback as well
+    sayError(error); // the other instance sets up the fallback if it has to
     return 1;
   }
-  const wasSetUp = OVERLAYS.every((name) => isOverlaid(name, place));
+  const wasSetUp = OVERLAYS.every((name) => isOverlaid(name, paths));
   try {
-    await removeScratch(place);
+    await removeScratch(paths);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
-    planned = describePlan(plan);
     sayPlan(plan);
-    await attemptEach(plan.mount?.repair ?? [], repairTable);
-    await attemptEach(plan.nodes, makePartitionNodes);
-    await attemptEach(plan.mount?.grow ?? [], growPartition);
-    await disarm(plan.disarm);
+    await attemptEach(plan.repairs, carryOut);
+    let { data, swap } = plan;
     if (plan.create) {
       await partition(plan.create); //                      step 3
       await waitForPartitions(plan.create.members); //      step 4
-      plan.mount = await createDataFilesystem(plan.create, place); // step 5
-      plan.swap = swapOf(plan.create);
-      meanwhile.push(disarm(plan.create.members.map((m) => m.device)));
+      data = await createDataFilesystem(plan.create, paths); // step 5
+      swap = swapOf(plan.create.members);
+      meanwhile.push(attemptEach(devicesOf(plan.create.members), clearMagic));
     }
-    if (plan.mount) {
-      const areas = plan.swap;
-      meanwhile.push(attempt(() => swapOn(areas)));
-      await mountDataFilesystem(plan.mount, place); //      step 6
-      if (plan.create) meanwhile.push(attempt(() => removeScratch(place)));
-    } else mode = await mountVolatile(plan, place);
-    await mountOverlays(place); //                          step 7
+    plan.data = data;
+    if (data) {
+      meanwhile.push(attempt(() => swapOn(swap))); //       step 9
+      await mountDataFilesystem(data, plan.create !== undefined, paths); // 6
+      if (plan.create) meanwhile.push(attempt(() => removeScratch(paths)));
+    } else mode = await mountVolatile(plan, paths);
+    await mountOverlays(paths); //                          step 7
   } catch (error) {
     await Promise.all(meanwhile);
     sayError(error);
-    if (isNoSpace(error)) sayHowToMakeRoom(place);
+    if (isNoSpace(error)) sayHowToMakeRoom(paths);
     if (wasSetUp) { // and is in use: nothing is taken away from under it
       lock.release();
       return 1;
     }
     mode = "fallback";
-    await fallBack(place);
+    await fallBack(paths);
   }
-  await attempt(() => configureDocker(place)); //           step 8
-  await Promise.all(meanwhile); //                          step 9
+  await attempt(() => configureDocker(paths)); //           step 8
+  await Promise.all(meanwhile);
   if (plan && mode === "persistent") {
-    await attempt(() => startMaintenance(plan, settings, place));
+    await attempt(() => startMaintenance(plan, settings, paths));
   }
   if (plan?.mode === "mounted" && messages.errors.length === 0) {
     say("info", "Everything is set up already");
   }
   const status = messages.errors.length > 0 ? 1 : 0;
-  attemptNow(() =>
-    writeReport({ mode, plan, planned, status, started }, place)
-  );
+  orUndefined(() => writeReport({ mode, plan, status, startedMs }, paths));
   lock.release();
   return status;
 }
 
-/** What a boot came to, for the status file. */
+/** The outcome of a boot, for the status file. */
 interface Outcome {
   mode: "persistent" | "volatile" | "fallback";
   plan?: Plan;
-  /** What was planned at first, before a filesystem was created. */
-  planned: string[];
   status: number;
-  started: number;
+  startedMs: number;
 }
 
 /**
- * Looks and decides, and looks again while a disk that is needed is late:
- * at most `waitMs`, and only as long as one is missing.
+ * Looks and decides, and looks again while a disk that is needed is late: at
+ * most `waitMs`, and only as long as one is missing. A plan that formats is
+ * tried out, as far as that changes nothing; what does not fit is left out.
+ *
+ * @param forNextBoot Say what the next boot would do, and try nothing out.
  */
 async function makePlan(
   settings: Settings,
   waitMs: number,
   forNextBoot = false,
 ): Promise<Plan> {
-  const giveUpAt = Date.now() + waitMs;
-  const tooSmall = new Set<string>();
+  const giveUpAt = performance.now() + waitMs;
+  const misfits = new Map<string, string>();
   let saidWaiting = false;
   for (;;) {
-    const facts = { ...await look(settings), tooSmall };
+    const facts = { ...await look(settings), misfits };
     if (forNextBoot) facts.mounted = undefined;
     const plan = decide(facts, settings);
     const late = whatIsLate(plan, facts);
-    if (late && Date.now() < giveUpAt) {
+    if (late && performance.now() < giveUpAt) {
       if (!saidWaiting) say("info", `Waiting for ${late}`);
       saidWaiting = true;
       await sleep(200);
       continue;
     }
     const misfit = plan.create &&
-      await rehearse(plan.create, tooSmall.size > 0, settings.root);
+      await tryOut(plan.create, misfits.size > 0, settings.root, forNextBoot);
     if (!misfit) return plan;
-    tooSmall.add(misfit.path); // and decide without it
+    misfits.set(misfit.device.path, misfit.why); // and decide without it
   }
-}
-
-/**
- * Takes away what served only to make subvolumes and uppers, for this run or
- * for one that was killed.
- */
-async function removeScratch(place: Places): Promise<void> {
-  const scratch = [place.copyUp, place.topLevel].filter(fs.existsSync);
-  if (scratch.length === 0) return; // and no need to ask the kernel
-  const targets = readMounts().map((mount) => mount.target)
-    .filter((target) => scratch.includes(target));
-  if (targets.length > 0) await unmount(...targets);
-  fs.rmSync(scratchLayers(place.state), { recursive: true, force: true });
 }
 
 /** Names what a boot should wait for, or undefined when nothing is late. */
 function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.mode === "mounted" || plan.mode === "off") return undefined;
-  const absent = plan.mount ? countAbsent(plan.mount) : 0;
-  if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
   if (plan.waitFor) return plan.waitFor;
+  const absent = plan.data ? plan.data.absent : 0;
+  if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
   if ((plan.mode === "volatile" || plan.create) && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
@@ -647,10 +786,11 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
 // ---------------------------------------------------------------------------
 
 /**
- * Reads all devices, and looks closer at the disks that hold something of ours.
- * Changes nothing.
+ * Reads all devices, then completes and judges the disks that may matter.
+ * Changes nothing. Our own reading is for speed: libblkid is asked about what
+ * may be changed or blamed and, before a first filesystem is made, about all.
  *
- * @param always Name of a disk to look at closely, whatever it holds.
+ * @param always Name of a disk to complete and ask about, whatever it holds.
  */
 export async function look(
   settings: Settings,
@@ -658,28 +798,54 @@ export async function look(
 ): Promise<Facts> {
   const diskPending = isDiskPending(); // first: it may appear just now
   const mounts = readMounts();
-  const listed = listDevices(settings);
-  await readDevices(listed);
-  const all = [...listed, ...await lookAtPartitionsWithoutNode(listed)];
-  const close = new Set(all.filter(mayBeOurs).map((device) => device.disk));
-  if (always) close.add(always);
-  const devices = all.filter((device) => close.has(device.disk)).sort(byName);
-  lookCloser(devices, mounts);
-  const place = places(settings.root);
+  const found = await readDevices(listDevices(settings));
+  found.push(...await readPartitionsWithoutNode(found));
+
+  const isFirst =
+    found.some(({ read }) => read.header || namesIn(read).includes(MAGIC)) &&
+    !found.some(({ read }) => read.btrfs?.label === DATA);
+  const close = new Set(
+    found.filter(({ read }) => isFirst || mayMatter(read))
+      .map(({ node }) => node.disk).concat(always ?? []),
+  );
+  const devices = complete(
+    found.filter(({ node }) => close.has(node.disk)),
+    mounts,
+  );
+  await askAbout(
+    devices.filter((device) =>
+      isFirst || device.disk === always || isInQuestion(device, devices)
+    ),
+  );
+  for (const device of devices) device.magic = isMagic(device, devices);
+  for (const device of devices) device.holds = whatItHolds(device, devices);
+
+  const { data } = pathsBelow(settings.root);
+  const mounted = mounts.findLast((mount) => mount.target === data);
   return {
     devices,
     diskPending,
     memoryBytes: readMemoryBytes(),
-    mounted: mounts.findLast((mount) => mount.target === place.data),
-    tooSmall: new Set(),
+    machine: readMachine(),
+    mounted: mounted && { ...mounted, fsid: fsidOf(mounted) },
+    misfits: new Map(),
   };
 }
 
-/** May a plan depend on what is on this device? */
-function mayBeOurs(device: BlockDevice): boolean {
-  const names = device.gpt?.partitions.map((partition) => partition.name) ?? [];
-  return device.header || device.btrfs !== undefined ||
-    device.backupLabel !== undefined || device.readError !== undefined ||
+/** A device node and what was read from it. */
+interface Found {
+  node: DeviceNode;
+  read: Reading;
+}
+
+const namesIn = ({ gpt }: Reading) =>
+  gpt?.partitions.map((partition) => partition.name) ?? [];
+
+/** Our magic, our names, a Btrfs, a backup superblock, or a read error. */
+function mayMatter(read: Reading): boolean {
+  const names = namesIn(read);
+  return read.header || read.btrfs !== undefined || read.backup !== undefined ||
+    read.error !== undefined || read.swapLabel === SWAP ||
     [MAGIC, DATA, SWAP].some((name) => names.includes(name));
 }
 
@@ -695,51 +861,38 @@ const VOLUME = /^(md[_\d]|dm-\d)/;
  * card readers, nor the hidden paths of NVMe multipath (block/genhd.c,
  * show_partition()).
  */
-function listDevices({ only }: Settings): BlockDevice[] {
+function listDevices({ only }: Settings): DeviceNode[] {
   const disks = new Set(
     only ??
       listDirectory("/sys/block").filter((name) => !NEVER_LOOKED_AT.test(name)),
   );
-  const devices: BlockDevice[] = [];
-  let whole: BlockDevice | undefined; // its partitions follow it
+  const nodes: DeviceNode[] = [];
+  let whole: DeviceNode | undefined; // its partitions follow it
   for (const line of (readText("/proc/partitions") ?? "").split("\n")) {
-    const name = nameOf(line.slice(line.lastIndexOf(" ") + 1));
+    const [major, minor, , path = ""] = line.trim().split(/\s+/);
+    const name = nameOf(path);
+    const deviceNumber = `${major}:${minor}`;
     const number = whole && partitionNumber(whole.name, name);
     if (whole && number) {
-      devices.push({
-        ...whole,
-        name,
-        path: nodeOf(name),
-        kind: "partition",
-        number,
-      });
-    } else if (disks.has(name)) devices.push(whole = wholeDevice(name));
+      const own = { name, path: nodeOf(name), number, deviceNumber };
+      nodes.push({ ...whole, ...own, kind: "partition" });
+    } else if (disks.has(name)) {
+      nodes.push(
+        whole = {
+          name,
+          path: nodeOf(name),
+          kind: VOLUME.test(name) ? "volume" : "disk",
+          disk: name,
+          number: 0,
+          deviceNumber,
+          sectorBytes: Number(
+            readSysfs(name, "queue/logical_block_size") ?? 512,
+          ),
+        },
+      );
+    }
   }
-  return devices;
-}
-
-/** A disk or volume; its size is not asked for before it matters. */
-function wholeDevice(name: string): BlockDevice {
-  const path = nodeOf(name);
-  const isVolume = VOLUME.test(name);
-  const isSuspended = isVolume && readSysfs(name, "dm/suspended") === "1";
-  return {
-    name,
-    path,
-    kind: isVolume ? "volume" : "disk",
-    disk: name,
-    number: 0,
-    startBytes: 0,
-    sizeBytes: 0,
-    sectorBytes: Number(readSysfs(name, "queue/logical_block_size") ?? 512),
-    readOnly: false,
-    hasNode: true,
-    readError: isSuspended
-      ? `Cannot read ${path}: it is suspended (dmsetup resume ` +
-        `"${readSysfs(name, "dm/name")}")`
-      : undefined,
-    header: false,
-  };
+  return nodes;
 }
 
 /** An attribute of a block device (Documentation/ABI/stable/sysfs-block). */
@@ -757,9 +910,24 @@ const readSysfsBytes = (name: string, attribute: "size" | "start") =>
  */
 export const nodeOf = (name: string) => `/dev/${name.replaceAll("!", "/")}`;
 
-/** The name in sysfs of a device node. */
+/** The name in sysfs of a device node that the kernel named. */
 export const nameOf = (path: string) =>
   path.replace(/^\/dev\//, "").replaceAll("/", "!");
+
+/**
+ * The name in sysfs of the device that any path leads to: told by its number,
+ * for `/dev/mapper/NAME` may be a node of its own, and no link to `/dev/dm-0`.
+ */
+function nameAt(path: string): string | undefined {
+  const stat = orUndefined(() => fs.statSync(path));
+  if (!stat?.isBlockDevice()) return undefined;
+  // As in glibc's sys/sysmacros.h, for numbers below 2^32.
+  const major = (stat.rdev >>> 8) & 0xfff;
+  const minor = (stat.rdev & 0xff) | ((stat.rdev >>> 12) & 0xfff00);
+  return orUndefined(() =>
+    basename(fs.realpathSync(`/sys/dev/block/${major}:${minor}`))
+  );
+}
 
 /**
  * What the number of a partition follows: a "p" where the disk's name ends with
@@ -778,32 +946,301 @@ export function partitionNumber(
   return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
 }
 
+/** `/dev/sda2`, but `/dev/nvme0n1p2`, `/dev/mmcblk0p2`, `/dev/loop3p2`. */
+export function partitionPath(disk: { path: string }, number: number): string {
+  return `${partitionPrefix(disk.path)}${number}`;
+}
+
+/** All formats that matter begin in so much of a device. */
+const START_BYTES = BTRFS.superblockAt + BTRFS.bytes;
+
 /**
- * What sysfs says of devices: who uses them, whether they can be written to,
- * and of partitions where they are, and what the table calls them.
+ * Eight devices are read at a time; each concurrent read costs a thread. Every
+ * 20 ms eight more are started, so that a device that does not answer holds up
+ * no other. Each reader reuses one buffer: new memory takes as long as a read.
  */
-function lookCloser(devices: BlockDevice[], mounts: Mount[]): void {
-  const users = readUsers(devices, mounts);
-  for (const device of devices) {
-    const { name, disk, number, hasNode } = device;
-    const whole = devices.find((other) => other.name === disk);
-    const known = hasNode ? name : disk; // to the kernel
-    device.readOnly = readSysfs(known, "ro") === "1";
-    device.inUse = users.get(known);
-    if (!hasNode) continue;
-    device.sizeBytes = readSysfsBytes(name, "size");
-    if (number === 0) continue;
-    device.startBytes = readSysfsBytes(name, "start");
-    const entry = whole?.gpt?.partitions
-      .find((entry) => entry.number === number);
-    device.partitionName = entry?.startBytes === device.startBytes
-      ? entry.name
-      : undefined;
-    // The kernel's name for it may be old; it serves where the disk is mute.
-    if (whole?.readError) {
-      device.partitionName = parsePartname(readSysfs(name, "uevent") ?? "");
+const READERS = { atATime: 8, moreEveryMs: 20 };
+
+/** Reads all devices. */
+async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
+  const found: Found[] = [];
+  let next = 0;
+  const readers: Promise<void>[] = [];
+  const readSome = async () => {
+    let buffer = new Uint8Array(START_BYTES);
+    while (next < nodes.length) {
+      const index = next++;
+      const node = nodes[index];
+      const read = await readDevice(node, buffer);
+      found[index] = { node, read };
+      // A read that was given up may end after all, and write there.
+      if (read.error) buffer = new Uint8Array(START_BYTES);
     }
+  };
+  const begin = () => {
+    for (let i = 0; i < READERS.atATime && next < nodes.length; i++) {
+      readers.push(readSome());
+    }
+  };
+  begin();
+  const timer = setInterval(begin, READERS.moreEveryMs);
+  for (const reader of readers) await reader; // also those that are added
+  clearInterval(timer);
+  return found;
+}
+
+/**
+ * Partitions that are in the table but not in the kernel, because it has no
+ * GPT parser, the table was made for other sectors, or a power cut left only
+ * the backup table: read through the whole disk.
+ */
+async function readPartitionsWithoutNode(found: Found[]): Promise<Found[]> {
+  const known = new Set(found.map(({ node }) => node.path));
+  const nodes = found.flatMap(({ node: disk, read }) =>
+    (read.gpt?.partitions ?? []).map((entry): DeviceNode => {
+      const { number } = entry;
+      const path = partitionPath(disk, number);
+      const name = nameOf(path);
+      const own = { name, path, number, entry, deviceNumber: undefined };
+      return { ...disk, ...own, kind: "partition" };
+    }).filter(({ path }) => !known.has(path))
+  );
+  return await Promise.all(nodes.map(async (node) => {
+    const read = await readDevice(node, new Uint8Array(START_BYTES));
+    return { node, read };
+  }));
+}
+
+async function readDevice(
+  node: DeviceNode,
+  buffer: Uint8Array,
+): Promise<Reading> {
+  const path = node.entry ? nodeOf(node.disk) : node.path;
+  try {
+    if (
+      node.kind === "volume" && readSysfs(node.name, "dm/suspended") === "1"
+    ) {
+      const name = readSysfs(node.name, "dm/name"); // even an open never ends
+      throw new Error(`it is suspended (dmsetup resume "${name}")`);
+    }
+    return await withDevice(path, (read) => readFormats(node, buffer, read));
+  } catch (error) {
+    return { ...parseStart(new Uint8Array()), error: cannotRead(path, error) };
   }
+}
+
+function cannotRead(path: string, error: unknown): string {
+  const message = messageOf(error);
+  const named = message.includes(path);
+  return named ? message : `Cannot read ${path}: ${message}`;
+}
+
+/**
+ * Reads the places where known formats keep their headers. A backup superblock
+ * counts only if the start of the device is zero, as Btrfs leaves it: otherwise
+ * something newer was written there, a filesystem for example.
+ */
+async function readFormats(
+  node: DeviceNode,
+  buffer: Uint8Array,
+  read: Read,
+): Promise<Reading> {
+  const base = node.entry?.startBytes ?? 0;
+  const start = await read(base, START_BYTES, buffer);
+  const reading = parseStart(start);
+  if (node.kind === "disk") {
+    const isOther = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
+    // The kernel takes a GPT beside an MBR of its own right for a leftover.
+    reading.gpt = isOther
+      ? undefined
+      : await readGpt(node, start, reading.onlyHeader, read);
+    reading.table = isOther ? "mbr" : reading.gpt && "gpt";
+  }
+  if (reading.btrfs?.label === DATA) {
+    const sizeBytes = node.entry?.sizeBytes ??
+      readSysfsBytes(node.name, "size");
+    // RAID metadata (md 0.90 and 1.0, Intel, DDF) lie in the last MiB.
+    const end = await read(base + sizeBytes - MiB, MiB);
+    reading.plain = isZero(start.subarray(0, RECORD.slotsAt[0])) &&
+      reading.recordable && isZero(end);
+  } else if (!reading.btrfs && !reading.gpt && isZero(start)) {
+    const block = await read(base + BTRFS.backupAt, BTRFS.bytes);
+    const backup = parseSuperblock(block, BTRFS.backupAt);
+    if (backup?.intact) reading.backup = backup;
+  }
+  return reading;
+}
+
+/** What the first {@linkcode START_BYTES} of a device say. */
+export function parseStart(start: Uint8Array): Reading {
+  const [first, second] = text(start, 0, 512).split(/\r?\n/);
+  const header = first.startsWith(MAGIC);
+  const slots = start.subarray(RECORD.slotsAt[0], BTRFS.superblockAt);
+  const btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
+  const record = btrfs && parseRecord(slots);
+  const onlyText = `${MAGIC}(\r?\n(${ANYWAY}\r?\n?)?)?`;
+  return {
+    header,
+    anyway: header && second === ANYWAY,
+    onlyHeader: header &&
+      new RegExp(`^${onlyText}\0*$`).test(utf8.decode(start.subarray(0, 512))),
+    btrfs,
+    record: record?.fsid === btrfs?.fsid ? record : undefined,
+    recordable: [0, RECORD.bytes].every((at) =>
+      isRecordSlot(slots.subarray(at, at + RECORD.bytes))
+    ),
+    plain: true,
+    swapLabel: parseSwapLabel(start),
+  };
+}
+
+/**
+ * Finds the GPT of a disk, at the place for its own sectors or for those of
+ * another disk. The backup at the end counts where LBA 0 announces a GPT or the
+ * start was zeroed: anything else may have been put there after the table.
+ */
+async function readGpt(
+  disk: DeviceNode,
+  start: Uint8Array,
+  onlyHeader: boolean,
+  read: Read,
+): Promise<Gpt | undefined> {
+  const isAnnounced = isProtectiveMbr(start);
+  const sizes = disk.sectorBytes === 512 ? [512, 4 * KiB] : [4 * KiB, 512];
+  const within: Read = async (at, length) =>
+    at + length <= start.length
+      ? start.subarray(at, at + length)
+      : await read(at, length);
+  for (const size of sizes) {
+    const header = start.subarray(size, 2 * size);
+    const gpt = await parseGpt(header, size, size, within);
+    if (gpt) return isAnnounced ? gpt : { ...gpt, lost: "first sector" };
+  }
+  const isBlank = isZero(start.subarray(onlyHeader ? 512 : 0));
+  if (!isAnnounced && !isBlank) return undefined;
+  const diskBytes = readSysfsBytes(disk.name, "size");
+  for (const size of sizes) {
+    const at = diskBytes - size;
+    if (at % size !== 0 || at < START_BYTES) continue;
+    const gpt = await parseGpt(await read(at, size), at, size, read);
+    if (gpt) return { ...gpt, lost: "primary table", endBytes: diskBytes };
+  }
+}
+
+/** Reads `length` bytes at a byte offset, less at the end of the device. */
+type Read = (
+  at: number,
+  length: number,
+  /** Memory of that length to read into. */
+  buffer?: Uint8Array,
+) => Promise<Uint8Array>;
+
+/**
+ * Opens a device for reading.
+ *
+ * @throws {Error} When it cannot be read or does not answer in time. (A
+ * suspended volume, of which the open itself may never end, is not opened.)
+ */
+async function withDevice<T>(
+  path: string,
+  use: (read: Read) => Promise<T>,
+): Promise<T> {
+  let open: number | undefined;
+  const reading = (async () => {
+    const file = open = await promisify<number>((done) =>
+      fs.open(path, "r", done)
+    );
+    try {
+      return await use((at, length, buffer = new Uint8Array(length)) =>
+        promisify((done) =>
+          fs.read(file, buffer, 0, length, at, (error, bytesRead) => {
+            done(error, buffer.subarray(0, bytesRead));
+          })
+        )
+      );
+    } finally {
+      open = undefined; // another file may get this number from now on
+      await promisify<void>((done) => fs.close(file, done));
+    }
+  })();
+  try {
+    return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
+  } catch (error) {
+    if (open !== undefined) parkOpenFile(open);
+    throw error;
+  }
+}
+
+/**
+ * Turns a node:fs callback into a promise (node:fs/promises costs half a
+ * millisecond to load).
+ */
+function promisify<T>(
+  call: (done: (error: Error | null, value: T) => void) => void,
+): Promise<T> {
+  return new Promise((resolve, reject) =>
+    call((error, value) => error ? reject(error) : resolve(value))
+  );
+}
+
+/**
+ * Hands the open file of a mute device to a detached `sleep`. Whoever closes it
+ * last blocks until its I/O completes (block/bdev.c, blkdev_flush_mapping());
+ * init waits for us, so it must not be us.
+ */
+function parkOpenFile(file: number): void {
+  const sleep = findProgram("sleep");
+  if (!sleep) return;
+  orUndefined(() =>
+    start([sleep, "86400"], {
+      stdio: [file, "ignore", "ignore"],
+      detached: true,
+    })
+  );
+}
+
+/** Completes devices from sysfs: place, size, name, users, identity. */
+function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
+  const users = readUsers(found.map(({ node }) => node), mounts);
+  const identities = new Map<string, ReturnType<typeof readIdentity>>();
+  return found.map(({ node, read }): BlockDevice => {
+    const { name, disk, number, entry } = node;
+    const known = entry ? disk : name; // to the kernel
+    const diskBytes = readSysfsBytes(disk, "size");
+    const startBytes = entry?.startBytes ??
+      (number > 0 ? readSysfsBytes(name, "start") : 0);
+    const identity = identities.get(disk) ?? readIdentity(disk);
+    identities.set(disk, identity);
+    return {
+      ...node,
+      ...identity,
+      startBytes,
+      sizeBytes: entry
+        ? Math.min(entry.sizeBytes, Math.max(0, diskBytes - startBytes))
+        : readSysfsBytes(name, "size"),
+      readOnly: readSysfs(known, "ro") === "1",
+      inUse: users.get(known),
+      partitionName: readPartitionName(node, startBytes, found),
+      read,
+      magic: false,
+      holds: { kind: "nothing of ours" },
+    };
+  }).sort(byName);
+}
+
+/** The name in the table, if it is the partition that the kernel knows. */
+function readPartitionName(
+  { name, disk, number, entry }: DeviceNode,
+  startBytes: number,
+  found: Found[],
+): string | undefined {
+  if (number === 0) return undefined;
+  const whole = found.find(({ node }) => node.name === disk)?.read;
+  // The kernel's name for it may be old; it serves where the disk is mute.
+  if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
+  const listed = entry ??
+    whole?.gpt?.partitions.find((entry) => entry.number === number);
+  return listed?.startBytes === startBytes ? listed.name : undefined;
 }
 
 /**
@@ -819,8 +1256,66 @@ export function parsePartname(uevent: string): string | undefined {
 }
 
 /** `sdb` before `sdaa`, `loop9` before `loop10`. */
-function byName(a: BlockDevice, b: BlockDevice): number {
+function byName(a: DeviceNode, b: DeviceNode): number {
   return a.name.length - b.name.length || (a.name < b.name ? -1 : 1);
+}
+
+/** Where drivers say which piece of hardware a disk is; a read may fail. */
+const HARDWARE_ATTRIBUTES = [
+  "wwid", // NVMe
+  "device/wwid", // SCSI, SATA
+  "serial", // virtio
+  "device/vpd_pg80", // SCSI: binary, the serial number behind four bytes
+  "device/cid", // SD, eMMC
+  "device/serial",
+  "dm/uuid",
+];
+
+/** What makes a disk this very one, not only its name. */
+function readIdentity(disk: string): { sequence?: string; hardware?: string } {
+  const attributes = HARDWARE_ATTRIBUTES
+    .map((attribute) => readSysfs(disk, attribute));
+  const hardware = [...attributes, readUsbSerial(disk), readImageIdentity(disk)]
+    .map((value) => value?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
+    // Neither nothing, nor one character over and over, nor a placeholder.
+    .find((value) => value && !/^(.)\1*$|^0?123456789|^none$/i.test(value));
+  return { sequence: readSysfs(disk, "diskseq"), hardware };
+}
+
+/** USB storage has its serial number in the device that the interface is of. */
+function readUsbSerial(disk: string): string | undefined {
+  let directory = orUndefined(() => fs.realpathSync(`/sys/block/${disk}`)) ??
+    "";
+  while (/\/usb\d/.test(directory) && !readText(`${directory}/idVendor`)) {
+    directory = dirname(directory);
+  }
+  const [vendor, product, serial] = ["idVendor", "idProduct", "serial"]
+    .map((name) => readText(join(directory, name)));
+  // A virtual machine invents one from the port.
+  if (!vendor || !serial || /[\da-f]{4}:[\da-f]{2}:/.test(serial)) return;
+  return `usb-${vendor}-${product}-${serial}`;
+}
+
+const IMAGE = "file:";
+
+/** A loop device is the image file behind it. */
+function readImageIdentity(disk: string): string | undefined {
+  const path = readSysfs(disk, "loop/backing_file");
+  const stat = path && orUndefined(() => fs.statSync(path));
+  return stat ? `${IMAGE}${stat.dev}:${stat.ino}` : undefined;
+}
+
+/**
+ * Hash of the DMI product UUID, which tells machines apart
+ * (Documentation/ABI/testing/sysfs-firmware-dmi-tables). Some makers leave the
+ * same in all their boards.
+ */
+function readMachine(): string | undefined {
+  const uuid = readText("/sys/class/dmi/id/product_uuid")?.trim().toLowerCase();
+  const digits = new Set(uuid?.replaceAll("-", ""));
+  const isPlaceholder = digits.size < 4 ||
+    uuid === "03000200-0400-0500-0006-000700080009";
+  return uuid && !isPlaceholder ? crcOfText(uuid).toString(16) : undefined;
 }
 
 /**
@@ -828,16 +1323,13 @@ function byName(a: BlockDevice, b: BlockDevice): number {
  * are exact for md and device mapper; Btrfs registers only its first device as
  * mounted and no holder at all, so that its own sysfs directory is asked.
  */
-function readUsers(
-  devices: BlockDevice[],
-  mounts: Mount[],
-): Map<string, string> {
+function readUsers(nodes: DeviceNode[], mounts: Mount[]): Map<string, string> {
   const users = new Map<string, string>();
   const mounted = new Map(mounts.map((m) => [m.deviceNumber, m.target]));
-  for (const { name } of devices) {
+  for (const { name, deviceNumber } of nodes) {
     const [holder] = listDirectory(`/sys/class/block/${name}/holders`);
     if (holder) users.set(name, `held by ${nodeOf(holder)}`);
-    const target = mounted.get(readSysfs(name, "dev") ?? "");
+    const target = mounted.get(deviceNumber ?? "");
     if (target) users.set(name, `mounted on "${target}"`);
   }
   for (const fsid of listDirectory("/sys/fs/btrfs")) {
@@ -845,7 +1337,9 @@ function readUsers(
       users.set(name, openIn(fsid));
     }
   }
-  for (const path of readSwaps()) users.set(nameOf(path), "swap in use");
+  for (const path of readSwaps()) {
+    users.set(nameAt(path) ?? nameOf(path), "swap in use");
+  }
   return users;
 }
 
@@ -855,276 +1349,53 @@ function readSwaps(): string[] {
     .map((line) => unescapeOctal(line.split(/\s/)[0])).filter(Boolean);
 }
 
-/**
- * How many devices are read at a time: with more the runtime starts a thread
- * for each, and all take longer. While any is waited for, as many more are
- * begun: one that does not answer keeps no other from being read. What is read
- * of most fits into a memory that serves the next device, too: new memory takes
- * as long as a read.
- */
-const READERS = { atATime: 8, moreEveryMs: 20, memoryBytes: 48 * KiB };
-
-/** Reads all devices. */
-async function readDevices(devices: BlockDevice[]): Promise<void> {
-  let next = 0;
-  const readers: Promise<void>[] = [];
-  const readSome = async () => {
-    let memory = new Uint8Array(READERS.memoryBytes);
-    while (next < devices.length) {
-      const device = devices[next++];
-      await readDevice(device, memory);
-      // A read that was given up may end after all, and write there.
-      if (device.readError) memory = new Uint8Array(READERS.memoryBytes);
-    }
-  };
-  const begin = () => {
-    for (let i = 0; i < READERS.atATime && next < devices.length; i++) {
-      readers.push(readSome());
-    }
-  };
-  begin();
-  const timer = setInterval(begin, READERS.moreEveryMs);
-  for (const reader of readers) await reader; // also those that are added
-  clearInterval(timer);
-}
-
-/**
- * Reads where the formats that matter have their place. A backup counts only
- * where the start is empty, as Btrfs leaves it: anything else may be what was
- * put there since, a filesystem for example.
- *
- * @param memory To read into; nothing of it is needed afterwards.
- */
-async function readDevice(
-  device: BlockDevice,
-  memory: Uint8Array,
-): Promise<void> {
-  if (device.readError) return; // to open it would be to wait for ever
-  try {
-    await withDevice(device.path, async (read) => {
-      const start = await readStart(device, read, 0);
-      if (device.kind === "disk" && !device.gpt) {
-        device.gpt = await readBackupGpt(device, start, read);
-      }
-      if (device.btrfs || device.gpt || !isZero(start)) return;
-      const block = await read(BTRFS.backupAt, BTRFS.bytes);
-      const backup = parseSuperblock(block);
-      device.backupLabel = backup?.intact ? backup.label : undefined;
-    }, memory);
-  } catch (error) {
-    device.readError = cannotRead(device, error);
-  }
-}
-
-function cannotRead(device: BlockDevice, error: unknown): string {
-  const message = messageOf(error);
-  const named = message.includes(device.path);
-  return named ? message : `Cannot read ${device.path}: ${message}`;
-}
-
-/**
- * Reads the start of a device that begins at byte `at` of what is read.
- *
- * @returns Its first bytes.
- */
-async function readStart(
-  device: BlockDevice,
-  read: Read,
-  at: number,
-): Promise<Uint8Array> {
-  const sector = device.sectorBytes;
-  const isDisk = device.kind === "disk";
-  const marksBytes = MARK.slotsAt.length * MARK.bytes;
-  const start = await read(at, isDisk ? 2 * sector + GPT.entriesArea : 4 * KiB);
-  const marks = await read(at + MARK.slotsAt[0], marksBytes + BTRFS.bytes);
-  device.header = text(start, 0, MAGIC.length) === MAGIC;
-  device.swapLabel = parseSwapLabel(start);
-  device.btrfs = parseSuperblock(marks.subarray(marksBytes));
-  const mark = device.btrfs && parseMark(marks);
-  if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
-  if (!isDisk || isMbr(start)) return start;
-  device.gpt = parseGpt(
-    start.subarray(sector, 2 * sector),
-    (from, length) => start.subarray(from, from + length),
-    sector,
-  );
-  return start;
-}
-
-/** Partition types in the MBR of a disk, if LBA 0 is one. */
-function mbrTypes(start: Uint8Array): number[] {
-  if (start[510] !== 0x55 || start[511] !== 0xaa) return [];
-  return [450, 466, 482, 498].map((at) => start[at]).filter((type) => type > 0);
-}
-
-/** Says LBA 0 that the disk has a GPT? (UEFI, 5.2.3, Protective MBR.) */
-const isProtectiveMbr = (start: Uint8Array) => mbrTypes(start).includes(0xee);
-
-/** An MBR of its own right: a GPT beside it is a leftover, to the kernel too. */
-const isMbr = (start: Uint8Array) =>
-  mbrTypes(start).length > 0 && !isProtectiveMbr(start);
-
-const ZEROS = "\0".repeat(512);
-
-/** By texts, for the runtime compares them at once, and bytes one by one. */
-function isZero(bytes: Uint8Array): boolean {
-  for (let at = 0; at < bytes.length; at += ZEROS.length) {
-    const part = bytes.subarray(at, at + ZEROS.length);
-    if (utf8.decode(part) !== ZEROS.slice(0, part.length)) return false;
-  }
-  return true;
-}
-
-/**
- * The backup table at the end of a disk whose primary one is damaged. Without
- * a protective MBR it counts only where the start was zeroed: anything else may
- * be what was put on the disk after the table, a system image for example.
- */
-async function readBackupGpt(
-  disk: BlockDevice,
-  start: Uint8Array,
-  read: Read,
-): Promise<Gpt | undefined> {
-  if (!isProtectiveMbr(start)) {
-    if (!isZero(start)) return;
-    const end = BTRFS.superblockAt + BTRFS.bytes;
-    if (!isZero(await read(start.length, end - start.length))) return;
-  }
-  const header = start.subarray(disk.sectorBytes);
-  const elsewhere = text(header, 0, 8) === GPT.signature &&
-    viewOf(header).getBigUint64(GPT.entriesLba, true) !== 2n;
-  if (elsewhere) return; // sgdisk --move-main-table: not damaged
-  const areaBytes = GPT.entriesArea + disk.sectorBytes;
-  const endBytes = readSysfsBytes(disk.name, "size");
-  const areaAt = endBytes - areaBytes;
-  if (areaAt < 0) return undefined;
-  const area = await read(areaAt, areaBytes);
-  const gpt = parseGpt(
-    area.subarray(GPT.entriesArea),
-    (at, length) => area.subarray(at - areaAt, at - areaAt + length),
-    disk.sectorBytes,
-  );
-  return gpt && { ...gpt, primaryDamaged: true, endBytes };
-}
-
-/**
- * Partitions that are in the table but not in the kernel, because it has no
- * GPT parser or because a power cut left only the backup table: read through
- * the whole disk.
- */
-async function lookAtPartitionsWithoutNode(
-  devices: BlockDevice[],
-): Promise<BlockDevice[]> {
-  const known = new Set(devices.map((device) => device.path));
-  const found: BlockDevice[] = [];
-  for (const disk of devices) {
-    for (const entry of disk.gpt?.partitions ?? []) {
-      const path = partitionPath(disk, entry.number);
-      if (known.has(path)) continue;
-      found.push({
-        ...disk,
-        name: nameOf(path),
-        path,
-        kind: "partition",
-        number: entry.number,
-        startBytes: entry.startBytes,
-        sizeBytes: entry.sizeBytes,
-        hasNode: false,
-        partitionName: entry.name,
-        header: false,
-        gpt: undefined,
-        btrfs: undefined,
-        swapLabel: undefined,
-        mark: undefined,
-      });
-    }
-  }
-  await Promise.all(found.map(async (device) => {
-    try {
-      await withDevice(nodeOf(device.disk), async (read) => {
-        await readStart(device, read, device.startBytes);
-      });
-    } catch (error) {
-      device.readError = cannotRead(device, error);
-    }
-  }));
-  return found;
-}
-
-/** `/dev/sda2`, but `/dev/nvme0n1p2`, `/dev/mmcblk0p2`, `/dev/loop3p2`. */
-export function partitionPath(disk: { path: string }, number: number): string {
-  return `${partitionPrefix(disk.path)}${number}`;
-}
-
-/** Reads `length` bytes at a byte offset, less at the end of the device. */
-type Read = (at: number, length: number) => Promise<Uint8Array>;
-
-/**
- * Opens a device for reading.
- *
- * @param memory To read into, in place of new memory, as long as it lasts.
- * @throws {Error} When it cannot be read or does not answer in time. (A
- * suspended volume, of which the open itself may never end, is not opened.)
- */
-async function withDevice<T>(
-  path: string,
-  use: (read: Read) => Promise<T>,
-  memory: Uint8Array = new Uint8Array(),
-): Promise<T> {
-  let open: number | undefined;
-  const reading = (async () => {
-    const file = open = await called<number>((done) =>
-      fs.open(path, "r", done)
+/** Asks libblkid what devices hold, 16 at a time. */
+async function askAbout(devices: BlockDevice[]): Promise<void> {
+  const readable = devices.filter(({ read }) => !read.error);
+  while (readable.length > 0) {
+    await Promise.all(
+      readable.splice(0, 16).map(async (device) => {
+        try {
+          device.signatures = await listSignatures(device);
+        } catch (error) {
+          device.read.error = cannotRead(device.path, error);
+        }
+      }),
     );
-    try {
-      return await use((at, length) => {
-        const buffer = length <= memory.length
-          ? memory.subarray(0, length)
-          : new Uint8Array(length);
-        memory = memory.subarray(length);
-        return called<Uint8Array>((done) =>
-          fs.read(file, buffer, 0, length, at, (error, bytesRead) => {
-            done(error, buffer.subarray(0, bytesRead));
-          })
-        );
-      });
-    } finally {
-      open = undefined; // from now on its number may be another one's
-      await called<void>((done) => fs.close(file, done));
-    }
-  })();
-  try {
-    return await withTimeout(reading, TIMEOUT.readMs, `Cannot read ${path}`);
-  } catch (error) {
-    if (open !== undefined) keepOpen(open);
-    throw error;
   }
 }
 
-/** What a call of node:fs comes to (its own promises take longer to load). */
-function called<T>(
-  call: (done: (error: Error | null, value: T) => void) => void,
-): Promise<T> {
-  return new Promise((resolve, reject) =>
-    call((error, value) => error ? reject(error) : resolve(value))
-  );
-}
-
 /**
- * Lets another process hold a device that does not answer. A read of it ends
- * when its process is killed, but the last one to close it waits in the kernel
- * for what was asked of it (block/bdev.c, blkdev_flush_mapping()): our exit,
- * and init with it, for ever.
+ * All signatures on a device: wipefs(8) lists every one, where blkid(8) picks
+ * one, but it needs a device node.
  */
-function keepOpen(file: number): void {
-  const sleep = findProgram("sleep");
-  if (!sleep) return;
-  attemptNow(() =>
-    start([sleep, "86400"], {
-      stdio: [file, "ignore", "ignore"],
-      detached: true,
-    })
+async function listSignatures(
+  { path, disk, entry }: { path: string; disk?: string; entry?: GptPartition },
+): Promise<Signature[]> {
+  const to = `see what is on ${path}`;
+  if (entry && disk) {
+    const { startBytes, sizeBytes } = entry;
+    const { status, stdout } = await run(
+      words`blkid --probe --output export --offset ${startBytes}
+        --size ${sizeBytes} ${nodeOf(disk)}`,
+      { to, accept: [0, 2, 8], capture: true }, // 2: nothing, 8: ambivalent
+    );
+    if (status === 8) return [{ type: "more than one signature" }];
+    const found = Object.fromEntries(
+      stdout.split("\n").map((line) => line.split("=", 2)),
+    );
+    const type = found.TYPE ?? found.PTTYPE;
+    return type ? [{ type, label: found.LABEL }] : [];
+  }
+  const { stdout } = await run(
+    words`wipefs --json --output TYPE,LABEL ${path}`,
+    { to, capture: true },
   );
+  const { signatures } = JSON.parse(stdout || '{"signatures":[]}');
+  return signatures.map(({ type, label }: Record<string, string | null>) => ({
+    type,
+    label: label ?? undefined,
+  }));
 }
 
 /**
@@ -1157,14 +1428,8 @@ function readMemoryBytes(): number {
   return KiB * Number(/^MemTotal:\s+(\d+)/.exec(meminfo)?.[1] ?? 0);
 }
 
-/** What was read last, until a command of ours may have changed it. */
-let knownMounts: Mount[] | undefined;
-
 /** Mounts of this process (proc_pid_mountinfo(5)), oldest first. */
-function readMounts(): Mount[] {
-  knownMounts = parseMountinfo(readText("/proc/self/mountinfo") ?? "");
-  return knownMounts;
-}
+const readMounts = () => parseMountinfo(readText("/proc/self/mountinfo") ?? "");
 
 /** Reads the text of `/proc/PID/mountinfo`. */
 export function parseMountinfo(mountinfo: string): Mount[] {
@@ -1191,6 +1456,23 @@ function unescapeOctal(field: string): string {
   );
 }
 
+/**
+ * The UUID of a mounted Btrfs, from the device that stands for it. That one may
+ * have been pulled: then it is the only open filesystem with our label.
+ */
+function fsidOf({ type, source }: Mount): string | undefined {
+  if (type !== "btrfs") return undefined;
+  const device = nameAt(source);
+  const open = listDirectory("/sys/fs/btrfs")
+    .filter((fsid) => fs.existsSync(`/sys/fs/btrfs/${fsid}/devices`));
+  const found = open.find((fsid) =>
+    device && fs.existsSync(`/sys/fs/btrfs/${fsid}/devices/${device}`)
+  );
+  const ours = open
+    .filter((fsid) => readText(`/sys/fs/btrfs/${fsid}/label`) === DATA);
+  return found ?? (ours.length === 1 ? ours[0] : undefined);
+}
+
 // ---------------------------------------------------------------------------
 // Decide: facts in, plan out. Nothing below touches a device.
 // ---------------------------------------------------------------------------
@@ -1204,20 +1486,24 @@ export interface Plan {
   mode: "persistent" | "volatile" | "mounted" | "off";
   /** Why, in one sentence. */
   reason: string;
-  /** Headers and magic names to take away from devices that hold data. */
-  disarm: BlockDevice[];
-  /** Disks whose partitions have to be shown to the kernel. */
-  nodes: BlockDevice[];
+  /** What is to be said, in this order. */
+  notes: Note[];
+  /** Small repairs, before anything else. */
+  repairs: Repair[];
   create?: NewFilesystem;
-  mount?: DataFilesystem;
+  data?: DataFilesystem;
   /** Magic devices that are to join the data filesystem. */
-  join: NewMember[];
+  joins: NewMember[];
   /** What is late, where that is not a member of what is mounted. */
   waitFor?: string;
   /** Swap areas on the disks of the members; no others are ours. */
   swap: BlockDevice[];
-  warnings: string[];
-  errors: string[];
+}
+
+/** A sentence for the operator. */
+export interface Note {
+  level: "warning" | "error";
+  text: string;
 }
 
 /** A data filesystem to be made. */
@@ -1240,27 +1526,24 @@ export interface NewMember {
 /** A data filesystem that is there. */
 export interface DataFilesystem {
   fsid: string;
-  members: BlockDevice[];
-  /** How many devices are not there or must not be used. */
+  members: Member[];
+  /** How many members are absent, stale or cannot be used. */
   missing: number;
+  /** How many of them may still come. */
+  absent: number;
   /** The device that an interrupted `btrfs replace` was writing to. */
-  replaceTarget?: BlockDevice;
+  replaceTarget?: Member;
   /** Members that missed writes: they are wiped and rebuilt. */
-  stale: BlockDevice[];
-  /** Devices of this filesystem that the kernel must not see. */
-  excluded: BlockDevice[];
-  /** A member has missed writes, and no mark says which. */
+  stale: Member[];
+  /** Devices of this filesystem that the kernel must not see, and why. */
+  conflicting: { device: Member; why: string }[];
+  /** A member has missed writes, and no record says which. */
   needsScrub: boolean;
-  /** Just made: marked, and with all that a boot mounts. */
-  isNew?: boolean;
-  /** Disks that became larger than their partition table knows. */
-  grow: BlockDevice[];
-  /** Disks whose primary table is to be restored from the backup. */
-  repair: BlockDevice[];
 }
 
 /**
- * Decides what a boot does.
+ * Decides what a boot does: sorts out what is there, then plans one of three
+ * cases.
  *
  * @param facts What was found.
  * @param settings What was asked for.
@@ -1270,164 +1553,303 @@ export function decide(facts: Facts, settings: Settings): Plan {
   const plan: Plan = {
     mode: "volatile",
     reason: "no disk is enabled",
-    disarm: [],
-    nodes: [],
-    join: [],
+    notes: [],
+    repairs: [],
+    joins: [],
     swap: [],
-    warnings: [],
-    errors: [],
   };
-  if (facts.mounted) {
+  const { mounted } = facts;
+  if (mounted) {
     plan.mode = "mounted";
-    plan.reason = `"${facts.mounted.target}" is already there, on ` +
-      `${facts.mounted.source} (${facts.mounted.type})`;
+    plan.reason = `"${mounted.target}" is already there, on ` +
+      `${mounted.source} (${mounted.type})`;
   } else if (settings.off) {
     plan.mode = "off";
-    plan.reason = "the kernel command line says lightwhale.persistence=off";
+    plan.reason = "the kernel command line says so (lightwhale.persistence)";
     return plan;
   }
-  const usable = facts.devices.filter((device) => !isHeld(device));
-  warnOfMisplacedHeaders(usable, plan);
-
-  const filesystems = findDataFilesystems(usable);
-  const isOurs = (device: BlockDevice) =>
-    filesystems.some((data) => allDevices(data).includes(device));
-  const chosen = facts.mounted
-    ? filesystems.find((data) => isMountedAs(data, facts.mounted!))
-    : chooseDataFilesystem(filesystems, settings, plan);
-  const magic = findMagicDevices(usable);
-  const forgotten = magic
-    .filter((device) => partsOf(device, usable).some(isOurs));
-  const target = chosen?.replaceTarget; // marked until it has taken its place
-  for (const device of forgotten) {
-    if (target && partsOf(device, usable).includes(target)) continue;
-    if (!device.readOnly) plan.disarm.push(device);
-    const end = device.readOnly
-      ? "the mark stays, for it is read-only"
-      : `the mark is taken away (to erase it nevertheless: persistence.ts ` +
-        `--enable --force ${device.path})`;
-    plan.warnings.push(
-      `${device.path} is marked to be formatted, but holds a data ` +
-        `filesystem: the data wins and ${end}`,
-    );
-  }
-  const candidates = magic.filter((device) => !forgotten.includes(device));
-  const damaged = findDamage(usable, isOurs, magic);
-  const damages = damaged.filter(({ readError }) => !readError)
-    .map(describeDamage);
-  plan.nodes = disksWithoutNodes(
-    [...candidates, ...chosen ? allDevices(chosen) : []],
-    facts.devices,
-  );
-  if (chosen && !settings.noSwap) plan.swap = findSwap(chosen, usable);
-  const unreadable = usable.filter((device) => device.readError);
-  for (const { readError } of unreadable) {
-    plan.warnings.push(`${readError}: it is left alone`);
-  }
-  if (facts.mounted) {
-    plan.mount = chosen;
-    plan.warnings.push(...damages);
-    const mute = unreadable.filter(({ inUse }) =>
-      inUse === openIn(chosen?.fsid)
-    );
-    const doubtful = [...new Set([...damaged, ...mute])];
-    planJoining(candidates, doubtful, facts, settings, plan);
-    return plan;
-  }
-  if (chosen && chosen.members.length === 0) {
-    plan.waitFor = `the other disks of ${pathsOf(allDevices(chosen))}`;
-    plan.reason = "the data filesystem lacks its other disks";
-    plan.errors.push(
-      `${pathsOf(allDevices(chosen))} cannot be used alone: it is a part of ` +
-        `the data filesystem ${chosen.fsid} that another disk was to be ` +
-        `copied to; plug in the other disks`,
-    );
-    return plan;
-  }
-  if (chosen && chosen.members.every((member) => member.readOnly)) {
-    plan.reason = "the data disk is read-only";
-    plan.errors.push(
-      `Cannot write to ${pathsOf(chosen.members)}, which holds the data ` +
-        `filesystem: it is read-only (a locked card?); unlock it`,
-    );
-    return plan;
-  }
-  if (chosen) {
-    plan.mode = "persistent";
-    plan.mount = chosen;
-    plan.reason = `${pathsOf(chosen.members)} ` +
-      `hold${chosen.members.length > 1 ? "" : "s"} the data filesystem`;
-    chosen.grow = findGrownDisks(chosen.members, facts.devices);
-    chosen.repair = findDamagedTables(chosen.members, facts.devices);
-    plan.warnings.push(...damages);
-    planJoining(candidates, damaged, facts, settings, plan);
-    return plan;
-  }
-  const doubtful = [...new Set([...damaged, ...unreadable])];
-  if (candidates.length > 0 && doubtful.length > 0) {
-    plan.errors.push(
-      `${pathsOf(candidates)} will not be formatted while ` +
-        `${pathsOf(doubtful)} may be a data disk that has a bad day: repair ` +
-        `it, or unplug it to start anew`,
-    );
-    plan.reason = "a data disk may be damaged";
-  } else if (unreadable.length > 0) {
-    plan.errors.push(
-      `${pathsOf(unreadable)} cannot be read and may be the data disk: check ` +
-        `its cable and power, replace it, or unplug it`,
-    );
-    plan.reason = "a disk cannot be read";
-  } else {
-    const members = planMembers(candidates, facts, settings, plan);
-    if (members.length > 0) {
-      plan.create = { members, ...profilesFor(members.length) };
-      plan.mode = "persistent";
-      plan.reason = `${pathsOf(candidates)} asked to be formatted`;
-    }
-  }
-  if (damages.length > 0) plan.reason = "a data disk may be damaged";
-  plan.errors.push(...damages);
+  const found = sortOut(facts, settings, plan);
+  if (mounted) planMounted(found, facts, settings, plan);
+  else if (found.chosen) {
+    planExisting(found.chosen, found, facts, settings, plan);
+  } else planNew(found, facts, settings, plan);
   return plan;
 }
 
-/**
- * Devices below an md array or a device mapper volume are not looked at for
- * data: the volume is, and the same superblock would be found twice.
- */
-function isHeld(device: BlockDevice): boolean {
-  return device.inUse?.startsWith("held by") ?? false;
+/** What is there, sorted out. */
+interface Findings {
+  /** Devices but those below an md array or a volume, which is looked at. */
+  usable: BlockDevice[];
+  chosen?: DataFilesystem;
+  /** Magic devices that hold no data. */
+  candidates: BlockDevice[];
+  /** What may be a damaged data disk. */
+  suspects: BlockDevice[];
+  unreadable: BlockDevice[];
 }
 
-/** Is it this one that is mounted, and not another in another place? */
-function isMountedAs(data: DataFilesystem, { type, source }: Mount): boolean {
-  return type === "btrfs" &&
-    data.members.some((member) => isOpen(member) && member.path === source);
-}
-
-/** The kernel has it open as a member of its filesystem. */
-function isOpen({ inUse, btrfs }: BlockDevice): boolean {
-  return inUse === openIn(btrfs?.fsid);
-}
-
-const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
-
-function warnOfMisplacedHeaders(devices: BlockDevice[], plan: Plan): void {
-  for (const device of devices) {
-    if (!device.header || device.kind === "disk") continue;
-    plan.warnings.push(
+function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
+  const { devices, mounted, machine } = facts;
+  const usable = devices.filter(({ inUse }) => !inUse?.startsWith("held by"));
+  for (const device of usable) {
+    if (!device.read.header || device.kind === "disk" || device.magic) continue;
+    const remedy = device.kind === "volume"
+      ? "volumes are never formatted"
+      : `a partition is enabled with persistence.ts --enable ${device.path}`;
+    plan.notes.push(warning(
       `${device.path} begins with the magic header, which counts only at the ` +
-        `start of a whole disk: it is not obeyed (a partition is enabled ` +
-        `with persistence.ts --enable ${device.path})`,
+        `start of a whole disk: it is not obeyed (${remedy})`,
+    ));
+  }
+  const filesystems = findDataFilesystems(usable, machine);
+  const chosen = mounted
+    ? filesystems.find(({ fsid, members }) =>
+      fsid === mounted.fsid && members.some(isOpen)
+    )
+    : chooseDataFilesystem(filesystems, facts, settings, plan);
+  const ours = filesystems.flatMap(allDevices);
+  const isData = (device: BlockDevice) =>
+    ours.includes(device as Member) ||
+    (device.holds.kind === "suspect" && device.holds.labelled);
+  const magic = usable.filter((device) => device.magic);
+  const forgotten = magic
+    .filter((device) => partsOf(device, usable).some(isData));
+  for (const device of forgotten) {
+    const data = partsOf(device, usable).filter(isData);
+    // It stays magic until it has taken its place.
+    if (data.some((part) => part === chosen?.replaceTarget)) continue;
+    if (!device.readOnly) plan.repairs.push({ do: "clear magic", device });
+    const end = device.readOnly
+      ? "it stays magic, for it is read-only"
+      : `is not magic any more`;
+    plan.notes.push(warning(
+      `${device.path} carries the magic to be formatted, but ${
+        pathsOf(data)
+      } holds data of a "${DATA}": the data wins, and ${device.path} ${end} (` +
+        `${howToGiveUp(device, usable)})`,
+    ));
+  }
+  const candidates = magic.filter((device) => !forgotten.includes(device));
+  const suspects = usable.filter((device) =>
+    device.holds.kind === "suspect" &&
+    !candidates.some((magic) => partsOf(magic, usable).includes(device))
+  );
+  const unreadable = usable
+    .filter((device) => device.holds.kind === "unreadable");
+  if (chosen) {
+    const known = suspects.filter(({ holds }) =>
+      holds.kind === "suspect" && holds.fsid === chosen.fsid
     );
+    chosen.absent = Math.max(0, chosen.absent - known.length);
+  }
+  return { usable, chosen, candidates, suspects, unreadable };
+}
+
+const warning = (text: string): Note => ({ level: "warning", text });
+const error = (text: string): Note => ({ level: "error", text });
+
+/** The system is set up already: only disks may join. */
+function planMounted(
+  found: Findings,
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): void {
+  plan.data = found.chosen;
+  planRepairs(found, facts, plan);
+  sayDoubts(found, "warning", plan);
+  planJoins(found, facts, settings, plan);
+}
+
+/** There is a data filesystem. */
+function planExisting(
+  data: DataFilesystem,
+  found: Findings,
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): void {
+  const paths = pathsOf(allDevices(data));
+  if (data.members.length === 0) {
+    plan.waitFor = `the other disks of ${paths}`;
+    plan.reason = "the data filesystem lacks its other disks";
+    plan.notes.push(error(
+      `${paths} cannot be used alone: it is a part of the data filesystem ` +
+        `${data.fsid} that another disk was to be copied to; plug in the ` +
+        `other disks`,
+    ));
+    return;
+  }
+  if (data.members.every((member) => member.readOnly)) {
+    plan.reason = "the data disk is read-only";
+    plan.notes.push(error(
+      `Cannot write to ${pathsOf(data.members)}, which holds the data ` +
+        `filesystem: it is read-only (a locked card?); unlock it`,
+    ));
+    return;
+  }
+  plan.mode = "persistent";
+  plan.data = data;
+  plan.reason = `${pathsOf(data.members)} ` +
+    `hold${data.members.length > 1 ? "" : "s"} the data filesystem`;
+  if (!settings.noSwap) plan.swap = findSwap(data, found.usable);
+  planRepairs(found, facts, plan);
+  sayDoubts(found, "warning", plan);
+  planJoins(found, facts, settings, plan);
+}
+
+/** There is no data filesystem: one is made of magic devices, or none. */
+function planNew(
+  found: Findings,
+  facts: Facts,
+  settings: Settings,
+  plan: Plan,
+): void {
+  const { suspects, unreadable } = found;
+  const doubted = [...suspects, ...unreadable];
+  const stopped = settings.dataUuid
+    ? found.candidates
+    : doubted.length > 0
+    ? found.candidates.filter(({ read }) => !read.anyway)
+    : [];
+  const candidates = found.candidates
+    .filter((device) => !stopped.includes(device));
+  if (settings.dataUuid) {
+    plan.reason = `the data filesystem ${settings.dataUuid} is not there`;
+    plan.notes.push(error(
+      `No data filesystem has the UUID ${settings.dataUuid} that the kernel ` +
+        `command line asks for (lightwhale.data)` + (stopped.length > 0
+          ? `: ${pathsOf(stopped)} will not be formatted in its place`
+          : `: plug in its disk, or leave the parameter out`),
+    ));
+  } else if (doubted.length > 0) {
+    plan.reason = suspects.length > 0
+      ? "a data disk may be damaged"
+      : "a disk cannot be read";
+    if (stopped.length > 0) {
+      plan.notes.push(error(
+        `${pathsOf(stopped)} will not be formatted while ` +
+          `${pathsOf(doubted)} may be a damaged data disk: repair or unplug ` +
+          `that, or have ${pathsOf(stopped)} formatted nevertheless: ` +
+          `persistence.ts --enable --force ${
+            stopped.map((device) => device.path).join(" ")
+          }`,
+      ));
+    } else if (unreadable.length > 0 && candidates.length === 0) {
+      plan.notes.push(error(
+        `${pathsOf(unreadable)} cannot be read and may be the data disk: ` +
+          `check its cable and power, replace it, or unplug it`,
+      ));
+    }
+  }
+  sayDoubts(found, candidates.length > 0 ? "warning" : "error", plan);
+  const members = planMembers(candidates, found, facts, settings, plan);
+  if (members.length === 0) return;
+  plan.create = { members, ...profilesFor(members.length) };
+  plan.mode = "persistent";
+  plan.reason = `${pathsOf(devicesOf(members))} ` +
+    `carr${members.length > 1 ? "y" : "ies"} the magic to be formatted`;
+  planRepairs(found, facts, plan);
+}
+
+/** Says what may be a damaged data disk, and what cannot be read. */
+function sayDoubts(
+  { usable, suspects, unreadable }: Findings,
+  level: Note["level"],
+  plan: Plan,
+): void {
+  for (const device of suspects) {
+    if (device.holds.kind !== "suspect") continue;
+    const { why, remedy } = device.holds;
+    const text = `${device.path} may be a "${DATA}" disk, but ${why}: it is ` +
+      `not touched (${remedy ? `${remedy}; ` : ""}` +
+      `${howToGiveUp(device, usable)})`;
+    plan.notes.push({ level, text });
+  }
+  for (const { holds } of unreadable) {
+    if (holds.kind !== "unreadable") continue;
+    plan.notes.push(warning(`${holds.why}: it is not used`));
   }
 }
 
-/** Whole disks with the header, and partitions with the magic name. */
-function findMagicDevices(devices: BlockDevice[]): BlockDevice[] {
-  return devices.filter((device) =>
-    device.kind === "disk" ? device.header : device.partitionName === MAGIC
-  );
+/** The node to enable: the whole disk only where nothing else is on it. */
+function howToGiveUp(device: BlockDevice, devices: BlockDevice[]): string {
+  const whole = devices.find(({ name }) => name === device.disk);
+  const names = whole ? namesIn(whole.read) : [];
+  const isShared = names.some((name) => ![MAGIC, DATA, SWAP].includes(name));
+  const { path } = isShared || !whole ? device : whole;
+  return `to give up all that is on ${path}, for ever: persistence.ts ` +
+    `--enable --force ${path}`;
 }
+
+/** A small repair; `--dry-run` prints what it says. */
+export interface Repair {
+  do: keyof typeof REPAIRS;
+  device: BlockDevice;
+}
+
+/** Plans what makes the members usable: tables, nodes, sizes, swap. */
+function planRepairs(
+  { usable, chosen, candidates }: Findings,
+  facts: Facts,
+  plan: Plan,
+): void {
+  const used = [...chosen ? allDevices(chosen) : [], ...candidates];
+  const repairs: Repair[] = [];
+  for (const disk of facts.devices.filter(({ kind }) => kind === "disk")) {
+    const parts = used.filter((part) =>
+      part !== disk && part.disk === disk.name
+    );
+    const { gpt } = disk.read;
+    if (parts.length === 0 || !gpt) continue;
+    const isOwnSize = gpt.sectorBytes === disk.sectorBytes;
+    if (gpt.lost && !disk.readOnly && isOwnSize) {
+      repairs.push({ do: "restore table", device: disk });
+    }
+    if (parts.some(({ entry }) => entry)) {
+      repairs.push({ do: "show partitions", device: disk });
+    }
+    const grown = chosen?.members.find((member) => isGrown(member, disk));
+    if (!grown || plan.mode === "mounted") continue;
+    const others = othersOn(disk);
+    if (others.length === 0) repairs.push({ do: "grow", device: grown });
+    else {
+      plan.notes.push(warning(
+        `${disk.path} is larger than its partition table, but holds ` +
+          `${others.join(", ")} as well: it is not grown`,
+      ));
+    }
+  }
+  const swap = usable.filter((device) =>
+    plan.mode === "persistent" && device.partitionName === SWAP &&
+    device.holds.kind === "nothing of ours" && !device.entry &&
+    device.signatures?.length === 0 &&
+    chosen?.members.some((member) => member.disk === device.disk)
+  );
+  repairs.push(...swap.map((device): Repair => ({ do: "make swap", device })));
+  plan.repairs.unshift(...repairs);
+}
+
+/**
+ * A disk is larger than before when the backup table is not at its end; free
+ * space behind the last partition alone may be there on purpose.
+ */
+function isGrown(member: BlockDevice, disk: BlockDevice): boolean {
+  const { gpt } = disk.read;
+  if (member.disk !== disk.name || member.kind !== "partition") return false;
+  if (!gpt || gpt.lost || disk.readOnly) return false;
+  if (gpt.sectorBytes !== disk.sectorBytes) return false;
+  const ends = gpt.partitions.map((p) => p.startBytes + p.sizeBytes);
+  return member.startBytes + member.sizeBytes === Math.max(...ends) &&
+    disk.sizeBytes - gpt.endBytes >= MiB;
+}
+
+/** The kernel has it open as a member of its filesystem. */
+function isOpen({ inUse, read }: BlockDevice): boolean {
+  return read.btrfs !== undefined && inUse === openIn(read.btrfs.fsid);
+}
+
+const openIn = (fsid?: string) => `part of the mounted Btrfs ${fsid}`;
 
 /** The device itself and, of a whole disk, its partitions. */
 function partsOf(device: BlockDevice, devices: BlockDevice[]): BlockDevice[] {
@@ -1436,59 +1858,202 @@ function partsOf(device: BlockDevice, devices: BlockDevice[]): BlockDevice[] {
     : devices.filter((other) => other.disk === device.disk);
 }
 
-const pathsOf = (devices: BlockDevice[]) =>
+const pathsOf = (devices: { path: string }[]) =>
   devices.map((device) => device.path).join(", ");
 
-/** Groups devices by filesystem and sorts out who may be mounted together. */
-export function findDataFilesystems(devices: BlockDevice[]): DataFilesystem[] {
-  const groups = new Map<string, BlockDevice[]>();
-  for (const device of devices) {
-    if (!device.btrfs?.intact) continue;
-    const group = groups.get(device.btrfs.fsid) ?? [];
-    groups.set(device.btrfs.fsid, [...group, device]);
-  }
-  return [...groups.values()]
-    .filter((group) => group.some(({ btrfs }) => btrfs?.label === DATA))
-    .map((group) => sortOutMembers(withoutJoining(group, devices)));
+const devicesOf = (members: NewMember[]) =>
+  members.map((member) => member.device);
+
+// What a device holds
+
+/** Whole disks with the header, and partitions with the magic name. */
+export function isMagic(device: BlockDevice, devices: BlockDevice[]): boolean {
+  if (device.kind === "disk") return device.read.header;
+  return device.kind === "partition" && device.partitionName === MAGIC &&
+    whyTableIsDoubted(device, devices) === undefined;
 }
 
 /**
- * Leaves out a device that was about to join when the power went, and is still
- * marked to do so: nothing but the commit of its joining is on it.
+ * Is libblkid to be asked about a device: is it to be formatted, repaired,
+ * grown, blamed, or not plainly a member? The kernel knows best what is open.
  */
-function withoutJoining(
-  group: BlockDevice[],
+export function isInQuestion(
+  device: BlockDevice,
   devices: BlockDevice[],
-): BlockDevice[] {
+): boolean {
+  const { read, partitionName, kind } = device;
+  if (read.error || isOpen(device)) return false;
+  const disk = devices.find(({ name }) => name === device.disk);
+  if (disk?.read.header || partitionName === MAGIC) return true;
+  const isOurs = read.btrfs?.label === DATA;
+  if (isOurs) return !read.plain || !read.btrfs?.intact || !!read.table;
+  if (read.backup?.label === DATA || partitionName === DATA) return true;
+  if (partitionName === SWAP) return read.swapLabel !== SWAP;
+  if (kind !== "disk" || !read.gpt) return false;
+  const isUsed = [MAGIC, DATA, SWAP]
+    .some((name) => namesIn(read).includes(name));
+  const parts = partsOf(device, devices);
+  return (isUsed || parts.some((part) => part.read.btrfs?.label === DATA)) &&
+    (read.gpt.lost !== undefined || onlySwapIsLeft(device) ||
+      device.sizeBytes - read.gpt.endBytes >= MiB);
+}
+
+/**
+ * What a device holds: computed once, from our own reading and from what
+ * libblkid sees where it was asked. More than one answer is not ours.
+ */
+export function whatItHolds(
+  device: BlockDevice,
+  devices: BlockDevice[],
+): Holds {
+  const { read, partitionName, signatures = [], path } = device;
+  const { btrfs, record } = read;
+  if (read.error) return { kind: "unreadable", why: read.error };
+  if (btrfs && isOpen(device)) return { kind: "member", btrfs, record };
+  const disk = devices.find(({ name }) => name === device.disk);
+  // Nothing else makes that state: it was started over on purpose.
+  if (disk?.read.onlyHeader && disk.read.gpt) {
+    return { kind: "nothing of ours" };
+  }
+
+  const isOurs = btrfs?.label === DATA;
+  const labelled = isOurs || signatures.some(({ label }) => label === DATA);
+  const suspect = (why: string, remedy?: string): Holds => ({
+    kind: "suspect",
+    why,
+    labelled,
+    fsid: btrfs?.fsid,
+    remedy,
+  });
+  const rescue = `"btrfs rescue super-recover ${path}" may repair it`;
+  const others = othersOn(device);
+  const doubt = whyTableIsDoubted(device, devices);
+  if (doubt && (labelled || partitionName === DATA)) return suspect(doubt);
+  if (isOurs && others.length > 0) {
+    return suspect(`it holds ${others.join(", ")} as well as a Btrfs`);
+  }
+  if (isOurs && !btrfs.intact) {
+    return suspect("its superblock is damaged", rescue);
+  }
+  if (isOurs && btrfs.deviceBytes > device.sizeBytes) {
+    const lost = btrfs.deviceBytes - device.sizeBytes;
+    return suspect(
+      `it is ${inMiB(lost)} (${lost} bytes) smaller than its filesystem`,
+      "give the disk its size again",
+    );
+  }
+  if (btrfs?.intact && !read.table) return { kind: "member", btrfs, record };
+  if (read.swapLabel === SWAP && !labelled) return { kind: "swap" };
+  const what = describeSignatures(signatures);
+  if (labelled) return suspect(`it holds ${what}`);
+  if (read.backup?.label === DATA && !what) {
+    return suspect("only a backup superblock is left", rescue);
+  }
+  if (partitionName === DATA) {
+    return suspect(what ? `it holds ${what}` : "it holds no filesystem");
+  }
+  if (onlySwapIsLeft(device)) {
+    return suspect(`it has a "${SWAP}" partition and no other`);
+  }
+  return { kind: "nothing of ours" };
+}
+
+/** A disk of which only our swap partition is left. */
+function onlySwapIsLeft({ kind, read }: BlockDevice): boolean {
+  const names = namesIn(read);
+  return kind === "disk" && names.length > 0 &&
+    names.every((name) => name === SWAP);
+}
+
+/** Why partitions must not be believed: the table is not whole, nor alone. */
+function whyTableIsDoubted(
+  device: BlockDevice,
+  devices: BlockDevice[],
+): string | undefined {
+  const disk = devices.find(({ name }) => name === device.disk);
+  if (!disk?.read.gpt?.lost) return undefined;
+  const others = othersOn(disk);
+  if (others.length === 0) return undefined;
+  return `the partition table of ${disk.path} is damaged, and the disk holds ` +
+    others.join(", ");
+}
+
+/** What libblkid sees beside our filesystem or the GPT of a disk. */
+function othersOn({ read, signatures = [], kind }: BlockDevice): string[] {
+  const isExpected = ({ type }: Signature) => {
+    // An empty MBR is what boot code looks like.
+    if (type === "dos") return read.table !== "mbr";
+    if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
+    return type === "btrfs" && read.btrfs?.intact &&
+      !(kind === "disk" && read.gpt);
+  };
+  const others = signatures.filter((signature) => !isExpected(signature));
+  const table = read.btrfs && read.table
+    ? [`a partition table (${read.table})`]
+    : [];
+  return [...table, ...others.map(describeSignature)];
+}
+
+function describeSignature({ type, label }: Signature): string {
+  return (label ? `${type} "${label}"` : type).replaceAll(/\p{Cc}/gu, "?");
+}
+
+const describeSignatures = (signatures: Signature[]) =>
+  [...new Set(signatures.map(describeSignature))].join(", ");
+
+// Which members belong together
+
+/** Groups devices by filesystem and decides which may be mounted together. */
+export function findDataFilesystems(
+  devices: BlockDevice[],
+  machine?: string,
+): DataFilesystem[] {
+  const groups = Object.values(
+    Object.groupBy(devices.filter(isMember), ({ holds }) => holds.btrfs.fsid),
+  ) as Member[][];
+  return groups
+    .filter((group) => group.some(({ holds }) => holds.btrfs.label === DATA))
+    .map((group) => sortOutMembers(withoutJoining(group, devices), machine));
+}
+
+function isMember(device: BlockDevice): device is Member {
+  return device.holds.kind === "member";
+}
+
+/**
+ * Ignores a device whose `btrfs device add` was cut by a power loss: it still
+ * carries the magic, and holds nothing but that one transaction's superblock.
+ */
+function withoutJoining(group: Member[], devices: BlockDevice[]): Member[] {
   const only = findOnlyMember(group);
   if (!only || group.length === 1) return group;
-  const marked = findMagicDevices(devices)
+  const magic = devices.filter((device) => device.magic)
     .flatMap((device) => partsOf(device, devices));
   return group.filter((device) =>
-    device.btrfs?.numDevices !== 2 || !marked.includes(device) ||
+    device.holds.btrfs.numDevices !== 2 || !magic.includes(device) ||
     generationOf(device) !== generationOf(only) + 1
   );
 }
 
 /**
- * The device that says that it is the only one of its filesystem, and has all
- * commits but perhaps the last: that one was to add or to remove the other, and
- * the power went before both had its superblock. As it is, Linux (6.18) mounts
- * it only alone: others it takes for clones of it (fs/btrfs/volumes.c,
- * find_fsid_by_device()).
+ * A member with num_devices = 1 that is at most one generation behind: the last
+ * transaction added or removed the other device, and power was lost between the
+ * two superblocks. Linux (6.18) mounts it only alone: others it takes for
+ * clones of it (fs/btrfs/volumes.c, find_fsid_by_device()).
  */
-function findOnlyMember(devices: BlockDevice[]): BlockDevice | undefined {
+function findOnlyMember(devices: Member[]): Member | undefined {
   const highest = Math.max(...devices.map(generationOf));
   return devices.find((device) =>
-    device.btrfs?.numDevices === 1 && highest - generationOf(device) <= 1
+    device.holds.btrfs.numDevices === 1 && highest - generationOf(device) <= 1
   );
 }
 
-const generationOf = (device: BlockDevice) => device.btrfs?.generation ?? 0;
-const epochOf = (device: BlockDevice) => device.mark?.epoch ?? 0;
-const devidOf = (device: BlockDevice) => device.btrfs?.devid ?? 0;
+const generationOf = ({ holds }: Member) => holds.btrfs.generation;
+const devidOf = ({ holds }: Member) => holds.btrfs.devid;
+const epochOf = ({ holds }: Member) => holds.record?.epoch ?? 0;
+const lastMountOf = ({ holds }: Member) => holds.record?.mounts?.at(-1);
 
-function newest(devices: BlockDevice[]): BlockDevice {
+function newest(devices: Member[]): Member {
   return devices.reduce((best, device) =>
     generationOf(device) > generationOf(best) ? device : best
   );
@@ -1497,195 +2062,245 @@ function newest(devices: BlockDevice[]): BlockDevice {
 /**
  * Was anything written to `writer` while `other` was not there?
  *
+ *     epoch   sda2                       sdb2
+ *       5     present {a,b}   gen 10     present {a,b}   gen 10   both mounted
+ *       6     present {a}     gen 14     (in a drawer)   sdb2 is stale
+ *       6'    (in a drawer)              present {b}     gen 12   ... split brain
+ *
  * A member that dropped out of a mounted filesystem is told by its generation:
  * all members get the superblock of one commit before the next commit begins
  * (fs/btrfs/disk-io.c, write_all_supers()), so that a power cut leaves them one
- * apart at most. One that was not there at a mount is told by the marks; a
- * mount that failed, or lost its power before a commit, has written nothing.
+ * apart at most. A member that was not there at a mount is told by the records;
+ * a mount that failed, or lost its power before a commit, has written nothing.
  */
-function wroteWithout(writer: BlockDevice, other: BlockDevice): boolean {
-  const { mark, btrfs } = writer;
-  if (!mark || !btrfs || !other.mark) return false;
-  const lastTogether = other.mark.absent[mark.member] ?? generationOf(other);
+function wroteWithout(writer: Member, other: Member): boolean {
+  const { btrfs, record } = writer.holds;
+  const theirs = other.holds.record;
+  if (!record || !theirs) return false;
+  const lastTogether = theirs.absent[record.member] ?? generationOf(other);
   if (btrfs.generation - lastTogether > 1) return true;
-  if (mark.present.includes(other.mark.member)) return false;
-  const together = mark.absent[other.mark.member] ?? -1;
-  // A mount replays a log and commits: one that both have is from before it.
-  const logged = btrfs.hasLog && !other.btrfs?.hasLog;
+  if (tookPart(other, writer)) return false;
+  const together = record.absent[theirs.member] ?? -1;
+  // A mount replays a log and commits: a log that both have is older than it.
+  const logged = btrfs.hasLog && !other.holds.btrfs.hasLog;
   return btrfs.generation > together || logged;
 }
 
 /**
- * Sorts the devices of one filesystem; the marks prove what is stale. Of one
- * that is mounted the kernel knows best: its superblocks are of different
- * commits, as they were read one after the other.
+ * Did a member take part in the last mount of another? The name of that mount
+ * tells, which no copy has that was not there; version 1.0 had only identities
+ * of members, which a copy shares.
  */
-function sortOutMembers(devices: BlockDevice[]): DataFilesystem {
-  const excluded: BlockDevice[] = [];
-  // Two devices with the same devid: a clone, or a member that came back after
-  // it was replaced. Marks tell; failing them the newer; then a fixed order.
-  const latest = devices.reduce((a, b) => epochOf(b) > epochOf(a) ? b : a);
-  const isCurrent = (device: BlockDevice) =>
-    device.mark && latest.mark?.present.includes(device.mark.member) ? 1 : 0;
+function tookPart({ holds: { record } }: Member, last: Member): boolean {
+  const mount = lastMountOf(last);
+  if (mount && record?.mounts) return record.mounts.includes(mount);
+  return last.holds.record?.present.includes(record?.member ?? "") ?? false;
+}
+
+/** Do the records prove that a device missed writes of another? */
+const isBehind = (device: Member, other: Member) =>
+  !isOpen(device) && wroteWithout(other, device) &&
+  !wroteWithout(device, other);
+
+/** Is it on other hardware than its record says, that is, a copy? */
+function isOnOtherHardware({ holds: { record }, hardware }: Member): boolean {
+  if (!record?.hardware || !hardware) return false;
+  const isImage = (text: string) => text.startsWith(IMAGE);
+  // An image file says nothing of the disk that it became, nor that of it.
+  if (isImage(record.hardware) !== isImage(hardware)) return false;
+  return record.hardware !== hardware;
+}
+
+/**
+ * Classifies the devices of one filesystem. The records prove staleness, except
+ * while it is mounted: then superblocks are read mid-commit, and the kernel's
+ * list of open devices decides.
+ */
+function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
+  const together = (device: Member) =>
+    devices.filter((other) =>
+      other === device || (epochOf(other) === epochOf(device) &&
+        lastMountOf(other) === lastMountOf(device) && tookPart(other, device))
+    ).length;
+  // Of devices that exclude each other the first is used.
   const ranked = [...devices].sort((a, b) =>
     Number(isOpen(b)) - Number(isOpen(a)) ||
-    isCurrent(b) - isCurrent(a) || epochOf(b) - epochOf(a) ||
-    generationOf(b) - generationOf(a) ||
-    byName(a, b)
+    Number(isOnOtherHardware(a)) - Number(isOnOtherHardware(b)) ||
+    together(b) - together(a) ||
+    machineRank(b, machine) - machineRank(a, machine) ||
+    epochOf(b) - epochOf(a) || generationOf(b) - generationOf(a) ||
+    devidOf(a) - devidOf(b) || byName(a, b)
   );
-  const byDevid = new Map<number, BlockDevice>();
-  for (const device of ranked) {
-    if (byDevid.has(devidOf(device))) excluded.push(device);
-    else byDevid.set(devidOf(device), device);
-  }
+  const consistent = withoutConflicts(ranked);
   // A replace that has not finished has devid 0 on its target.
-  const replaceTarget = byDevid.get(0);
-  byDevid.delete(0);
-
-  const all = [...byDevid.values()];
-  const isBehind = (device: BlockDevice, other: BlockDevice) =>
-    !isOpen(device) && wroteWithout(other, device) &&
-    !wroteWithout(device, other);
-  const current = all.filter((device) =>
-    !all.some((other) => isBehind(device, other))
-  );
+  const replaceTarget = consistent.find((device) => devidOf(device) === 0);
+  const all = consistent.filter((device) => device !== replaceTarget);
   const open = all.filter(isOpen);
   const only = findOnlyMember(all);
-  const side = open.length > 0 ? open : only ? [only] : pickSide(current);
-  excluded.push(...current.filter((device) => !side.includes(device)));
-  const stale = all.filter((device) =>
-    side.some((other) => isBehind(device, other))
-  );
-  const members = all
-    .filter((device) => !excluded.includes(device) && !stale.includes(device))
-    .sort((a, b) => devidOf(a) - devidOf(b));
+  const members = open.length > 0
+    ? open
+    : only
+    ? [only]
+    : all.filter((device) => !all.some((other) => isBehind(device, other)));
+  members.sort((a, b) => devidOf(a) - devidOf(b));
   const top = newest(members.length > 0 ? members : devices);
-  const missing = Math.max(0, (top.btrfs?.numDevices ?? 0) - members.length);
-  // No room for it: it was replaced or removed while it was away.
-  if (missing === 0) excluded.push(...stale.splice(0));
+  const missing = Math.max(0, top.holds.btrfs.numDevices - members.length);
+  const isUsed = (device: Member) =>
+    device === replaceTarget || members.includes(device);
+  const late = devices.filter((device) => !isUsed(device));
+  const stale = late.filter((device) =>
+    missing > 0 && all.includes(device) &&
+    members.some((member) => isBehind(device, member)) &&
+    !isOnOtherHardware(device) && !isOlderCopy(device, members)
+  );
   return {
-    fsid: devices[0].btrfs!.fsid,
+    fsid: devices[0].holds.btrfs.fsid,
     members,
     missing,
+    absent: Math.max(0, missing - stale.length - (replaceTarget ? 1 : 0)),
     replaceTarget,
     stale,
-    excluded,
+    conflicting: late.filter((device) => !stale.includes(device))
+      .map((device) => ({ device, why: whyNotUsed(device, members, missing) })),
     needsScrub: open.length === 0 &&
       members.some((member) => generationOf(member) < generationOf(top)),
-    grow: [],
-    repair: [],
   };
 }
 
 /**
- * Of a mirror whose halves were each written alone, the half to use: most
- * members, then the higher epoch, then the lower devid. Without a split, all.
+ * Leaves out, in the order of rank, what has the devid of another device (a
+ * copy, or a member that was replaced), and what is the other half of a split
+ * brain.
  */
-function pickSide(members: BlockDevice[]): BlockDevice[] {
-  const isSplit = (a: BlockDevice, b: BlockDevice) =>
-    wroteWithout(a, b) && wroteWithout(b, a);
-  const friends = (device: BlockDevice) =>
-    members.filter((other) => !isSplit(device, other)).length;
-  const side: BlockDevice[] = [];
-  const ranked = [...members].sort((a, b) =>
-    friends(b) - friends(a) || epochOf(b) - epochOf(a) ||
-    devidOf(a) - devidOf(b)
-  );
+function withoutConflicts(ranked: Member[]): Member[] {
+  const kept: Member[] = [];
   for (const device of ranked) {
-    if (!side.some((other) => isSplit(device, other))) side.push(device);
+    const excludes = (other: Member) =>
+      devidOf(other) === devidOf(device) ||
+      (wroteWithout(device, other) && wroteWithout(other, device));
+    if (!kept.some(excludes)) kept.push(device);
   }
-  return side;
+  return kept;
 }
 
-function allDevices(data: DataFilesystem): BlockDevice[] {
+/**
+ * Does a member know that this device went on after it was copied? Its last
+ * mount is then not the last in which the member saw it.
+ */
+function isOlderCopy(device: Member, members: Member[]): boolean {
+  const { record } = device.holds;
+  return members.some(({ holds }) => {
+    const seen = holds.record?.lastSeen?.[record?.member ?? ""];
+    return seen !== undefined && seen !== lastMountOf(device);
+  });
+}
+
+/** 2: this machine's, 0: another machine's, 1: nobody knows. */
+function machineRank({ holds: { record } }: Member, machine?: string): number {
+  if (!machine || !record?.machine) return 1;
+  return record.machine === machine ? 2 : 0;
+}
+
+/** Why a device is not used. */
+function whyNotUsed(
+  device: Member,
+  members: Member[],
+  missing: number,
+): string {
+  const same = members.find((member) => devidOf(member) === devidOf(device));
+  if (same) {
+    return `is a copy of ${same.path}, was replaced by it, or is the same ` +
+      `disk on another path`;
+  }
+  if (missing > 0 && members.some(isOpen)) {
+    return "came back after the mount: the next boot takes it in or rebuilds it";
+  }
+  if (findOnlyMember(members)) return "did not finish joining, or was removed";
+  if (members.every((member) => wroteWithout(device, member))) {
+    return `and ${pathsOf(members)} were each written without the other`;
+  }
+  return missing === 0
+    ? "was replaced while it was away"
+    : "is an older copy of a member, or on other hardware than that";
+}
+
+function allDevices(data: DataFilesystem): Member[] {
   const target = data.replaceTarget ? [data.replaceTarget] : [];
-  return [...data.members, ...data.stale, ...target, ...data.excluded];
+  const conflicting = data.conflicting.map(({ device }) => device);
+  return [...data.members, ...data.stale, ...target, ...conflicting];
 }
 
 /**
  * Chooses among several data filesystems by a rule that gives the same answer
- * at the next boot: the one asked for; one that can be mounted, if only
- * degraded; the one mounted most often, so that an old disk that is plugged in
- * when another fails does not take over; a whole one; the lower UUID.
+ * at the next boot: the one asked for; the one that this machine used last, so
+ * that another machine's disk never takes over; one that can be mounted, if
+ * only degraded; the one mounted most often, so that an old disk that is
+ * plugged in when another fails does not take over; a whole one; the lower UUID.
  */
 function chooseDataFilesystem(
   filesystems: DataFilesystem[],
-  settings: Settings,
+  { machine, devices }: Facts,
+  { dataUuid }: Settings,
   plan: Plan,
 ): DataFilesystem | undefined {
-  const epoch = (data: DataFilesystem) =>
-    Math.max(0, ...data.members.map(epochOf));
-  const asked = (data: DataFilesystem) =>
-    data.fsid === settings.dataUuid ? 1 : 0;
+  const most = (data: DataFilesystem, value: (member: Member) => number) =>
+    Math.max(0, ...data.members.map(value));
+  const asked = (data: DataFilesystem) => data.fsid === dataUuid ? 1 : 0;
   const usable = ({ members, missing }: DataFilesystem) =>
     members.length > 0 && missing <= 1 ? 1 : 0;
+  const owner = (data: DataFilesystem) =>
+    most(data, (member) => machineRank(member, machine));
+  const seconds = (data: DataFilesystem) =>
+    owner(data) === 2
+      ? most(data, ({ holds }) => holds.record?.seconds ?? 0)
+      : 0;
   const [chosen, ...others] = [...filesystems].sort((a, b) =>
-    asked(b) - asked(a) || usable(b) - usable(a) || epoch(b) - epoch(a) ||
+    asked(b) - asked(a) || owner(b) - owner(a) || usable(b) - usable(a) ||
+    seconds(b) - seconds(a) || most(b, epochOf) - most(a, epochOf) ||
     Math.sign(a.missing) - Math.sign(b.missing) ||
     (a.fsid < b.fsid ? -1 : 1)
   );
-  if (settings.dataUuid && (!chosen || !asked(chosen))) {
-    plan.warnings.push(
-      `No data filesystem has the UUID ${settings.dataUuid} that the kernel ` +
-        `command line asks for (lightwhale.data): another one may be used`,
-    );
+  if (dataUuid && (!chosen || !asked(chosen))) {
+    plan.waitFor = `the data filesystem ${dataUuid} (lightwhale.data)`;
+  }
+  if (!chosen) return undefined;
+  if (plan.waitFor) {
+    plan.notes.push(warning(
+      `No data filesystem has the UUID ${dataUuid} that the kernel command ` +
+        `line asks for (lightwhale.data): ${chosen.fsid} is used`,
+    ));
   }
   for (const other of others) {
-    plan.warnings.push(
+    plan.notes.push(warning(
       `There is more than one data filesystem: ${chosen.fsid} on ` +
         `${pathsOf(chosen.members)} is used, ${other.fsid} on ` +
         `${pathsOf(allDevices(other))} is not touched (to use it instead: ` +
         `lightwhale.data=${other.fsid} on the kernel command line)`,
-    );
+    ));
   }
-  if (!chosen) return undefined;
-  for (const device of chosen.excluded) {
-    plan.warnings.push(describeExcluded(device, chosen));
+  for (const { device, why } of chosen.conflicting) {
+    const { path } = device;
+    const used = pathsOf(chosen.members);
+    plan.notes.push(warning(
+      `${path} ${why}: ${used} is used, ${path} is not touched (to use it ` +
+        `instead, unplug ${used}; ${howToGiveUp(device, devices)})`,
+    ));
   }
-  if (chosen.missing > 0) {
-    plan.warnings.push(
-      `The data filesystem lacks ${chosen.missing} of ` +
-        `${chosen.missing + chosen.members.length} devices: it runs without ` +
-        `redundancy, degraded` +
-        (chosen.stale.length > 0
-          ? `; ${pathsOf(chosen.stale)} missed writes and is rebuilt`
-          : chosen.replaceTarget
-          ? `; ${chosen.replaceTarget.path} is taking the missing place`
-          : ` (plug in the missing disk, or a new one marked with ` +
-            `persistence.ts --enable)`),
-    );
-  }
+  if (chosen.missing > 0) plan.notes.push(warning(describeMissing(chosen)));
   return chosen;
 }
 
-/** Says why a device is not used, and how to choose otherwise. */
-function describeExcluded(
-  device: BlockDevice,
-  { members, missing }: DataFilesystem,
-): string {
-  const { path } = device;
-  const used = pathsOf(members);
-  const same = members.find((member) => devidOf(member) === devidOf(device));
-  if (!same && missing > 0 && members.some(isOpen)) {
-    return `${path} came back after the mount: the next boot takes it in or ` +
-      `rebuilds it`;
-  }
-  const why = same
-    ? `is a copy of ${same.path}, or was replaced by it`
-    : findOnlyMember(members)
-    ? `did not finish joining, or was removed`
-    : members.every((member) => wroteWithout(device, member))
-    ? `and ${used} were each written without the other`
-    : `was replaced while it was away`;
-  return `${path} ${why}: ${used} is used, ${path} is not touched (to use it ` +
-    `instead, unplug ${used}; to give it up and mirror anew: ` +
-    `persistence.ts --enable --force ${nodeOf(device.disk)})`;
-}
-
-/** How many devices are not even stale: they are not there. */
-function countAbsent(data: DataFilesystem): number {
-  const present = data.stale.length + (data.replaceTarget ? 1 : 0);
-  return Math.max(0, data.missing - present);
+function describeMissing(data: DataFilesystem): string {
+  const { members, missing, stale, replaceTarget } = data;
+  const whole = missing + members.length;
+  return `The data filesystem lacks ${missing} of ${whole} devices: it runs ` +
+    `${whole > 2 ? "with less redundancy" : "without redundancy"}, degraded` +
+    (stale.length > 0
+      ? `; ${pathsOf(stale)} missed writes and is rebuilt`
+      : replaceTarget
+      ? `; ${replaceTarget.path} is taking the missing place`
+      : ` (plug in the missing disk, or a new one enabled with ` +
+        `persistence.ts --enable)`);
 }
 
 function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
@@ -1693,84 +2308,11 @@ function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
     data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
   );
   return devices.filter((device) =>
-    disks.has(device.disk) && device.swapLabel === SWAP && !device.inUse
+    disks.has(device.disk) && device.holds.kind === "swap" && !device.inUse
   );
 }
 
-function disksWithoutNodes(
-  devices: BlockDevice[],
-  all: BlockDevice[],
-): BlockDevice[] {
-  return all.filter((disk) =>
-    disk.kind === "disk" &&
-    devices.some((device) => !device.hasNode && device.disk === disk.name)
-  );
-}
-
-/**
- * A disk is larger than before when the backup table is not at its end; free
- * space behind the last partition alone may be there on purpose.
- */
-function findGrownDisks(
-  members: BlockDevice[],
-  devices: BlockDevice[],
-): BlockDevice[] {
-  return members.filter((member) => {
-    const disk = devices.find((device) => device.name === member.disk);
-    if (member.kind !== "partition" || !disk?.gpt) return false;
-    if (disk.readOnly || disk.gpt.primaryDamaged) return false;
-    const ends = disk.gpt.partitions.map((p) => p.startBytes + p.sizeBytes);
-    const end = member.startBytes + member.sizeBytes;
-    return end === Math.max(...ends) &&
-      disk.sizeBytes - disk.gpt.endBytes >= MiB;
-  });
-}
-
-function findDamagedTables(
-  members: BlockDevice[],
-  devices: BlockDevice[],
-): BlockDevice[] {
-  return devices.filter((disk) =>
-    disk.gpt?.primaryDamaged && !disk.readOnly &&
-    members.some((member) => member.disk === disk.name)
-  );
-}
-
-/** Traces of a data disk that cannot be used: damage is not emptiness. */
-function findDamage(
-  devices: BlockDevice[],
-  isOurs: (device: BlockDevice) => boolean,
-  magic: BlockDevice[],
-): BlockDevice[] {
-  return devices.filter((device) => {
-    const parts = partsOf(device, devices);
-    const disk = devices.find((other) => other.name === device.disk);
-    if (isOurs(device) || magic.includes(device)) return false;
-    if (disk && magic.includes(disk)) return false;
-    if (device.btrfs && !device.btrfs.intact && device.btrfs.label === DATA) {
-      return true;
-    }
-    if (device.backupLabel === DATA && !device.btrfs) return true;
-    if (device.partitionName === DATA) return true;
-    // A disk of which only the swap partition is left.
-    return device.kind === "disk" && !parts.some(isOurs) &&
-      parts.some((part) => part.partitionName === SWAP) &&
-      !parts.some((part) => part.partitionName === DATA);
-  });
-}
-
-function describeDamage(device: BlockDevice): string {
-  const why = device.btrfs
-    ? `its superblock is damaged`
-    : device.backupLabel === DATA
-    ? `only a backup superblock is left`
-    : device.partitionName === DATA
-    ? `it has the partition name but no usable filesystem`
-    : `it has a "${SWAP}" partition but no data partition`;
-  return `${device.path} seems to have been a "${DATA}" disk, but ${why}: it ` +
-    `is not touched (try "btrfs rescue super-recover ${device.path}"; to give ` +
-    `it up: persistence.ts --enable --force ${nodeOf(device.disk)})`;
-}
+// Which devices become members
 
 /**
  * The profiles for a number of devices (mkfs.btrfs(8), PROFILES). `raid1`
@@ -1787,6 +2329,7 @@ export function profilesFor(
 /** Lays out each magic device, or leaves it out with its reason. */
 function planMembers(
   magic: BlockDevice[],
+  { usable, chosen }: Findings,
   facts: Facts,
   settings: Settings,
   plan: Plan,
@@ -1796,7 +2339,16 @@ function planMembers(
     const member = layOut(device, facts.memoryBytes, settings.noSwap);
     const parts = partsOf(device, facts.devices);
     const user = parts.find((part) => part.inUse);
-    const mute = parts.find((part) => part.readError);
+    const mute = parts.find((part) => part.read.error);
+    const whole = usable.find(({ name }) => name === device.disk);
+    const tableBytes = whole?.read.gpt?.sectorBytes;
+    const sibling = magic.find((other) =>
+      other !== device && other.disk === device.disk &&
+      (other.kind === "disk" || other.sizeBytes > device.sizeBytes ||
+        (other.sizeBytes === device.sizeBytes && other.number < device.number))
+    );
+    const used = device.kind === "partition" &&
+      chosen?.members.find((member) => member.disk === device.disk);
     const why = mute
       ? `${mute.path} cannot be read`
       : device.readOnly
@@ -1806,13 +2358,20 @@ function planMembers(
       : member.dataBytes < MINIMUM_DATA_BYTES
       ? `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
         `${inMiB(MINIMUM_DATA_BYTES)} for data)`
-      : facts.tooSmall.has(device.path)
-      ? `it is too small beside the others (${inMiB(device.sizeBytes)})`
-      : magic.some((other) => other !== device && other.name === device.disk)
-      ? `its whole disk is marked too`
+      : facts.misfits.has(device.path)
+      ? facts.misfits.get(device.path)
+      : device.kind === "partition" && tableBytes !== device.sectorBytes
+      ? `the partition table of its disk was made for sectors of ` +
+        `${tableBytes} bytes`
+      : sibling?.kind === "disk"
+      ? "its whole disk carries the magic header too"
+      : sibling
+      ? `${sibling.path} on the same disk is used: a disk is no mirror of itself`
+      : used
+      ? `${used.path} on the same disk is a member: a disk is no mirror of itself`
       : undefined;
     if (!why) members.push(member);
-    else plan.errors.push(`Cannot format ${device.path}: ${why}`);
+    else plan.notes.push(error(`Cannot format ${device.path}: ${why}`));
   }
   return members;
 }
@@ -1845,48 +2404,66 @@ export function layOut(
 
 const inMiB = (bytes: number) => `${Math.floor(bytes / MiB)} MiB`;
 
-/** Adds the magic devices that join the data filesystem in use. */
-function planJoining(
-  candidates: BlockDevice[],
-  doubtful: BlockDevice[],
+/**
+ * Adds the magic devices that join the data filesystem in use. Beside a whole
+ * one a leftover is no obstacle; where a member is missing, it may be that.
+ */
+function planJoins(
+  found: Findings,
   facts: Facts,
   settings: Settings,
   plan: Plan,
 ): void {
-  if (candidates.length === 0) return;
-  if (!plan.mount) {
-    plan.warnings.push(
-      `${pathsOf(candidates)} is marked to be formatted: that happens at the ` +
-        `next boot`,
-    );
-  } else if (doubtful.length > 0) {
-    plan.warnings.push(
-      `${pathsOf(candidates)} does not join the data filesystem while ` +
-        `${pathsOf(doubtful)} may be a data disk that has a bad day`,
-    );
-  } else {
-    const sizes = sizesOf(plan.mount);
-    const largestFirst = planMembers(candidates, facts, settings, plan)
-      .sort((a, b) => b.dataBytes - a.dataBytes);
-    for (const member of largestFirst) {
-      const problem = whyTooSmall(member.dataBytes, sizes) ??
-        whyNotMirrored(plan.mount, [...sizes, member.dataBytes]);
-      if (!problem) {
-        plan.join.push(member);
-        sizes.push(member.dataBytes);
-        continue;
-      }
-      plan.warnings.push(
-        `${member.device.path} does not join the data filesystem: ${problem}`,
-      );
+  const { data } = plan;
+  if (found.candidates.length === 0) return;
+  if (!data) {
+    plan.notes.push(warning(
+      `${pathsOf(found.candidates)} carries the magic to be formatted: that ` +
+        `happens at the next boot`,
+    ));
+    return;
+  }
+  const mute = found.unreadable.filter(({ inUse }) =>
+    plan.mode !== "mounted" || inUse === openIn(data.fsid)
+  );
+  const doubted = plan.waitFor
+    ? [{ path: plan.waitFor }]
+    : data.missing > 0
+    ? [...found.suspects, ...mute]
+    : [];
+  const stopped = found.candidates
+    .filter(({ read }) => doubted.length > 0 && !read.anyway);
+  if (stopped.length > 0) {
+    plan.notes.push(warning(
+      `${pathsOf(stopped)} does not join the data filesystem while ` +
+        `${pathsOf(doubted)} may be the missing disk (to let it join ` +
+        `nevertheless: persistence.ts --enable --force ${stopped[0].path})`,
+    ));
+  }
+  const candidates = found.candidates
+    .filter((device) => !stopped.includes(device));
+  const sizes = sizesOf(data);
+  const largestFirst = planMembers(candidates, found, facts, settings, plan)
+    .sort((a, b) => b.dataBytes - a.dataBytes);
+  for (const member of largestFirst) {
+    const problem = whyTooSmall(member.dataBytes, sizes) ??
+      whyNotMirrored(data, [...sizes, member.dataBytes]);
+    if (!problem) {
+      plan.joins.push(member);
+      sizes.push(member.dataBytes);
+      continue;
     }
+    plan.notes.push(warning(
+      `${member.device.path} does not join the data filesystem: ${problem}`,
+    ));
   }
 }
 
 /**
- * Why a device has no room for all kinds of chunks beside the others: metadata
- * and system chunks get a copy on each, up to the fourth. Where one does not
- * fit, Linux (6.18) aborts a conversion, and the filesystem gets read-only.
+ * Why a device cannot hold one data, one metadata and one system chunk beside
+ * the others; undefined if it can. Metadata and system chunks get a copy on
+ * each device, up to the fourth. Where one does not fit, Linux (6.18) aborts a
+ * conversion, and the filesystem gets read-only.
  */
 function whyTooSmall(bytes: number, others: number[]): string | undefined {
   const smallest = Math.min(...others);
@@ -1909,7 +2486,7 @@ function whyNotMirrored(
   sizesBytes: number[],
   spareBytes = largestChunkBytes(sizesBytes),
 ): string | undefined {
-  const usedBytes = newest(members).btrfs!.usedBytes;
+  const { usedBytes } = newest(members).holds.btrfs;
   const totalBytes = sum(sizesBytes);
   const mirroredBytes = -spareBytes +
     Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
@@ -1920,7 +2497,7 @@ function whyNotMirrored(
 }
 
 const sizesOf = ({ members }: DataFilesystem) =>
-  members.map((member) => member.btrfs!.deviceBytes);
+  members.map(({ holds }) => holds.btrfs.deviceBytes);
 
 /** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
 const largestChunkBytes = (devicesBytes: number[]) =>
@@ -1930,44 +2507,42 @@ const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 
 /** The plan as `--dry-run` prints it: a line for each disk that changes. */
 export function describePlan(plan: Plan): string[] {
+  const { create, data } = plan;
   const lines = [`${plan.mode}: ${plan.reason}`];
-  for (const device of plan.disarm) {
-    lines.push(`take the mark away from ${device.path}`);
+  for (const repair of plan.repairs) {
+    lines.push(REPAIRS[repair.do].says(repair.device));
   }
-  for (const { device, ...member } of plan.create?.members ?? []) {
-    if (device.kind === "partition") continue;
+  for (const { device, ...member } of create?.members ?? []) {
     const swap = member.swapBytes > 0
       ? `swap of ${inMiB(member.swapBytes)} on ${member.swapPath}, `
       : "";
+    const holds = describeSignatures(device.signatures ?? []);
+    const old = holds ? `, which holds ${holds}` : "";
     lines.push(
-      `partition ${device.path} (${inMiB(device.sizeBytes)}): ${swap}data on ` +
-        member.dataPath,
+      device.kind === "partition"
+        ? `format ${device.path} (${inMiB(device.sizeBytes)}${old})`
+        : `partition ${device.path} (${inMiB(device.sizeBytes)}${old}): ` +
+          `${swap}data on ${member.dataPath}`,
     );
   }
-  if (plan.create) {
-    const { members, dataProfile, metadataProfile } = plan.create;
+  if (create) {
     lines.push(
-      `create "${DATA}" on ${members.map((m) => m.dataPath).join(", ")}: ` +
-        `data ${dataProfile}, metadata ${metadataProfile}`,
+      `create "${DATA}" on ${
+        create.members.map((m) => m.dataPath).join(", ")
+      }: ` +
+        `data ${create.dataProfile}, metadata ${create.metadataProfile}`,
     );
   }
-  if (plan.mount && plan.mode === "persistent") {
-    const { members, missing, fsid } = plan.mount;
+  if (data && plan.mode === "persistent") {
     lines.push(
-      `mount "${DATA}" (${fsid}) from ${pathsOf(members)}` +
-        (missing > 0 ? `, degraded: ${missing} missing` : ""),
+      `mount "${DATA}" (${data.fsid}) from ${pathsOf(data.members)}` +
+        (data.missing > 0 ? `, degraded: ${data.missing} missing` : ""),
     );
   }
-  for (const device of plan.mount?.repair ?? []) {
-    lines.push(`restore the primary partition table of ${device.path}`);
-  }
-  for (const device of plan.mount?.grow ?? []) {
-    lines.push(`grow ${device.path} to the end of its disk`);
-  }
-  for (const device of plan.mount?.stale ?? []) {
+  for (const device of data?.stale ?? []) {
     lines.push(`wipe ${device.path}, which missed writes, and rebuild it`);
   }
-  for (const { device } of plan.join) {
+  for (const { device } of plan.joins) {
     lines.push(`let ${device.path} join the data filesystem`);
   }
   if (plan.mode === "volatile" || plan.mode === "off") {
@@ -1977,40 +2552,110 @@ export function describePlan(plan: Plan): string[] {
 }
 
 // ---------------------------------------------------------------------------
-// Steps 3 to 5, do: partition, wait for nodes, create the data filesystem.
+// Before step 3: small repairs, and trying out what is to be formatted.
 // ---------------------------------------------------------------------------
 
-/** Restores the primary partition table: sfdisk falls back to the backup. */
-async function repairTable(disk: BlockDevice): Promise<void> {
-  say("warning", `Restoring the primary partition table of ${disk.path}`);
+const REPAIRS = {
+  "restore table": {
+    says: ({ path, read }: BlockDevice) =>
+      `restore the ${read.gpt?.lost} of ${path} from its partition table`,
+    does: restoreTable,
+  },
+  "show partitions": {
+    says: ({ path }: BlockDevice) =>
+      `show the partitions of ${path} to the kernel`,
+    does: showPartitions,
+  },
+  "grow": {
+    says: ({ path }: BlockDevice) => `grow ${path} to the end of its disk`,
+    does: growPartition,
+  },
+  "make swap": {
+    says: ({ path }: BlockDevice) => `make swap on ${path}`,
+    does: ({ path }: BlockDevice) => makeSwap(path),
+  },
+  "clear magic": {
+    says: ({ path }: BlockDevice) => `take the magic away from ${path}`,
+    does: clearMagic,
+  },
+};
+
+async function carryOut(repair: Repair): Promise<void> {
+  const { says, does } = REPAIRS[repair.do];
+  say("info", `Repair: ${says(repair.device)}`);
+  await does(repair.device);
+}
+
+/** Restores what is lost; sfdisk falls back to the backup table by itself. */
+async function restoreTable(disk: BlockDevice): Promise<void> {
   await restoreProtectiveMbr(disk);
+  if (disk.read.gpt?.lost === "first sector") return;
   const dump = await ask(words`sfdisk --dump ${disk.path}`, {
     to: `read the backup partition table of ${disk.path}`,
   });
-  await run(
-    words`sfdisk --quiet --no-reread --no-tell-kernel
-      --wipe never --wipe-partitions never ${disk.path}`,
-    { to: `restore the partition table of ${disk.path}`, stdin: dump },
-  );
+  const options = words`--wipe never --wipe-partitions never ${disk.path}`;
+  await changeTable(disk.path, options, {
+    to: `restore the partition table of ${disk.path}`,
+    stdin: dump,
+  });
 }
 
-/** Without a protective MBR sfdisk does not look for the backup table. */
+/** Without a protective MBR neither the kernel nor sfdisk looks for a GPT. */
 async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
-  const mbr = await withDevice(disk.path, (read) => read(0, 512));
+  const mbr = await readBytes(disk.path, 0, 512);
   if (isProtectiveMbr(mbr)) return;
   const sectors = Math.min(disk.sizeBytes / disk.sectorBytes - 1, 0xffffffff);
   mbr.fill(0, 446, 510); // boot code before it stays
-  mbr.set([0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1], 446);
-  viewOf(mbr).setUint32(458, sectors, true);
+  mbr.set([0, 0, 2, 0, MBR.protective, 0xff, 0xff, 0xff, 1], 446);
+  viewOf(mbr).setUint32(446 + MBR.sectors, sectors, true);
   mbr.set([0x55, 0xaa], 510);
   await writeBytes(disk.path, 0, mbr);
 }
 
-/** Tells the kernel what the table says: BLKPG, partition by partition. */
-async function makePartitionNodes({ path }: BlockDevice): Promise<void> {
-  await run(words`partx --update ${path}`, {
-    to: `show the partitions of ${path} to the kernel`,
-  });
+/**
+ * Lets sfdisk change the table of a disk that others may share. It writes LBA 0
+ * anew at every change, with boot flag and disk signature zeroed: all but the
+ * size of the protective partition is put back.
+ */
+async function changeTable(
+  path: string,
+  change: string[],
+  options: { to: string; stdin?: string },
+): Promise<void> {
+  const before = await readBytes(path, 0, 512);
+  await run(
+    words`sfdisk --quiet --no-reread --no-tell-kernel ${change}`,
+    options,
+  );
+  const after = await readBytes(path, 0, 512);
+  const sizeIn = (mbr: Uint8Array) => {
+    const at = MBR.entriesAt
+      .find((at) => mbr[at + MBR.type] === MBR.protective) ?? 0;
+    return mbr.subarray(at + MBR.sectors, at + MBR.sectors + 4);
+  };
+  if (isProtectiveMbr(before)) sizeIn(before).set(sizeIn(after));
+  if (!Buffer.from(before).equals(after)) await writeBytes(path, 0, before);
+}
+
+/**
+ * Tells the kernel what the table says: BLKPG, partition by partition. addpart
+ * (8) counts in 512 bytes, whatever sectors the table was made for; partx does
+ * not find a table that was made for others.
+ */
+async function showPartitions(disk: BlockDevice): Promise<void> {
+  const { path, read: { gpt }, sectorBytes } = disk;
+  const to = `show the partitions of ${path} to the kernel`;
+  if (!gpt || gpt.sectorBytes === sectorBytes) {
+    await run(words`partx --update ${path}`, { to });
+    return;
+  }
+  for (const { number, startBytes, sizeBytes } of gpt.partitions) {
+    if (fs.existsSync(partitionPath(disk, number))) continue;
+    await run(
+      words`addpart ${path} ${number} ${startBytes / 512} ${sizeBytes / 512}`,
+      { to },
+    );
+  }
 }
 
 /** Lets a partition follow its enlarged disk; moves the backup table too. */
@@ -2018,46 +2663,53 @@ async function growPartition(
   { path, disk, number }: BlockDevice,
 ): Promise<void> {
   const whole = nodeOf(disk);
-  say("info", `Growing ${path} to the end of its disk`);
-  await run(
-    words`sfdisk --quiet --no-reread --no-tell-kernel -N ${number} ${whole}`,
-    { to: `grow ${path}`, stdin: ", +\n" },
-  );
+  await changeTable(whole, words`-N ${number} ${whole}`, {
+    to: `grow ${path}`,
+    stdin: ", +\n",
+  });
   await run(words`partx --update --nr ${number} ${whole}`, {
     to: `tell the kernel the new size of ${path}`,
   });
 }
 
-/** Takes the magic header or partition name away, now or at the next boot. */
-async function disarm(devices: BlockDevice[]): Promise<void> {
-  await attemptEach(devices, async (device) => {
-    say("info", `Taking the mark away from ${device.path}`);
-    await setMark(device, DATA);
+/** Takes the magic away, now or at the next boot. */
+async function clearMagic(device: BlockDevice): Promise<void> {
+  await setMagic(device, DATA);
+}
+
+/**
+ * Makes a device magic, or not magic any more.
+ *
+ * @param name The name for a partition; {@linkcode MAGIC} makes a disk magic.
+ * @param anyway Format it although other disks are in doubt.
+ */
+async function setMagic(
+  device: BlockDevice,
+  name: string,
+  anyway = false,
+): Promise<void> {
+  const { kind, path, disk, number } = device;
+  const was = parseStart(await readBytes(path, 0, 512));
+  const lines = MAGIC + (anyway || was.anyway ? `\n${ANYWAY}\n` : "");
+  const header = new TextEncoder().encode(lines);
+  // Only these bytes: boot code and the protective MBR around them stay. The
+  // name of a partition cannot say "anyway": its first lines do.
+  if (kind !== "partition" || anyway || was.anyway) {
+    await writeBytes(path, 0, name === MAGIC ? header : header.fill(0));
+  }
+  if (kind !== "partition") return;
+  const whole = nodeOf(disk);
+  await changeTable(whole, ["--part-label", whole, `${number}`, name], {
+    to: `name ${path} "${name}"`,
   });
 }
 
-/** Marks a device with {@linkcode MAGIC}; any other name takes that away. */
-async function setMark(device: BlockDevice, name: string): Promise<void> {
-  if (device.kind === "partition") await namePartition(device, name);
-  else await writeHeader(device.path, name === MAGIC);
-}
-
-/** Only these 27 bytes: boot code and the protective MBR around them stay. */
-async function writeHeader(path: string, marked: boolean): Promise<void> {
-  const header = new TextEncoder().encode(MAGIC);
-  await writeBytes(path, 0, marked ? header : header.fill(0));
-}
-
-/** Sets a GPT partition name; works on a disk in use (sfdisk(8)). */
-async function namePartition(
-  { path, disk, number }: BlockDevice,
-  name: string,
-): Promise<void> {
-  await run(
-    words`sfdisk --quiet --no-tell-kernel
-      --part-label ${nodeOf(disk)} ${number} ${name}`,
-    { to: `name ${path} "${name}"` },
-  );
+async function readBytes(
+  path: string,
+  at: number,
+  length: number,
+): Promise<Uint8Array> {
+  return await withDevice(path, (read) => read(at, length));
 }
 
 /**
@@ -2071,9 +2723,7 @@ async function writeBytes(
   bytes: Uint8Array,
 ): Promise<void> {
   // dd would make a file in /dev in the place of a device that has gone.
-  if (!fs.existsSync(path)) {
-    throw new Error(`Cannot write to ${path}: it is gone`);
-  }
+  assert(fs.existsSync(path), `Cannot write to ${path}: it is gone`);
   await run(
     words`dd of=${path} bs=${bytes.length} count=1 seek=${at / bytes.length}
       conv=notrunc,fsync status=none`,
@@ -2081,76 +2731,227 @@ async function writeBytes(
   );
 }
 
+/** A disk may have a second path, through which it was written. */
+async function dropCache(path: string): Promise<void> {
+  if (!findProgram("blockdev")) return;
+  await run(words`blockdev --flushbufs ${path}`, {
+    to: `drop what is cached of ${path}`,
+  });
+}
+
 /**
- * Checks that mkfs.btrfs can make this filesystem, before any disk is wiped
- * for it: with small or unequal sizes it is found out by doing it on sparse
- * files of the same sizes. So it is when others were left out as too small: if
- * it fails without them too, it was not for their size.
+ * Is this still the disk that was looked at, and is it still magic, or a member
+ * of the same filesystem? Asked right before what cannot be undone: a name
+ * alone may be another disk's by then.
+ *
+ * @throws {Error} When it is not.
+ */
+async function confirm(device: BlockDevice): Promise<void> {
+  const { path, disk, kind, number, read, magic } = device;
+  const cannot = `Cannot use ${path}: it is not the disk any more that was ` +
+    `looked at, or not magic any more (nothing was written to it)`;
+  const now = readIdentity(disk);
+  assert(now.sequence === device.sequence, cannot);
+  assert(now.hardware === device.hardware, cannot);
+  const node = nodeOf(disk);
+  await dropCache(node);
+  if (!magic) {
+    const fsid = (await superblockOf(path))?.fsid;
+    return assert(fsid === read.btrfs?.fsid, cannot);
+  }
+  const whole = {
+    ...device,
+    name: disk,
+    path: node,
+    number: 0,
+    entry: undefined,
+  };
+  const again = await readDevice(
+    { ...whole, kind: "disk" },
+    new Uint8Array(START_BYTES),
+  );
+  const entry = again.gpt?.partitions.find((entry) => entry.number === number);
+  assert(kind === "disk" ? again.header : entry?.name === MAGIC, cannot);
+}
+
+/** Fails where somebody else has a device: wipefs(8) opens it exclusively. */
+async function claim(path: string): Promise<void> {
+  await run(words`wipefs --quiet --no-act --offset 0x7 ${path}`, {
+    to: `have ${path} alone (is it mounted in a container?)`,
+  });
+}
+
+/** A device that does not fit into a plan. */
+interface Misfit {
+  device: BlockDevice;
+  why: string;
+}
+
+/**
+ * Tries out whether a filesystem can be made, before any disk is wiped for it:
+ * each device must be free, no two may be the same disk, and mkfs.btrfs must
+ * find them large enough.
+ *
+ * @param othersLeftOut Something did not fit before.
+ * @param onlyLook Write nothing at all, for `--dry-run`.
+ */
+async function tryOut(
+  create: NewFilesystem,
+  othersLeftOut: boolean,
+  root: string,
+  onlyLook: boolean,
+): Promise<Misfit | undefined> {
+  const devices = devicesOf(create.members);
+  if (!onlyLook) {
+    const misfit = await findBusy(devices) ?? await findTwin(devices, []);
+    if (misfit) return misfit;
+  }
+  return await rehearse(create, othersLeftOut, root);
+}
+
+async function findBusy(devices: BlockDevice[]): Promise<Misfit | undefined> {
+  const tried = await Promise.allSettled(
+    devices.map(({ path, entry }) => entry ? undefined : claim(path)),
+  );
+  for (const [i, result] of tried.entries()) {
+    if (result.status === "fulfilled") continue;
+    return { device: devices[i], why: messageOf(result.reason) };
+  }
+}
+
+/**
+ * Finds a disk that is there twice, on two paths. Neither serial numbers (which
+ * may be missing, or all the same) nor contents (which may be a copy's) prove
+ * it. A token does, written through one node and read through another: into the
+ * first MiB of a magic device, which no table and no filesystem uses. What was
+ * there is put back.
+ *
+ * @param devices Magic devices.
+ * @param members Devices in use.
+ * @returns Of two paths the later one, undefined when all are different disks.
+ */
+async function findTwin(
+  devices: BlockDevice[],
+  members: BlockDevice[],
+): Promise<Misfit | undefined> {
+  const disks = [...new Set([...members, ...devices].map(({ disk }) => disk))];
+  if (disks.length < 2) return undefined;
+  const bytes = 4 * KiB;
+  const places = devices.map((device, i) => ({
+    device,
+    node: nodeOf(device.disk),
+    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i),
+    token: Buffer.alloc(bytes, `${crypto.randomUUID()}\n`),
+  }));
+  const before = await allOf(
+    places.map(({ node, at }) => readBytes(node, at, bytes)),
+  );
+  try {
+    await allOf(
+      places.map(({ node, at, token }) => writeBytes(node, at, token)),
+    );
+    await allOf(disks.map((disk) => dropCache(nodeOf(disk))));
+    for (const { device, at, token } of places) {
+      for (const disk of disks.slice(0, disks.indexOf(device.disk))) {
+        const found = await readBytes(nodeOf(disk), at, bytes);
+        if (!token.equals(found)) continue;
+        const why = `it is the same disk as ${nodeOf(disk)}, on another path`;
+        return { device, why };
+      }
+    }
+  } finally {
+    await allOf(
+      places.map(({ node, at }, i) => writeBytes(node, at, before[i])),
+    );
+  }
+}
+
+/**
+ * With small or unequal sizes it is found out on sparse files of the same sizes
+ * whether mkfs.btrfs can make a filesystem. So it is when others were left out:
+ * if it fails without them too, it was not for their size.
  *
  * @returns The device that is too small, or undefined when all is well.
- * @throws {Error} When it cannot be found out.
+ * @throws {Error} When mkfs.btrfs fails for another reason, in its own words.
  */
 async function rehearse(
   create: NewFilesystem,
   othersLeftOut: boolean,
   root: string,
-): Promise<BlockDevice | undefined> {
-  const smallest = create.members.reduce((a, b) =>
-    b.dataBytes < a.dataBytes ? b : a
-  );
-  const fits = create.members.length === 1 ||
-    smallest.dataBytes >= SURELY_FITS_BYTES;
+): Promise<Misfit | undefined> {
+  const { members } = create;
+  const smallest = members.reduce((a, b) => b.dataBytes < a.dataBytes ? b : a);
+  const fits = members.length === 1 || smallest.dataBytes >= SURELY_FITS_BYTES;
   if (fits && !othersLeftOut) return undefined;
-  const { run: parent } = places(root);
+  const { run: parent } = pathsBelow(root);
   fs.mkdirSync(parent, { recursive: true });
   const directory = fs.mkdtempSync(join(parent, "rehearsal-"));
-  try {
-    const files = create.members.map(({ dataBytes }, index) => {
+  const rehearseWith = async (sizesBytes: number[]) => {
+    const files = sizesBytes.map((sizeBytes, index) => {
       const file = join(directory, `${index}`);
       fs.writeFileSync(file, "");
-      fs.truncateSync(file, dataBytes);
+      fs.truncateSync(file, sizeBytes);
       return file;
     });
-    const status = await run(mkfs(create, files), {
-      to: `rehearse mkfs.btrfs for ${
-        pathsOf(create.members.map((m) => m.device))
-      }`,
-      accept: [0, 1], // 1: it says no
+    await run(mkfs(create, files), {
+      to: `rehearse mkfs.btrfs for ${pathsOf(devicesOf(members))}`,
     });
-    return status === 0 ? undefined : smallest.device;
+  };
+  const sizesBytes = members.map(({ dataBytes }) => dataBytes);
+  try {
+    await rehearseWith(sizesBytes);
+  } catch (error) {
+    if (error instanceof TimeoutError) throw error;
+    // If all were large, would it still be refused? Then not for the size.
+    await rehearseWith(sizesBytes.map(() => Math.max(...sizesBytes, GiB)));
+    const { device } = smallest;
+    const size = inMiB(device.sizeBytes);
+    return { device, why: `it is too small beside the others (${size})` };
   } finally {
     fs.rmSync(directory, { recursive: true });
   }
 }
 
 /** --force: old contents are told to go; it would refuse ext4. */
-function mkfs(create: NewFilesystem, paths: string[]): string[] {
+function mkfs(create: NewFilesystem, nodes: string[]): string[] {
   return words`mkfs.btrfs --quiet --force --label ${UNFINISHED}
-    --data ${create.dataProfile} --metadata ${create.metadataProfile} ${paths}`;
+    --data ${create.dataProfile} --metadata ${create.metadataProfile} ${nodes}`;
 }
+
+// ---------------------------------------------------------------------------
+// Steps 3 and 4: partition, wait for the device nodes.
+// ---------------------------------------------------------------------------
 
 /** Writes the new tables; the header stays at offset 0 through all of it. */
 async function partition(create: NewFilesystem): Promise<void> {
-  const missing = ["wipefs", "sfdisk", "partx", "mkfs.btrfs", "btrfs", "mount"]
-    .concat(create.members.some((m) => m.swapPath) ? ["mkswap"] : [])
-    .filter((program) => !findProgram(program));
-  if (missing.length > 0) {
-    throw new Error(
-      `Cannot format ${pathsOf(create.members.map((m) => m.device))}: ` +
-        `"${missing[0]}" is not installed (nothing was changed)`,
-    );
-  }
+  const devices = devicesOf(create.members);
+  needPrograms(devices);
+  await allOf(devices.map(confirm));
   await allOf(create.members.map(partitionDisk));
+}
+
+/** Nothing is wiped for a filesystem that then cannot be made. */
+function needPrograms(devices: BlockDevice[]): void {
+  const missing = ["wipefs", "sfdisk", "partx", "mkfs.btrfs", "btrfs", "mount"]
+    .filter((program) => !findProgram(program));
+  assert(
+    missing.length === 0,
+    `Cannot format ${pathsOf(devices)}: "${missing[0]}" is not installed ` +
+      `(nothing was changed)`,
+  );
 }
 
 async function partitionDisk(member: NewMember): Promise<void> {
   const { device, swapBytes } = member;
   if (device.kind === "partition") return;
   say("info", `Partitioning ${device.path} (${inMiB(device.sizeBytes)})`);
+  await deleteOldPartitions(device);
   // An old whole-disk signature (Btrfs at 64 KiB) would outlive a new table.
-  await run(words`wipefs --quiet --all ${device.path}`, {
-    to: `erase the old signatures on ${device.path}`,
-  });
+  if (device.signatures?.length !== 0) {
+    await run(words`wipefs --quiet --all ${device.path}`, {
+      to: `erase the old signatures on ${device.path}`,
+    });
+  }
   const swap = `start=1MiB, size=${swapBytes / MiB}MiB, type=swap, ` +
     `name=${SWAP}\n`;
   const data = `${swapBytes > 0 ? "" : "start=1MiB, "}type=linux, name=${DATA}`;
@@ -2168,32 +2969,53 @@ async function partitionDisk(member: NewMember): Promise<void> {
   );
 }
 
+/** partx(8) may exit 0 although the kernel still holds an old partition. */
+async function deleteOldPartitions({ path, disk }: BlockDevice): Promise<void> {
+  const old = () =>
+    listDirectory(`/sys/block/${disk}`)
+      .filter((name) => partitionNumber(disk, name)).map(nodeOf).join(", ");
+  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
+  for (let tries = 0; old(); tries++) {
+    assert(
+      performance.now() < giveUpAt,
+      `Cannot partition ${path}: ${old()} is in use`,
+    );
+    if (tries === 1) say("info", `Waiting for ${old()}, which is in use`);
+    if (tries > 0) await sleep(200);
+    await run(words`partx --delete ${path}`, {
+      to: `delete the old partitions of ${path}`,
+      accept: [0, 1],
+    });
+  }
+}
+
 /** Shows new partitions to the kernel and waits for their device nodes. */
 async function waitForPartitions(members: NewMember[]): Promise<void> {
   await allOf(members.map(async ({ device, swapPath, dataPath }) => {
     if (device.kind === "partition") return;
-    await makePartitionNodes(device);
+    await run(words`partx --update ${device.path}`, {
+      to: `show the partitions of ${device.path} to the kernel`,
+    });
     await waitForNode(dataPath);
     if (swapPath) await waitForNode(swapPath);
   }));
 }
 
 async function waitForNode(path: string): Promise<void> {
-  const giveUpAt = Date.now() + TIMEOUT.nodeMs;
-  while (!isBlockDevice(path)) {
-    if (Date.now() > giveUpAt) {
-      throw new Error(
-        `Cannot find ${path}: its node did not appear in ` +
-          `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
-      );
-    }
+  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
+  while (nameAt(path) === undefined) {
+    assert(
+      performance.now() < giveUpAt,
+      `Cannot find ${path}: its node did not appear in ` +
+        `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
+    );
     await sleep(20);
   }
 }
 
-function isBlockDevice(path: string): boolean {
-  return attemptNow(() => fs.statSync(path).isBlockDevice()) ?? false;
-}
+// ---------------------------------------------------------------------------
+// Step 5: make swap, create the data filesystem.
+// ---------------------------------------------------------------------------
 
 /**
  * Makes swap and the data filesystem with all that a boot mounts, and commits
@@ -2202,213 +3024,189 @@ function isBlockDevice(path: string): boolean {
  */
 async function createDataFilesystem(
   create: NewFilesystem,
-  place: Places,
+  paths: Paths,
 ): Promise<DataFilesystem> {
-  const paths = create.members.map((member) => member.dataPath);
+  const { members, dataProfile, metadataProfile } = create;
+  const nodes = members.map((member) => member.dataPath);
+  const shown = nodes.join(", ");
   say(
     "info",
-    `Creating "${DATA}" on ${paths.join(", ")}: data ${create.dataProfile}, ` +
-      `metadata ${create.metadataProfile}`,
+    `Creating "${DATA}" on ${shown}: data ${dataProfile}, metadata ` +
+      metadataProfile,
   );
   await allOf([
-    run(mkfs(create, paths), {
-      to: `create the data filesystem on ${paths.join(", ")}`,
+    run(mkfs(create, nodes), {
+      to: `create the data filesystem on ${shown}`,
       timeoutMs: TIMEOUT.mkfsMs,
     }),
-    ...create.members.map(({ swapPath }) => swapPath && makeSwap(swapPath)),
+    ...members.map(makeSwapOf),
   ]);
-  const top = place.topLevel;
-  const [members] = await allOf([
-    verifySuperblocks(paths, UNFINISHED)
-      .then((superblocks) => markNew(create, superblocks)),
-    mountTopLevel(paths, [], place),
+  const top = paths.topLevel;
+  const [made] = await allOf([
+    verifySuperblocks(nodes, UNFINISHED)
+      .then((superblocks) => recordNew(members, superblocks)),
+    mountTopLevel(nodes, [], paths),
   ]);
   const subvolumes = Object.values(SUBVOLUMES)
-    .map((name) => createSubvolume(join(top, name), paths));
+    .map((name) => createSubvolume(join(top, name), nodes));
   await allOf(subvolumes);
   for (const name of [STATE, SNAPSHOTS]) {
     fs.mkdirSync(join(top, SUBVOLUMES.data, name));
   }
   await allOf([
-    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), place),
+    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), paths),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
     // and with it the subvolumes: the label never comes without them.
     run(words`btrfs filesystem label ${top} ${DATA}`, {
-      to: `label the data filesystem on ${paths.join(", ")}`,
+      to: `label the data filesystem on ${shown}`,
     }),
   ]);
-  await verifySuperblocks(paths, DATA);
-  return { ...sortOutMembers(members), isNew: true };
+  await verifySuperblocks(nodes, DATA);
+  return sortOutMembers(made);
 }
 
-/** The members of a filesystem that was made, marked. */
-async function markNew(
-  create: NewFilesystem,
+/** The members of a filesystem that was made, with their records. */
+async function recordNew(
+  members: NewMember[],
   superblocks: Superblock[],
-): Promise<BlockDevice[]> {
-  const members = create.members
-    .map((member, i) => ({ ...dataDevice(member), btrfs: superblocks[i] }));
-  const unmarked = await markMembers(members, superblocks[0].fsid);
+): Promise<Member[]> {
+  const made = members.map((member, i) => memberOf(member, superblocks[i]));
+  const failed = await recordMembers(made, superblocks[0].fsid);
   assert(
-    unmarked.length === 0,
-    `Cannot mark ${pathsOf(unmarked)}: the disk may be broken`,
+    failed.length === 0,
+    `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
   );
-  return members;
+  return made;
 }
 
-/** The device that holds the data of a new member. */
-function dataDevice({ device, dataPath }: NewMember): BlockDevice {
-  return { ...device, path: dataPath, mark: undefined };
+/** The data partition of a new member, which has no record yet. */
+function memberOf({ device, dataPath }: NewMember, btrfs: Superblock): Member {
+  return {
+    ...device,
+    path: dataPath,
+    name: nameOf(dataPath),
+    read: { ...device.read, btrfs, recordable: true },
+    holds: { kind: "member", btrfs },
+  };
 }
 
 /** The swap areas of a filesystem that was made. */
-function swapOf({ members }: NewFilesystem): BlockDevice[] {
+function swapOf(members: NewMember[]): BlockDevice[] {
   return members.flatMap(({ device, swapPath }) =>
     swapPath ? [{ ...device, path: swapPath }] : []
   );
+}
+
+/** Without swap the data persist all the same; the next boot tries again. */
+async function makeSwapOf(member: NewMember): Promise<void> {
+  const { swapPath } = member;
+  if (!swapPath) return;
+  member.swapPath = undefined;
+  await attempt(async () => {
+    await makeSwap(swapPath);
+    member.swapPath = swapPath;
+  });
 }
 
 async function makeSwap(path: string): Promise<void> {
   await run(words`mkswap --label ${SWAP} ${path}`, {
     to: `make swap on ${path}`,
   });
-  const page = await withDevice(path, (read) => read(0, 4 * KiB));
   assert(
-    parseSwapLabel(page) === SWAP,
+    parseSwapLabel(await readBytes(path, 0, 64 * KiB)) === SWAP,
     `Cannot find swap on ${path} after making it`,
   );
 }
 
-async function createSubvolume(
-  path: string,
-  devices: string[],
-): Promise<void> {
+async function createSubvolume(path: string, nodes: string[]): Promise<void> {
+  const name = `${basename(path)} on ${nodes.join(", ")}`;
   await run(words`btrfs subvolume create ${path}`, {
-    to: `create the subvolume ${basename(path)} on ${devices.join(", ")}`,
+    to: `create the subvolume ${name}`,
   });
   assert(
     isSubvolume(path),
-    `Cannot find the subvolume ${basename(path)} on ${devices.join(", ")} ` +
-      `after making it`,
+    `Cannot find the subvolume ${name} after making it`,
   );
 }
 
-/** Reads back what mkfs or a label was to achieve, on every member. */
+/** Reads back what mkfs or a label was to achieve: one member on each device. */
 async function verifySuperblocks(
-  paths: string[],
+  nodes: string[],
   label: string,
 ): Promise<Superblock[]> {
-  return await allOf(paths.map(async (path) => {
-    const found = await superblockOf(path);
-    if (
-      !found?.intact || found.label !== label ||
-      found.numDevices !== paths.length
-    ) {
-      throw new Error(
-        `Cannot find a Btrfs of ${paths.length} device(s) labelled ` +
-          `"${label}" on ${path} after making it: the disk may be broken`,
-      );
-    }
-    return found;
-  }));
+  const found = await allOf(nodes.map(superblockOf));
+  return found.map((superblock, i) => {
+    const isMember = superblock?.intact && superblock.label === label &&
+      superblock.fsid === found[0]?.fsid && superblock.devid === i + 1 &&
+      superblock.numDevices === nodes.length;
+    if (isMember) return superblock;
+    throw new Error(
+      `Cannot find a Btrfs of ${nodes.length} device(s) labelled "${label}" ` +
+        `on ${nodes[i]} after making it: the disk may be broken`,
+    );
+  });
 }
 
-/** Mounts the top level of a filesystem for the time of a function. */
-async function withTopLevel(
-  paths: string[],
-  options: string[],
-  place: Places,
-  use: (directory: string) => Promise<void>,
-): Promise<void> {
-  await mountTopLevel(paths, options, place);
-  try {
-    await use(place.topLevel);
-  } finally {
-    await unmount(place.topLevel);
-  }
-}
-
-async function mountTopLevel(
-  paths: string[],
-  options: string[],
-  place: Places,
-): Promise<void> {
-  fs.mkdirSync(place.topLevel, { recursive: true });
-  await mountBtrfs(paths, ["subvolid=5", ...options], place.topLevel);
+/**
+ * Btrfs writes the superblocks of a mounted filesystem through the page cache
+ * on purpose: what is read here is what blkid sees (fs/btrfs/disk-io.c,
+ * write_dev_supers()).
+ */
+async function superblockOf(path: string): Promise<Superblock | undefined> {
+  return parseSuperblock(
+    await readBytes(path, BTRFS.superblockAt, BTRFS.bytes),
+  );
 }
 
 // ---------------------------------------------------------------------------
 // Step 6: mount the data filesystem, or a tmpfs.
 // ---------------------------------------------------------------------------
 
+/**
+ * Mounts data, state and snapshots, and the overlays with them where their
+ * layers are there: one mount(8) for all. What is not mounted afterwards is
+ * mounted one by one, with its legacy rules.
+ *
+ * @param isNew It was just made: it has its records, and all that is mounted.
+ */
 async function mountDataFilesystem(
   data: DataFilesystem,
-  place: Places,
+  isNew: boolean,
+  paths: Paths,
 ): Promise<void> {
-  if (data.isNew) await mountNew(data, place);
-  if (!mountedOn(place.data)) {
-    for (const member of data.members) {
-      await waitForNode(member.path).catch((error) => {
-        leaveOut([member], messageOf(error), data);
-      });
-    }
-    await mountMembers(data, place);
-    await growFilesystem(data.members, place);
-  }
-  await mountTheUsual(data, place);
-  await mountSubvolume("state", data, place);
-  await mountSubvolume("snapshots", data, place);
-}
-
-/** Mounts what was just made: all of it is there, and nothing to decide. */
-async function mountNew(data: DataFilesystem, place: Places): Promise<void> {
-  for (const path of [place.data, ...lowersOf(place)]) {
-    fs.mkdirSync(path, { recursive: true });
-  }
-  await mountFromTable(
-    [subvolumeEntry("data", data, place), ...usualEntries(data, place)],
-    place,
-  );
-}
-
-/**
- * Mounts all that a disk of ours has, by one process. What is not there, or no
- * more, is left to the functions that follow.
- */
-async function mountTheUsual(
-  data: DataFilesystem,
-  place: Places,
-): Promise<void> {
-  const both = [place.state, place.snapshots];
-  if (!both.every(isFree)) return; // set up, or older
-  for (const directory of [...both, ...lowersOf(place)]) {
+  if (!isNew) await mountMembers(data, paths);
+  const inside = (["state", "snapshots"] as const)
+    .filter((which) => isFree(paths[which]));
+  const overlays = OVERLAYS.filter((name) => !isOverlaid(name, paths));
+  const mountPoints = isNew
+    ? [paths.data]
+    : inside.map((which) => paths[which]);
+  const lowers = overlays.map((name) => join(paths.lower, name));
+  for (const directory of [...mountPoints, ...lowers]) {
     fs.mkdirSync(directory, { recursive: true });
   }
-  await mountFromTable(usualEntries(data, place), place, "debug");
+  const subvolumes = [...isNew ? ["data" as const] : [], ...inside]
+    .map((which) => subvolumeEntry(which, data, paths));
+  await mountFromTable(
+    [...subvolumes, ...overlays.flatMap((name) => overlayEntries(name, paths))],
+    paths,
+    "debug",
+  );
+  await mountMembers(data, paths);
+  await mountSubvolume("state", data, paths);
+  await mountSubvolume("snapshots", data, paths);
 }
 
-const lowersOf = (place: Places) =>
-  OVERLAYS.map((name) => join(place.lower, name));
-
-/** fstab(5) entries of what lies above the data mount. */
-function usualEntries(data: DataFilesystem, place: Places): string[][] {
-  return [
-    subvolumeEntry("state", data, place),
-    subvolumeEntry("snapshots", data, place),
-    ...OVERLAYS.filter((name) => !isOverlaid(name, place))
-      .flatMap((name) => overlayEntries(name, place)),
-  ];
-}
-
+/** An fstab(5) entry. */
 function subvolumeEntry(
   which: keyof typeof SUBVOLUMES,
   { members }: DataFilesystem,
-  place: Places,
+  paths: Paths,
 ): string[] {
   const [first, ...others] = members.map((member) => member.path);
   const devices = others.map((path) => `device=${path}`);
   const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
-  return [first, place[which], "btrfs", options.join()];
+  return [first, paths[which], "btrfs", options.join()];
 }
 
 /** May something be mounted here? Not over data, nor over a subvolume. */
@@ -2417,72 +3215,61 @@ function isFree(target: string): boolean {
     !isSubvolume(target);
 }
 
-/** Lets the filesystem follow partitions that are larger than it knows. */
-async function growFilesystem(
-  members: BlockDevice[],
-  place: Places,
+/** Mounts the members at the data mount point, unless something is there. */
+async function mountMembers(
+  data: DataFilesystem,
+  paths: Paths,
 ): Promise<void> {
-  for (const member of members) {
-    const sizeBytes = readSysfsBytes(nameOf(member.path), "size");
-    if (sizeBytes - (member.btrfs?.deviceBytes ?? sizeBytes) < MiB) continue;
-    const id = devidOf(member);
-    await attempt(() =>
-      run(words`btrfs filesystem resize ${id}:max ${place.data}`, {
-        to: `grow the data filesystem on ${member.path}`,
-      })
+  if (mountedOn(paths.data)) return;
+  for (const member of data.members) {
+    await waitForNode(member.path)
+      .catch((error) => dropMembers([member], messageOf(error), data));
+  }
+  const unwanted = data.conflicting.map(({ device }) => device);
+  await forget([...unwanted, ...data.stale]);
+  fs.mkdirSync(paths.data, { recursive: true });
+  const mountWith = async (
+    devices: Member[],
+    degraded = data.missing > 0,
+  ): Promise<void> => {
+    const dead = await recordMembers(devices, data.fsid);
+    if (dead.length > 0) {
+      dropMembers(dead, `${pathsOf(dead)} cannot be written to`, data);
+      return await mountWith(devices.filter((d) => !dead.includes(d)), true);
+    }
+    const options = degraded ? ["degraded"] : [];
+    await mountDataSubvolume(devices.map(({ path }) => path), options, paths);
+  };
+  const target = data.replaceTarget ? [data.replaceTarget] : [];
+  // An interrupted replace goes on, if its target is named.
+  const attempts = [
+    () => mountWith([...data.members, ...data.missing > 0 ? target : []]),
+  ];
+  if (target.length > 0 || data.missing === 0) {
+    // The source of an interrupted replace may still be there: the kernel then
+    // mounts only degraded, though nothing is missing.
+    attempts.push(() => mountWith([...data.members, ...target], true));
+  }
+  if (target.length > 0) {
+    // No replace knows the target any more, or yet: it is released later, or
+    // another replace begins.
+    attempts.push(() =>
+      forget(target).then(() => mountWith(data.members, true))
     );
   }
-}
-
-/**
- * Marks the members that are present, before a read-write mount. Called with
- * all members that will be written to, and no others.
- *
- * @returns The members that could not be written to.
- * @throws {Error} When none could.
- */
-async function markMembers(
-  members: BlockDevice[],
-  fsid: string,
-): Promise<BlockDevice[]> {
-  const epoch = Math.max(...members.map(epochOf)) + 1;
-  const marks = members.map((device) => ({
-    device,
-    member: device.mark?.member ?? crypto.randomUUID(),
-  }));
-  const present = marks.map(({ member }) => member);
-  const failed: BlockDevice[] = [];
-  await Promise.all(marks.map(async ({ device, member }) => {
-    const absent = absentSince(device, present);
-    const mark = { fsid, member, epoch, present, absent };
-    const slot = MARK.slotsAt[epoch % MARK.slotsAt.length];
-    try {
-      await writeBytes(device.path, slot, formatMark(mark));
-      device.mark = mark;
-    } catch (error) {
-      failed.push(device);
-      if (failed.length === members.length) throw error;
-      say("warning", messageOf(error));
-    }
-  }));
-  return failed;
-}
-
-/** Who is not present, and the generation when this device last saw it. */
-function absentSince(
-  { mark, btrfs }: BlockDevice,
-  present: string[],
-): Record<string, number> {
-  if (!mark || !btrfs) return {};
-  const seen = mark.present.map((id) => [id, btrfs.generation] as const);
-  const gone = [...Object.entries(mark.absent), ...seen]
-    .filter(([id]) => !present.includes(id));
-  return Object.fromEntries(gone.slice(-16)); // a block has room for so many
+  await firstThatWorks(attempts);
+  if (mountedOn(paths.data)?.superOptions.includes("ro")) {
+    throw new Error(
+      `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
+        `kernel mounted it read-only (see dmesg and "btrfs check")`,
+    );
+  }
+  await growFilesystem(data.members, paths);
 }
 
 /** Goes on without some members. */
-function leaveOut(
-  devices: BlockDevice[],
+function dropMembers(
+  devices: Member[],
   why: string,
   data: DataFilesystem,
 ): void {
@@ -2492,57 +3279,116 @@ function leaveOut(
   assert(data.members.length > 0, "No device of the data filesystem is left");
 }
 
-async function mountMembers(
-  data: DataFilesystem,
-  place: Places,
-): Promise<void> {
-  const unwanted = [...data.excluded, ...data.stale];
-  if (unwanted.length > 0) await forget(unwanted);
-  fs.mkdirSync(place.data, { recursive: true });
-  const mountWith = async (
-    devices: BlockDevice[],
-    degraded = data.missing > 0,
-  ): Promise<void> => {
-    const dead = await markMembers(devices, data.fsid);
-    if (dead.length > 0) {
-      leaveOut(dead, `${pathsOf(dead)} cannot be written to`, data);
-      return await mountWith(devices.filter((d) => !dead.includes(d)), true);
-    }
-    const paths = devices.map((device) => device.path);
-    const options = degraded ? ["degraded"] : [];
-    await mountDataSubvolume(paths, options, place);
-  };
-  const target = data.replaceTarget ? [data.replaceTarget] : [];
-  try { // an interrupted replace goes on, if its target is named
-    await mountWith(
-      data.missing > 0 ? [...data.members, ...target] : data.members,
-    );
-  } catch (error) {
-    if (error instanceof NoAnswer) throw error;
-    // The source of an interrupted replace may still be there: the kernel then
-    // mounts only degraded, though nothing is missing. Or no replace knows the
-    // target any more, or yet: it is freed later, or another replace begins.
-    if (data.missing > 0 && target.length === 0) throw error; // it is neither
-    say("warning", messageOf(error));
-    await mountWith([...data.members, ...target], true).catch(async (again) => {
-      if (again instanceof NoAnswer || target.length === 0) throw error;
-      await forget(target);
-      await mountWith(data.members, true);
-    }).catch(() => Promise.reject(error));
-  }
-  if (mountedOn(place.data)?.superOptions.includes("ro")) {
-    throw new Error(
-      `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
-        `kernel mounted it read-only (see dmesg and "btrfs check")`,
-    );
-  }
-}
-
-/** The kernel would bring in what it has scanned, named or not. */
+/** Unregisters scanned devices: the kernel assembles whatever it has scanned. */
 async function forget(devices: BlockDevice[]): Promise<void> {
+  if (devices.length === 0) return;
   await run(words`btrfs device scan --forget`, {
     to: `make the kernel forget ${pathsOf(devices)}`,
   });
+}
+
+/**
+ * Writes a record to each member that is present, before a read-write mount.
+ * Called with all members that will be written to, and no others.
+ *
+ * @returns The members that could not be written to.
+ * @throws {Error} When none could.
+ */
+async function recordMembers(
+  members: Member[],
+  fsid: string,
+): Promise<Member[]> {
+  const known = members.map((device) => ({
+    device,
+    member: device.holds.record?.member ?? crypto.randomUUID(),
+  }));
+  const mount = crypto.randomUUID().slice(0, 8);
+  const common = {
+    fsid,
+    epoch: Math.max(...members.map(epochOf)) + 1,
+    present: known.map(({ member }) => member),
+    machine: readMachine(),
+    seconds: Math.max(
+      Math.floor(Date.now() / 1000),
+      ...members.map(({ holds }) => 1 + (holds.record?.seconds ?? 0)),
+    ),
+  };
+  const failed: Member[] = [];
+  await Promise.all(known.map(async ({ device, member }) => {
+    const { path, read, hardware, holds } = device;
+    if (!read.recordable) {
+      say(
+        "warning",
+        `${path} holds something at 56 KiB, a boot loader perhaps: it gets ` +
+          `no record, so a copy of it, or a disk that was away, is not noticed`,
+      );
+      return;
+    }
+    const mounts = [...holds.record?.mounts ?? [], mount]
+      .slice(-RECORD.remembered);
+    const absent = absentSince(device, common.present);
+    const record = { ...common, member, ...absent, hardware, mounts };
+    const slot = RECORD.slotsAt[common.epoch % RECORD.slotsAt.length];
+    try {
+      await writeBytes(path, slot, formatRecord(record));
+      holds.record = record;
+    } catch (error) {
+      failed.push(device);
+      if (failed.length === members.length) throw error;
+      say("warning", messageOf(error));
+    }
+  }));
+  return failed;
+}
+
+/** Who is not present, and the generation and mount of the last time. */
+function absentSince(
+  { holds: { record, btrfs } }: Member,
+  present: string[],
+): Pick<MemberRecord, "absent" | "lastSeen"> {
+  if (!record) return { absent: {}, lastSeen: {} };
+  const update = <T>(old: Record<string, T>, now: T): Record<string, T> => {
+    const seen = record.present.map((id): [string, T] => [id, now]);
+    const gone = [...Object.entries(old), ...seen]
+      .filter(([id]) => !present.includes(id));
+    return Object.fromEntries(gone.slice(-RECORD.remembered));
+  };
+  const mount = record.mounts?.at(-1);
+  return {
+    absent: update(record.absent, btrfs.generation),
+    lastSeen: mount ? update(record.lastSeen ?? {}, mount) : {},
+  };
+}
+
+/** Tries one after the other; throws the first failure if all of them fail. */
+async function firstThatWorks(
+  attempts: (() => Promise<unknown>)[],
+): Promise<void> {
+  const failures: unknown[] = [];
+  for (const attempt of attempts) {
+    try {
+      await attempt();
+      return;
+    } catch (error) {
+      failures.push(error);
+      if (error instanceof TimeoutError) throw error;
+      if (failures.length < attempts.length) say("warning", messageOf(error));
+    }
+  }
+  throw failures[0];
+}
+
+/** Lets the filesystem follow partitions that are larger than it knows. */
+async function growFilesystem(members: Member[], paths: Paths): Promise<void> {
+  for (const { path, holds: { btrfs } } of members) {
+    const sizeBytes = readSysfsBytes(nameOf(path), "size");
+    if (sizeBytes - btrfs.deviceBytes < MiB) continue;
+    await attempt(() =>
+      run(words`btrfs filesystem resize ${btrfs.devid}:max ${paths.data}`, {
+        to: `grow the data filesystem on ${path}`,
+      })
+    );
+  }
 }
 
 /**
@@ -2550,28 +3396,28 @@ async function forget(devices: BlockDevice[]): Promise<void> {
  * keeps its state there; makes the subvolume where there is neither.
  */
 async function mountDataSubvolume(
-  paths: string[],
+  nodes: string[],
   options: string[],
-  place: Places,
+  paths: Paths,
 ): Promise<void> {
   const subvolume = [`subvol=/${SUBVOLUMES.data}`, ...options];
   let atTopLevel = false;
   try {
-    return await mountBtrfs(paths, subvolume, place.data);
+    return await mountBtrfs(nodes, subvolume, paths.data);
   } catch (error) {
-    if (error instanceof NoAnswer) throw error;
+    if (error instanceof TimeoutError) throw error;
     // Is it the filesystem, or only the subvolume that is not there?
-    let known = true;
-    await withTopLevel(paths, options, place, async (top) => {
-      known = fs.existsSync(join(top, SUBVOLUMES.data));
-      if (known) return;
-      atTopLevel = fs.existsSync(join(top, basename(place.state)));
-      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data), paths);
+    let isThere = true;
+    await withTopLevel(nodes, options, paths, async (top) => {
+      isThere = fs.existsSync(join(top, SUBVOLUMES.data));
+      if (isThere) return;
+      atTopLevel = fs.existsSync(join(top, STATE));
+      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data), nodes);
     }).catch((error) => say("debug", messageOf(error)));
-    if (known) throw error;
+    if (isThere) throw error;
   }
   if (atTopLevel) subvolume[0] = "subvolid=5";
-  await mountBtrfs(paths, subvolume, place.data);
+  await mountBtrfs(nodes, subvolume, paths.data);
 }
 
 /**
@@ -2581,29 +3427,53 @@ async function mountDataSubvolume(
 async function mountSubvolume(
   which: "state" | "snapshots",
   data: DataFilesystem,
-  place: Places,
+  paths: Paths,
 ): Promise<void> {
-  const target = place[which];
+  const target = paths[which];
   if (!isFree(target)) return;
   const name = SUBVOLUMES[which];
-  const paths = data.members.map((member) => member.path);
+  const nodes = data.members.map((member) => member.path);
   const options = [`subvol=/${name}`];
   fs.mkdirSync(target, { recursive: true });
   try {
-    await mountBtrfs(paths, options, target);
+    await mountBtrfs(nodes, options, target);
   } catch (error) {
-    if (error instanceof NoAnswer) throw error;
-    await withTopLevel(paths, [], place, async (top) => {
+    if (error instanceof TimeoutError) throw error;
+    await withTopLevel(nodes, [], paths, async (top) => {
       if (fs.existsSync(join(top, name))) throw error;
-      await createSubvolume(join(top, name), paths);
+      await createSubvolume(join(top, name), nodes);
     });
-    await mountBtrfs(paths, options, target);
+    await mountBtrfs(nodes, options, target);
   }
 }
 
 /** The root of every Btrfs subvolume has the inode number 256 (btrfs(5)). */
 function isSubvolume(path: string): boolean {
-  return attemptNow(() => fs.statSync(path).ino) === 256;
+  return orUndefined(() => fs.statSync(path).ino) === 256;
+}
+
+/** Mounts the top level of a filesystem for the time of a function. */
+async function withTopLevel(
+  nodes: string[],
+  options: string[],
+  paths: Paths,
+  use: (directory: string) => Promise<void>,
+): Promise<void> {
+  await mountTopLevel(nodes, options, paths);
+  try {
+    await use(paths.topLevel);
+  } finally {
+    await unmount(paths.topLevel);
+  }
+}
+
+async function mountTopLevel(
+  nodes: string[],
+  options: string[],
+  paths: Paths,
+): Promise<void> {
+  fs.mkdirSync(paths.topLevel, { recursive: true });
+  await mountBtrfs(nodes, ["subvolid=5", ...options], paths.topLevel);
 }
 
 /** Mounts a Btrfs, naming all members, for nobody else may have scanned it. */
@@ -2629,31 +3499,32 @@ async function unmount(...targets: string[]): Promise<void> {
 
 /** The topmost mount on a directory. */
 function mountedOn(target: string): Mount | undefined {
-  return (knownMounts ?? readMounts())
-    .findLast((mount) => mount.target === target);
+  return readMounts().findLast((mount) => mount.target === target);
 }
 
 /** Without a data filesystem: a tmpfs in its place, or what is there. */
 async function mountVolatile(
   plan: Plan,
-  place: Places,
+  paths: Paths,
 ): Promise<Outcome["mode"]> {
-  if (plan.mode !== "mounted") await mountTmpfs(place);
-  return plan.errors.length > 0 ? "fallback" : "volatile";
+  if (plan.mode !== "mounted") await mountTmpfs(paths);
+  return plan.notes.some(({ level }) => level === "error")
+    ? "fallback"
+    : "volatile";
 }
 
 /** At most half of the memory, as tmpfs(5) has it, but given, to say it. */
-async function mountTmpfs(place: Places): Promise<void> {
-  fs.mkdirSync(place.data, { recursive: true });
+async function mountTmpfs(paths: Paths): Promise<void> {
+  fs.mkdirSync(paths.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
   await run(
-    words`mount -t tmpfs -o mode=0755,size=${sizeBytes} ${DATA} ${place.data}`,
-    { to: `mount a tmpfs on "${place.data}"` },
+    words`mount -t tmpfs -o mode=0755,size=${sizeBytes} ${DATA} ${paths.data}`,
+    { to: `mount a tmpfs on "${paths.data}"` },
   );
-  fs.mkdirSync(place.state, { recursive: true });
+  fs.mkdirSync(paths.state, { recursive: true });
   say(
     "info",
-    `Volatile: "${place.data}" is a tmpfs of at most ${inMiB(sizeBytes)}; ` +
+    `Volatile: "${paths.data}" is a tmpfs of at most ${inMiB(sizeBytes)}; ` +
       `what is written there is lost at shutdown`,
   );
 }
@@ -2661,29 +3532,30 @@ async function mountTmpfs(place: Places): Promise<void> {
 const isNoSpace = (error: unknown) =>
   /ENOSPC|No space left on device/.test(messageOf(error));
 
-/** To mount an overlay takes a new directory: full is too full for that. */
-function sayHowToMakeRoom(place: Places): void {
-  const { type, source } = mountedOn(place.data) ?? {};
+/** Mounting an overlay creates `work/work`, which fails on a full filesystem. */
+function sayHowToMakeRoom(paths: Paths): void {
+  const { type, source } = mountedOn(paths.data) ?? {};
   if (type !== "btrfs") return;
   say(
     "error",
     `The data filesystem on ${source} is full: log in, mount it elsewhere ` +
-      `("mount ${source} /mnt"), delete files or snapshots, reboot`,
+      `("mkdir /run/full; mount ${source} /run/full"), delete files or ` +
+      `snapshots, reboot`,
   );
 }
 
 /** The last resort: whatever failed, the system gets writable. */
-async function fallBack(place: Places): Promise<void> {
+async function fallBack(paths: Paths): Promise<void> {
   try {
-    const targets = OVERLAYS.map((name) => join(place.root, name))
-      .filter((target) => isOurOverlay(target, place))
-      .concat(place.snapshots, place.state, place.data);
+    const targets = OVERLAYS.map((name) => join(paths.root, name))
+      .filter((target) => isOurOverlay(target))
+      .concat(paths.snapshots, paths.state, paths.data);
     for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
-    await attempt(() => removeScratch(place));
-    if (!mountedOn(place.data)) await mountTmpfs(place);
-    await mountOverlays(place);
+    await attempt(() => removeScratch(paths));
+    if (!mountedOn(paths.data)) await mountTmpfs(paths);
+    await mountOverlays(paths);
     say("warning", "The system runs volatile until this is repaired");
   } catch (error) {
     sayError(error);
@@ -2695,45 +3567,50 @@ async function fallBack(place: Places): Promise<void> {
 // ---------------------------------------------------------------------------
 
 /** Puts an overlay on each key directory. */
-async function mountOverlays(place: Places): Promise<void> {
-  const names = OVERLAYS.filter((name) => !isOverlaid(name, place));
+async function mountOverlays(paths: Paths): Promise<void> {
+  const names = OVERLAYS.filter((name) => !isOverlaid(name, paths));
   if (names.length === 0) return;
   for (const name of names) {
-    fs.mkdirSync(join(place.lower, name), { recursive: true });
+    fs.mkdirSync(join(paths.lower, name), { recursive: true });
   }
-  const isMade = await makeUppers(names, place.state, place);
+  const isMade = await makeUppers(names, paths.state, paths);
   await allOf([
-    isMade && attempt(() => removeScratch(place)),
-    mountFromTable(names.flatMap((name) => overlayEntries(name, place)), place),
+    isMade && attempt(() => removeScratch(paths)),
+    mountFromTable(names.flatMap((name) => overlayEntries(name, paths)), paths),
   ]);
   for (const name of names) {
-    if (!isOverlaid(name, place)) await mountOverlayAnew(name, place);
+    if (!isOverlaid(name, paths)) await mountOverlayAnew(name, paths);
   }
 }
 
-function isOurOverlay(target: string, place: Places): boolean {
-  const upper = `upperdir=${join(place.upper, basename(target))}`;
-  const mount = mountedOn(target);
-  return mount?.type === "overlay" && mount.superOptions.includes(upper);
+/**
+ * Is there an overlay of ours? The root may have had another name when it was
+ * mounted, in an initramfs: so only the end of its upper's path is compared.
+ */
+function isOurOverlay(target: string): boolean {
+  const { type, superOptions = [] } = mountedOn(target) ?? {};
+  const upper = join("/", DATA_MOUNT, STATE, UPPER, basename(target));
+  return type === "overlay" &&
+    superOptions.some((option) =>
+      option.startsWith("upperdir=") && option.endsWith(upper)
+    );
 }
 
 /** Is there our overlay, and writable? */
-function isOverlaid(name: string, place: Places): boolean {
-  // At a boot there is no lower yet, and no need to ask the kernel.
-  if (!fs.existsSync(join(place.lower, name))) return false;
-  const target = join(place.root, name);
-  return isOurOverlay(target, place) &&
+function isOverlaid(name: string, paths: Paths): boolean {
+  const target = join(paths.root, name);
+  return isOurOverlay(target) &&
     !mountedOn(target)?.superOptions.includes("ro");
 }
 
 /** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
-function overlayEntries(name: string, place: Places): string[][] {
-  const directory = join(place.root, name);
-  const lower = join(place.lower, name);
+function overlayEntries(name: string, paths: Paths): string[][] {
+  const directory = join(paths.root, name);
+  const lower = join(paths.lower, name);
   const options = [
     `lowerdir=${lower}`,
-    `upperdir=${join(place.upper, name)}`,
-    `workdir=${join(place.work, name)}`,
+    `upperdir=${join(paths.upper, name)}`,
+    `workdir=${join(paths.work, name)}`,
     OVERLAY_FEATURES_OFF,
   ];
   // private: what is mounted on the directory must not appear in its lower.
@@ -2743,7 +3620,7 @@ function overlayEntries(name: string, place: Places): string[][] {
 }
 
 function isSameFile(path: string, other: string): boolean {
-  const [a, b] = [path, other].map((p) => attemptNow(() => fs.statSync(p)));
+  const [a, b] = [path, other].map((p) => orUndefined(() => fs.statSync(p)));
   return a !== undefined && a.dev === b?.dev && a.ino === b.ino;
 }
 
@@ -2754,7 +3631,7 @@ function isSameFile(path: string, other: string): boolean {
  */
 async function mountFromTable(
   entries: string[][],
-  place: Places,
+  paths: Paths,
   level: Level = "warning",
 ): Promise<string | undefined> {
   const escape = (field: string) =>
@@ -2763,14 +3640,14 @@ async function mountFromTable(
       (char) => "\\" + char.charCodeAt(0).toString(8).padStart(3, "0"),
     );
   const lines = entries.map((entry) => `${entry.map(escape).join(" ")} 0 0\n`);
-  fs.writeFileSync(place.fstab, lines.join(""));
+  fs.writeFileSync(paths.fstab, lines.join(""));
   try {
-    await run(words`mount --all --fstab ${place.fstab}`, {
-      to: `mount what "${place.fstab}" lists`,
+    await run(words`mount --all --fstab ${paths.fstab}`, {
+      to: `mount what "${paths.fstab}" lists`,
       timeoutMs: TIMEOUT.mountMs,
     });
   } catch (error) {
-    if (error instanceof NoAnswer) throw error;
+    if (error instanceof TimeoutError) throw error;
     say(level, messageOf(error));
     return messageOf(error);
   }
@@ -2780,19 +3657,32 @@ async function mountFromTable(
  * Mounts an overlay again whose mount failed or came out read-only, as it does
  * when a crash left something in `work` that the kernel cannot remove.
  */
-async function mountOverlayAnew(name: string, place: Places): Promise<void> {
-  const target = join(place.root, name);
-  const work = join(place.work, name);
+async function mountOverlayAnew(name: string, paths: Paths): Promise<void> {
+  const target = join(paths.root, name);
+  const work = join(paths.work, name);
   say("warning", `Clearing "${work}" and mounting "${target}" again`);
-  if (isOurOverlay(target, place)) await unmount(target);
+  if (isOurOverlay(target)) await unmount(target);
   fs.rmSync(work, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
-  const problem = await mountFromTable(overlayEntries(name, place), place);
-  if (!isOverlaid(name, place)) {
+  const problem = await mountFromTable(overlayEntries(name, paths), paths);
+  if (!isOverlaid(name, paths)) {
     throw new Error(
       `Cannot make "${target}" writable: ${problem ?? "it is read-only"}`,
     );
   }
+}
+
+/**
+ * Removes the scratch mounts that make subvolumes and upper directories, also
+ * those that a killed run left.
+ */
+async function removeScratch(paths: Paths): Promise<void> {
+  const scratch = [paths.copyUp, paths.topLevel].filter(fs.existsSync);
+  if (scratch.length === 0) return; // and no need to ask the kernel
+  const targets = readMounts().map((mount) => mount.target)
+    .filter((target) => scratch.includes(target));
+  if (targets.length > 0) await unmount(...targets);
+  fs.rmSync(scratchLayers(paths.state), { recursive: true, force: true });
 }
 
 /** Where the overlay that makes uppers has its own. */
@@ -2803,7 +3693,7 @@ const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
  * shows the mode, owner, times and extended attributes of its upper, so that
  * these must be the lower's. The kernel copies them best: an overlay of the
  * whole root, with an upper in `work`, makes `etc` there when `etc` is changed
- * in it; from there it is moved to its place.
+ * in it; from there it is moved to its paths.
  *
  * @param state The state directory, wherever it is mounted.
  * @returns Whether any was made: then {@linkcode removeScratch} is to follow,
@@ -2812,7 +3702,7 @@ const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
 async function makeUppers(
   names: string[],
   state: string,
-  place: Places,
+  paths: Paths,
 ): Promise<boolean> {
   const uppers = join(state, UPPER);
   fs.mkdirSync(uppers, { recursive: true });
@@ -2824,21 +3714,21 @@ async function makeUppers(
   const scratch = scratchLayers(state);
   const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
   fs.rmSync(scratch, { recursive: true, force: true });
-  for (const directory of [upper, work, place.copyUp]) {
+  for (const directory of [upper, work, paths.copyUp]) {
     fs.mkdirSync(directory, { recursive: true });
   }
   const options = [
-    `lowerdir=${place.root}`,
+    `lowerdir=${paths.root}`,
     `upperdir=${upper}`,
     `workdir=${work}`,
     OVERLAY_FEATURES_OFF,
   ];
   await run(
-    words`mount -t overlay -o ${options.join()} overlay ${place.copyUp}`,
+    words`mount -t overlay -o ${options.join()} overlay ${paths.copyUp}`,
     { to: `make the uppers in "${uppers}"` },
   );
   for (const name of missing) {
-    const directory = join(place.copyUp, name);
+    const directory = join(paths.copyUp, name);
     const { mode } = fs.statSync(directory);
     fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
     fs.renameSync(join(upper, name), join(uppers, name));
@@ -2857,18 +3747,18 @@ async function makeUppers(
  * @throws {Error} When `daemon.json` is not a JSON object: it is never
  * replaced.
  */
-function configureDocker(place: Places): void {
+function configureDocker(paths: Paths): void {
   // As dockerd makes it: others may pass through, but not look.
-  fs.mkdirSync(place.docker, { recursive: true, mode: 0o710 });
-  const before = fs.existsSync(place.daemonJson)
-    ? fs.readFileSync(place.daemonJson, "utf8")
+  fs.mkdirSync(paths.docker, { recursive: true, mode: 0o710 });
+  const before = fs.existsSync(paths.daemonJson)
+    ? fs.readFileSync(paths.daemonJson, "utf8")
     : undefined;
-  const after = setDataRoot(before, place.daemonJson);
+  const after = setDataRoot(before, paths.daemonJson);
   if (after === before) return;
-  fs.mkdirSync(dirname(place.daemonJson), { recursive: true });
+  fs.mkdirSync(dirname(paths.daemonJson), { recursive: true });
   const path = before === undefined
-    ? place.daemonJson
-    : fs.realpathSync(place.daemonJson); // through a symbolic link
+    ? paths.daemonJson
+    : fs.realpathSync(paths.daemonJson); // through a symbolic link
   replaceFile(path, after);
   say("info", `Docker keeps its data in "${DOCKER_DATA_ROOT}"`);
 }
@@ -2899,14 +3789,14 @@ export function setDataRoot(before: string | undefined, path: string): string {
 
 /** Replaces a file in one step; mode and owner stay. */
 function replaceFile(path: string, contents: string): void {
-  const old = attemptNow(() => fs.statSync(path));
+  const old = orUndefined(() => fs.statSync(path));
   const temporary = `${path}.new`;
   fs.rmSync(temporary, { force: true });
   const file = fs.openSync(temporary, "wx", old?.mode ?? 0o644);
   try {
     if (old) fs.fchmodSync(file, old.mode & 0o7777);
     if (old) fs.fchownSync(file, old.uid, old.gid);
-    fs.writeSync(file, contents);
+    fs.writeFileSync(file, contents);
     if (old) fs.fsyncSync(file); // a new one that a crash empties is made anew
   } finally {
     fs.closeSync(file);
@@ -2917,7 +3807,6 @@ function replaceFile(path: string, contents: string): void {
 async function swapOn(all: BlockDevice[]): Promise<void> {
   const areas = all.slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
-  await sleep(0); // the mark goes first: the mount waits for it
   await run(words`swapon ${areas.map((area) => area.path)}`, {
     to: `turn on swap on ${pathsOf(areas)}`,
   });
@@ -2925,10 +3814,10 @@ async function swapOn(all: BlockDevice[]): Promise<void> {
 
 /** Writes `/run/lightwhale/persistence.json`: what this boot did. */
 function writeReport(
-  { mode, plan, planned, status, started }: Outcome,
-  place: Places,
+  { mode, plan, status, startedMs }: Outcome,
+  paths: Paths,
 ): void {
-  const data = plan?.mount;
+  const data = plan?.data;
   const report = {
     version: VERSION,
     mode,
@@ -2938,15 +3827,20 @@ function writeReport(
     devices: data?.members.map((member) => member.path) ?? [],
     missing: data ? stateOf(data)?.missing ?? [] : [],
     degraded: (data?.missing ?? 0) > 0,
-    plan: planned,
+    plan: plan ? describePlan(plan) : [],
     ...messages,
-    durationMs: Date.now() - started,
+    durationMs: Math.round(performance.now() - startedMs),
   };
-  replaceFile(place.report, JSON.stringify(report, null, 2) + "\n");
+  replaceFile(paths.report, JSON.stringify(report, null, 2) + "\n");
 }
 
+// ===========================================================================
+// A boot ends here. What follows never runs before the system is up: the care
+// of disks in the background, the commands, and the toolbox of all.
+// ===========================================================================
+
 // ---------------------------------------------------------------------------
-// The disks' life: long work in the background, after the boot.
+// The life of the disks: long work in the background, after the boot.
 // ---------------------------------------------------------------------------
 
 /** What sysfs says of a mounted Btrfs (btrfs(5), /sys/fs/btrfs/UUID). */
@@ -3002,69 +3896,241 @@ function readFilesystemState(
 
 /** The state of the filesystem that a plan mounts or has found mounted. */
 function stateOf(data: DataFilesystem): FilesystemState | undefined {
-  const members = data.members.map((member) => member.btrfs!);
-  return readFilesystemState(data.fsid, members);
+  return readFilesystemState(
+    data.fsid,
+    data.members.map(({ holds }) => holds.btrfs),
+  );
 }
 
-/** A piece of long work. */
-export type Job =
-  | { kind: "wait"; operation: string }
-  | { kind: "rebuild"; device: BlockDevice; devid: number }
-  | { kind: "replace"; member: NewMember; devid: number }
-  | { kind: "add"; member: NewMember }
-  | { kind: "release"; device: BlockDevice }
-  | { kind: "remove missing" }
-  | { kind: "balance"; filters: string[] }
-  | { kind: "scrub" };
+/** A piece of long work: what it is, and what it does. */
+export interface Job {
+  kind: string;
+  /** What it is done to. */
+  device?: BlockDevice;
+  /** For people. */
+  what: string;
+  /** Changes which disks belong to the filesystem: nobody else may at a time. */
+  change?: () => Promise<void>;
+  /** Takes long. */
+  work?: () => Promise<void>;
+}
 
-/** Work that the disks do not show; files in the state directory say so. */
-export interface Wishes {
+/** Pending jobs that cannot be derived from the disks. */
+export interface Pending {
   /** Members disagreed when they were mounted. */
   scrub: boolean;
   /** A device was added in the place of a missing one. */
   "remove missing": boolean;
 }
 
+/** What a job is decided from. */
+interface Situation {
+  data: DataFilesystem;
+  joins: NewMember[];
+  state: FilesystemState;
+  pending: Pending;
+  paths: Paths;
+}
+
+/** All long work, in the order of urgency: the first that applies is done. */
+const JOBS: ((situation: Situation) => Job | undefined)[] = [
+  waitForKernel,
+  releaseTarget,
+  rebuildStale,
+  removeMissing,
+  joinMagic,
+  convertProfiles,
+  scrub,
+];
+
 /**
  * Decides what to do next for a mounted data filesystem. All of it follows
  * from what is on the disks, so that it goes on by itself after a power cut.
  */
 export function decideJob(
-  plan: Plan,
+  { data, joins }: Plan,
   state: FilesystemState,
-  wishes: Wishes,
+  pending: Pending,
+  paths: Paths = pathsBelow("/"),
 ): Job | undefined {
-  const data = plan.mount;
   if (!data) return undefined;
   if (state.operation === "balance paused") return undefined; // by a person
-  if (state.operation !== "none") {
-    return { kind: "wait", operation: state.operation };
+  for (const job of JOBS) {
+    const found = job({ data, joins, state, pending, paths });
+    if (found) return found;
   }
-  if (data.replaceTarget) { // no replace writes to it any more
-    const device = data.replaceTarget;
-    const [devid] = state.missing;
-    if (!devid) return { kind: "release", device };
+}
+
+function waitForKernel({ data, state }: Situation): Job | undefined {
+  if (state.operation === "none") return undefined;
+  return {
+    kind: "wait",
+    what: `the ${state.operation} goes on`,
+    work: () => waitForOperation(data),
+  };
+}
+
+async function waitForOperation(data: DataFilesystem): Promise<void> {
+  const operation = () => stateOf(data)?.operation ?? "none";
+  while (!["none", "balance paused"].includes(operation())) await sleep(1000);
+}
+
+/** The target of a replace that writes to it no more. */
+function releaseTarget({ data, state, paths }: Situation): Job | undefined {
+  const device = data.replaceTarget;
+  if (!device) return undefined;
+  const [devid] = state.missing;
+  if (devid) {
     const { path: dataPath, sizeBytes: dataBytes } = device;
     const member = { device, swapBytes: 0, dataPath, dataBytes };
-    return { kind: "replace", member, devid };
+    return replaceMissing(devid, member, data, paths);
   }
-  const [stale] = data.stale;
-  if (stale && state.missing.includes(devidOf(stale))) {
-    return { kind: "rebuild", device: stale, devid: devidOf(stale) };
+  return {
+    kind: "release",
+    device,
+    what: `${device.path}, left over from a replace, is freed`,
+    async change() {
+      await cancelReplace(paths);
+      await confirm(device);
+      await wipe(device);
+    },
+  };
+}
+
+/** A member that missed writes: the very same disk is wiped and rebuilt. */
+function rebuildStale({ data, state, paths }: Situation): Job | undefined {
+  const [device] = data.stale;
+  if (!device || !state.missing.includes(devidOf(device))) return undefined;
+  const devid = devidOf(device);
+  let armed = device;
+  return {
+    kind: "rebuild",
+    device,
+    what: `${device.path} is wiped and rebuilt`,
+    async change() {
+      await confirm(device);
+      armed = await restoreMagic(device);
+      await wipe(armed);
+      await startReplace(devid, armed, data, paths);
+    },
+    work: () => finishReplace(devid, armed, data, paths),
+  };
+}
+
+/** A device was added for the missing one, which was larger. */
+function removeMissing({ state, pending, paths }: Situation): Job | undefined {
+  if (!pending["remove missing"] || state.missing.length === 0) {
+    return undefined;
   }
-  if (wishes["remove missing"] && state.missing.length > 0) {
-    return { kind: "remove missing" };
+  const remove = () =>
+    run(words`btrfs device remove missing ${paths.data}`, {
+      to: `mirror the data of the missing device anew`,
+      timeoutMs: Infinity,
+    });
+  return {
+    kind: "remove missing",
+    what: `the data of the missing device is mirrored anew`,
+    async work() {
+      await packChunks(paths);
+      await firstThatWorks([remove, () => packChunks(paths).then(remove)]);
+      settle("remove missing", paths);
+    },
+  };
+}
+
+function joinMagic({ data, joins, state, paths }: Situation): Job | undefined {
+  const [member] = joins;
+  if (!member) return undefined;
+  const { device } = member;
+  if (state.missing.length > 0) {
+    return replaceMissing(state.missing[0], member, data, paths);
   }
-  const [member] = plan.join;
-  if (member && state.missing.length > 0) {
-    return { kind: "replace", member, devid: state.missing[0] };
-  }
-  if (member) return { kind: "add", member };
+  return {
+    kind: "add",
+    device,
+    what: `${device.path} joins the data filesystem`,
+    async change() {
+      await prepareMember(member, data);
+      await addDevice(member, data, paths);
+      await clearMagic(device);
+    },
+  };
+}
+
+function replaceMissing(
+  devid: number,
+  member: NewMember,
+  data: DataFilesystem,
+  paths: Paths,
+): Job {
+  const device = { ...member.device, path: member.dataPath };
+  let isReplacing = true;
+  return {
+    kind: "replace",
+    device: member.device,
+    what: `${member.device.path} takes the place of device ${devid}`,
+    async change() {
+      await cancelReplace(paths);
+      await prepareMember(member, data);
+      // To btrfs-progs it is mounted, whether or not the kernel knows it.
+      if (data.replaceTarget) await wipe(device);
+      try {
+        await startReplace(devid, device, data, paths);
+      } catch (error) {
+        // The words of btrfs-progs (cmds/replace.c) for a smaller target.
+        if (!/smaller than source/.test(messageOf(error))) throw error;
+        say("info", `${messageOf(error)}; it is added instead`);
+        isReplacing = false;
+        await addDevice(member, data, paths);
+        fs.writeFileSync(pendingFile("remove missing", paths), "");
+        await clearMagic(deviceWithMagic(device));
+      }
+    },
+    async work() {
+      if (isReplacing) await finishReplace(devid, device, data, paths);
+    },
+  };
+}
+
+/** Chunks written while a member was missing; a disk that has just joined. */
+function convertProfiles({ data, state, paths }: Situation): Job | undefined {
   const filters = balanceFilters(state);
-  if (filters.length > 0 && !whyNotMirrored(data, sizesOf(data), 0)) {
-    return { kind: "balance", filters };
-  }
-  if (wishes.scrub) return { kind: "scrub" };
+  if (filters.length === 0) return undefined;
+  if (whyNotMirrored(data, sizesOf(data), 0)) return undefined;
+  const convert = async (filter: string) => {
+    await makeRoom(paths);
+    await run(words`btrfs balance start ${filter} ${paths.data}`, {
+      to: `give every chunk its profile on "${paths.data}"`,
+      timeoutMs: Infinity,
+    });
+  };
+  return {
+    kind: "balance",
+    what: `converts chunks that are not mirrored as they should be (${
+      filters.join(" ")
+    })`,
+    async work() {
+      for (const filter of filters) {
+        const again = () => convert(filter); // what was converted made room
+        await firstThatWorks([again, again, again]);
+      }
+    },
+  };
+}
+
+function scrub({ pending, paths }: Situation): Job | undefined {
+  if (!pending.scrub) return undefined;
+  return {
+    kind: "scrub",
+    what: "all checksums are verified",
+    async work() {
+      await run(words`btrfs scrub start -B ${paths.data}`, {
+        to: `verify the checksums on "${paths.data}"`,
+        timeoutMs: Infinity,
+      });
+      settle("scrub", paths);
+    },
+  };
 }
 
 /** Profiles from the weakest to the strongest. */
@@ -3096,15 +4162,28 @@ export function balanceFilters(state: FilesystemState): string[] {
   ];
 }
 
-/** The file that keeps a wish over a power cut. */
-const wishFile = (wish: keyof Wishes, place: Places) =>
-  join(place.state, `.wanted: ${wish}`);
+/** The file that keeps a pending job over a power cut. */
+const pendingFile = (job: keyof Pending, paths: Paths) =>
+  join(paths.state, `.pending-${job.replace(" ", "-")}`);
 
-function readWishes(place: Places): Wishes {
+/** As version 1.0 called it. */
+const oldPendingFile = (job: keyof Pending, paths: Paths) =>
+  join(paths.state, `.wanted: ${job}`);
+
+function readPending(paths: Paths): Pending {
+  const isPending = (job: keyof Pending) =>
+    fs.existsSync(pendingFile(job, paths)) ||
+    fs.existsSync(oldPendingFile(job, paths));
   return {
-    scrub: fs.existsSync(wishFile("scrub", place)),
-    "remove missing": fs.existsSync(wishFile("remove missing", place)),
+    scrub: isPending("scrub"),
+    "remove missing": isPending("remove missing"),
   };
+}
+
+function settle(job: keyof Pending, paths: Paths): void {
+  for (const file of [pendingFile(job, paths), oldPendingFile(job, paths)]) {
+    fs.rmSync(file, { force: true });
+  }
 }
 
 /**
@@ -3115,14 +4194,14 @@ function readWishes(place: Places): Wishes {
 function startMaintenance(
   plan: Plan,
   settings: Settings,
-  place: Places,
+  paths: Paths,
 ): void {
-  if (!plan.mount) return;
-  if (plan.mount.needsScrub) fs.writeFileSync(wishFile("scrub", place), "");
-  const state = stateOf(plan.mount);
-  const job = state && decideJob(plan, state, readWishes(place));
+  if (!plan.data) return;
+  if (plan.data.needsScrub) fs.writeFileSync(pendingFile("scrub", paths), "");
+  const state = stateOf(plan.data);
+  const job = state && decideJob(plan, state, readPending(paths));
   if (!job) return;
-  say("info", `In the background: ${describeJob(job)}`);
+  say("info", `In the background: ${job.what}`);
   // This very program, whatever runs it, with the same root and devices.
   const own = (readText("/proc/self/cmdline") ?? "").split("\0");
   const given = process.argv.slice(2);
@@ -3143,38 +4222,17 @@ function startMaintenance(
   }
 }
 
-function describeJob(job: Job): string {
-  switch (job.kind) {
-    case "wait":
-      return `the ${job.operation} goes on`;
-    case "rebuild":
-      return `${job.device.path} is wiped and rebuilt`;
-    case "replace":
-      return `${job.member.device.path} takes the place of device ${job.devid}`;
-    case "add":
-      return `${job.member.device.path} joins the data filesystem`;
-    case "release":
-      return `${job.device.path}, left over from a replace, is freed`;
-    case "remove missing":
-      return `the data of the missing device is mirrored anew`;
-    case "balance":
-      return `chunks are given their profile (${job.filters.join(" ")})`;
-    case "scrub":
-      return `all checksums are verified`;
-  }
-}
-
 /** Does the long work, piece by piece, until nothing is left to do. */
 export async function maintain(settings: Settings): Promise<number> {
-  const place = places(settings.root);
-  const only = await takeLock(join(place.run, "maintenance.lock"), 0)
+  const paths = pathsBelow(settings.root);
+  const only = await takeLock(join(paths.run, "maintenance.lock"), 0)
     .catch(() => undefined);
-  if (!only) return 0; // another one is at it
+  if (!only) return 0; // another instance is at it
   try {
     const done = new Set<string>();
-    while (await doNextJob(done, settings, place));
+    while (await doNextJob(done, settings, paths));
   } finally {
-    fs.rmSync(place.job, { force: true });
+    fs.rmSync(paths.job, { force: true });
     only.release();
   }
   return messages.errors.length > 0 ? 1 : 0;
@@ -3192,164 +4250,110 @@ interface JobNote {
 async function doNextJob(
   done: Set<string>,
   settings: Settings,
-  place: Places,
+  paths: Paths,
 ): Promise<boolean> {
-  const lock = await takeLock(join(place.run, "lock"));
-  let longPart: (() => Promise<void>) | undefined;
+  const lock = await takeLock(join(paths.run, "lock"));
+  let job: Job | undefined;
   try {
     const plan = decide(await look(settings), settings);
-    await disarm(plan.disarm); // what has taken its place
-    const state = plan.mount && stateOf(plan.mount);
-    const wishes = readWishes(place);
-    const job = state && decideJob(plan, state, wishes);
-    if (!plan.mount || !job || done.has(describeJob(job))) return false;
-    if (job.kind !== "wait") {
-      done.add(describeJob(job));
-      say("info", `Now ${describeJob(job)}`);
+    await attemptEach(plan.repairs, carryOut); // what has taken its place
+    const state = plan.data && stateOf(plan.data);
+    const next = state && decideJob(plan, state, readPending(paths), paths);
+    if (!next || done.has(next.what)) return false;
+    if (next.kind !== "wait") {
+      done.add(next.what);
+      say("info", `Now ${next.what}`);
     }
     const note: JobNote = {
-      what: describeJob(job),
+      what: next.what,
       since: new Date().toISOString(),
       pid: process.pid,
     };
-    replaceFile(place.job, JSON.stringify(note) + "\n");
-    longPart = await startJob(job, plan.mount, place);
+    replaceFile(paths.job, JSON.stringify(note) + "\n");
+    await next.change?.();
+    job = next;
   } catch (error) {
     sayError(error);
   } finally {
     lock.release();
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
-  if (longPart) await attempt(longPart);
+  if (job?.work) await attempt(job.work);
   return true;
 }
 
-/**
- * Does the part of a job that changes which disks belong to the filesystem.
- *
- * @returns What remains to be done and takes long.
- */
-async function startJob(
-  job: Job,
+/** Partitions a disk that joins and makes its swap; all is checked before. */
+async function prepareMember(
+  member: NewMember,
   data: DataFilesystem,
-  place: Places,
-): Promise<(() => Promise<void>) | undefined> {
-  switch (job.kind) {
-    case "wait":
-      return () => waitForOperation(data);
-    case "release":
-      await cancelReplace(place);
-      await wipe(job.device);
-      return;
-    case "rebuild": {
-      const device = await arm(job.device);
-      await wipe(device);
-      await startReplace(job.devid, device, data, place);
-      return () => finishReplace(job.devid, device, data, place);
-    }
-    case "replace": {
-      await cancelReplace(place);
-      const device = await prepareMember(job.member);
-      // To btrfs-progs it is mounted, whether or not the kernel knows it.
-      if (data.replaceTarget) await wipe(device);
-      try {
-        await startReplace(job.devid, device, data, place);
-      } catch (error) { // btrfs-progs refuse a target that is too small
-        if (error instanceof NoAnswer) throw error;
-        say("info", `${messageOf(error)}; it is added instead`);
-        await addDevice(device, data, place);
-        fs.writeFileSync(wishFile("remove missing", place), "");
-        await disarm([bearerOfMark(device)]);
-        return;
-      }
-      return () => finishReplace(job.devid, device, data, place);
-    }
-    case "add":
-      await addDevice(await prepareMember(job.member), data, place);
-      await disarm([job.member.device]);
-      return;
-    case "remove missing":
-      return async () => {
-        const remove = () =>
-          run(words`btrfs device remove missing ${place.data}`, {
-            to: `mirror the data of the missing device anew`,
-            timeoutMs: Infinity,
-          });
-        await packChunks(place);
-        await remove().catch(() => packChunks(place).then(remove));
-        fs.rmSync(wishFile("remove missing", place), { force: true });
-      };
-    case "balance":
-      return async () => {
-        const convert = (filter: string) =>
-          run(words`btrfs balance start ${filter} ${place.data}`, {
-            to: `give every chunk its profile on "${place.data}"`,
-            timeoutMs: Infinity,
-          });
-        for (const filter of job.filters) {
-          await makeRoom(place);
-          // What was converted has made room for more.
-          await convert(filter)
-            .catch(() => makeRoom(place).then(() => convert(filter)))
-            .catch(() => makeRoom(place).then(() => convert(filter)));
-        }
-      };
-    case "scrub":
-      return async () => {
-        await run(words`btrfs scrub start -B ${place.data}`, {
-          to: `verify the checksums on "${place.data}"`,
-          timeoutMs: Infinity,
-        });
-        fs.rmSync(wishFile("scrub", place), { force: true });
-      };
+): Promise<void> {
+  const { device } = member;
+  needPrograms([device]);
+  await confirm(device);
+  if (device.magic) {
+    const misfit = await findBusy([device]) ??
+      await findTwin([device], data.members);
+    assert(!misfit, `Cannot format ${device.path}: ${misfit?.why}`);
   }
-}
-
-/** Partitions a disk that joins, makes its swap; gives its data partition. */
-async function prepareMember(member: NewMember): Promise<BlockDevice> {
   await partitionDisk(member);
   await waitForPartitions([member]);
-  const { swapPath } = member;
-  if (swapPath) {
-    await makeSwap(swapPath);
-    await attempt(() =>
-      run(words`swapon ${swapPath}`, { to: `turn on swap on ${swapPath}` })
-    );
-  }
-  return dataDevice(member);
+  await makeSwapOf(member);
+  await attempt(() => swapOn(swapOf([member])));
 }
 
-async function waitForOperation(data: DataFilesystem): Promise<void> {
-  const operation = () => stateOf(data)?.operation ?? "none";
-  while (!["none", "balance paused"].includes(operation())) await sleep(1000);
+/** A device that has just become a member, which has no record yet. */
+async function newMember(device: BlockDevice): Promise<Member> {
+  const btrfs = await superblockOf(device.path);
+  assert(btrfs !== undefined, `Cannot find a Btrfs on ${device.path}`);
+  const member = { device, swapBytes: 0, dataPath: device.path, dataBytes: 0 };
+  return memberOf(member, btrfs!);
+}
+
+async function addDevice(
+  { device, dataPath }: NewMember,
+  data: DataFilesystem,
+  paths: Paths,
+): Promise<void> {
+  await run(words`btrfs device add -f ${dataPath} ${paths.data}`, {
+    to: `let ${dataPath} join the data filesystem`,
+    timeoutMs: TIMEOUT.mkfsMs,
+  });
+  const added = await newMember({ ...device, path: dataPath });
+  await recordMembers([...data.members, added], data.fsid);
 }
 
 /**
- * Marks a device to be formatted, should the power fail now. Of a partition
- * the name and not the header: there may be other partitions on its disk.
+ * Puts the magic back before a member is wiped, so that the next boot takes it
+ * again if power fails in between. A partition gets the magic *name*: a header
+ * would claim its whole disk.
  */
-async function arm(device: BlockDevice): Promise<BlockDevice> {
-  if (device.kind === "partition") {
-    await attempt(() => namePartition(device, MAGIC)); // an MBR has no names
-    return { ...device, partitionName: MAGIC };
+async function restoreMagic(device: Member): Promise<Member> {
+  if (device.kind === "volume") return device; // never formatted by a boot
+  if (device.kind === "disk") {
+    await setMagic(device, MAGIC);
+    return device;
   }
-  await setMark(device, MAGIC);
-  return device;
+  await attempt(() => setMagic(device, MAGIC)); // an MBR has no names
+  return { ...device, partitionName: MAGIC };
 }
 
-/** Takes marks and signatures away from a device. */
-async function wipe(device: BlockDevice): Promise<void> {
-  for (const slot of MARK.slotsAt) {
-    await writeBytes(device.path, slot, new Uint8Array(MARK.bytes));
-  }
-  await run(words`wipefs --quiet --all ${device.path}`, {
-    to: `wipe ${device.path}`,
-  });
+/** The disk that has the header, or the partition that has the name. */
+function deviceWithMagic(device: BlockDevice): BlockDevice {
+  if (device.partitionName === MAGIC) return device;
+  return { ...device, path: nodeOf(device.disk), kind: "disk" };
 }
 
-async function cancelReplace(place: Places): Promise<void> {
+/** Takes records and signatures away from a device. */
+async function wipe({ path, read }: BlockDevice): Promise<void> {
+  for (const slot of read.recordable ? RECORD.slotsAt : []) {
+    await writeBytes(path, slot, new Uint8Array(RECORD.bytes));
+  }
+  await run(words`wipefs --quiet --all ${path}`, { to: `wipe ${path}` });
+}
+
+async function cancelReplace(paths: Paths): Promise<void> {
   // Its status 2: there was none to cancel (btrfs-replace(8)).
-  await run(words`btrfs replace cancel ${place.data}`, {
+  await run(words`btrfs replace cancel ${paths.data}`, {
     to: "give up a replace that lost its target",
     accept: [0, 2],
   });
@@ -3359,22 +4363,22 @@ async function startReplace(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
-  place: Places,
+  paths: Paths,
 ): Promise<void> {
   await run(
-    words`btrfs replace start -f ${devid} ${device.path} ${place.data}`,
+    words`btrfs replace start -f ${devid} ${device.path} ${paths.data}`,
     {
       to: `let ${device.path} take the place of device ${devid}`,
       timeoutMs: TIMEOUT.mkfsMs,
     },
   );
   // The command returns before the kernel has begun.
-  const giveUpAt = Date.now() + TIMEOUT.nodeMs;
-  while (Date.now() < giveUpAt) {
+  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
+  while (performance.now() < giveUpAt) {
     if ((await superblockOf(device.path))?.fsid === data.fsid) break;
     await sleep(50);
   }
-  await markMembers([...data.members, fresh(device)], data.fsid);
+  await recordMembers([...data.members, await newMember(device)], data.fsid);
 }
 
 /**
@@ -3385,15 +4389,14 @@ async function finishReplace(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
-  place: Places,
+  paths: Paths,
 ): Promise<void> {
-  const sequence = diskSequence(device);
   for (let packed = false;; packed = true) {
     await waitForOperation(data);
     const found = await superblockOf(device.path);
     if (found?.fsid === data.fsid && found.devid === devid) {
-      await growFilesystem([{ ...device, btrfs: found }], place);
-      return await disarm([bearerOfMark(device)]);
+      await growFilesystem([await newMember(device)], paths);
+      return await clearMagic(deviceWithMagic(device));
     }
     const cannot =
       `Cannot let ${device.path} take the place of device ${devid}`;
@@ -3404,28 +4407,25 @@ async function finishReplace(
           `then reboot`,
       );
     }
-    await cancelReplace(place);
-    await packChunks(place); // may take hours, and nothing holds the disk
-    if (diskSequence(device) !== sequence) {
-      throw new Error(`${cannot}: it is not the disk any more that was marked`);
-    }
-    await startReplace(devid, device, data, place);
+    await cancelReplace(paths);
+    await packChunks(paths); // may take hours, and nothing holds the disk
+    assert(
+      readIdentity(device.disk).sequence === device.sequence,
+      `${cannot}: it is not the disk any more that it was`,
+    );
+    await startReplace(devid, device, data, paths);
   }
 }
-
-/** No two disks have the same (Documentation/ABI/stable/sysfs-block). */
-const diskSequence = ({ disk }: BlockDevice) =>
-  readText(`/sys/block/${disk}/diskseq`);
 
 /**
  * Makes sure that each device has space for new chunks, if need be by moving
  * some to the device that was added. Where all is allocated, Linux 6.18 was
  * seen to abort a conversion with ENOSPC: the filesystem went read-only.
  */
-async function makeRoom(place: Places): Promise<void> {
+async function makeRoom(paths: Paths): Promise<void> {
   const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
   for (let moved = 0; moved < 8; moved++) {
-    const usage = await ask(words`btrfs device usage --raw ${place.data}`, {
+    const usage = await ask(words`btrfs device usage --raw ${paths.data}`, {
       to: `see how much of each device is allocated`,
     });
     const devices = [...usage.matchAll(block)].map(([, devid, size, free]) => ({
@@ -3438,7 +4438,7 @@ async function makeRoom(place: Places): Promise<void> {
     const full = devices.find(({ freeBytes }) => freeBytes < chunkBytes);
     if (!full || most < 2 * chunkBytes) return;
     const filter = `-ddevid=${full.devid},profiles=single,limit=1`;
-    await run(words`btrfs balance start ${filter} ${place.data}`, {
+    await run(words`btrfs balance start ${filter} ${paths.data}`, {
       to: `make room on device ${full.devid}`,
       accept: [0, 1],
       timeoutMs: Infinity,
@@ -3447,57 +4447,39 @@ async function makeRoom(place: Places): Promise<void> {
 }
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
-async function packChunks(place: Places): Promise<void> {
-  await run(words`btrfs balance start -dusage=85 ${place.data}`, {
-    to: `make room on "${place.data}"`,
+async function packChunks(paths: Paths): Promise<void> {
+  await run(words`btrfs balance start -dusage=85 ${paths.data}`, {
+    to: `make room on "${paths.data}"`,
     accept: [0, 1],
     timeoutMs: Infinity,
   });
-}
-
-/** The disk that has the header, or the partition that has the name. */
-function bearerOfMark(device: BlockDevice): BlockDevice {
-  if (device.partitionName === MAGIC) return device;
-  return { ...device, path: nodeOf(device.disk), kind: "disk" };
-}
-
-const fresh = (device: BlockDevice) => ({ ...device, mark: undefined });
-
-async function superblockOf(path: string): Promise<Superblock | undefined> {
-  return await withDevice(
-    path,
-    async (read) =>
-      parseSuperblock(await read(BTRFS.superblockAt, BTRFS.bytes)),
-  );
-}
-
-async function addDevice(
-  device: BlockDevice,
-  data: DataFilesystem,
-  place: Places,
-): Promise<void> {
-  await run(words`btrfs device add -f ${device.path} ${place.data}`, {
-    to: `let ${device.path} join the data filesystem`,
-    timeoutMs: TIMEOUT.mkfsMs,
-  });
-  await markMembers([...data.members, fresh(device)], data.fsid);
 }
 
 // ---------------------------------------------------------------------------
 // --enable and --disable.
 // ---------------------------------------------------------------------------
 
-/** Marks devices to be formatted at the next boot: all of them or none. */
+/** A device or an image file that a person names. */
+interface Target {
+  /** As it was typed. */
+  path: string;
+  /** What it is and what it holds, a line each. */
+  listing: string[];
+  /** What would be lost, if anything. */
+  holds?: string;
+  /** Why it must not become magic, whatever is forced. */
+  refusal?: string;
+  isMagic: () => Promise<boolean>;
+  setMagic: (magic: boolean, anyway: boolean) => Promise<void>;
+}
+
+/** Makes devices magic, to be formatted at the next boot: all of them or none. */
 async function enable(
   paths: string[],
   force: boolean,
   settings: Settings,
 ): Promise<void> {
-  const isImage = (path: string) =>
-    fs.statSync(path, { throwIfNoEntry: false })?.isFile();
-  const names = paths.map((path) =>
-    nameOf(attemptNow(() => fs.realpathSync(path)) ?? "")
-  );
+  const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
     const disk = wholeDisk(name) ?? name;
     if (disk !== name && names.includes(disk)) {
@@ -3506,201 +4488,163 @@ async function enable(
       );
     }
   }
-  const steps: (() => Promise<void>)[] = [];
+  const targets: Target[] = [];
   for (const path of paths) {
-    steps.push(
-      isImage(path)
-        ? await checkImage(path, force)
-        : await checkDevice(path, force, settings),
-    );
+    const target = await targetAt(path, settings);
+    for (const line of target.listing) print(line);
+    const refusal = target.refusal ??
+      (target.holds && !force && !await target.isMagic()
+        ? `it holds ${target.holds}: use --force to give that up, for ever`
+        : undefined);
+    if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+    targets.push(target);
   }
-  for (const step of steps) await step();
-  if (!paths.every(isImage)) await foretell(settings);
-}
-
-/** Says what is on a device; gives the step that marks it. */
-async function checkDevice(
-  path: string,
-  force: boolean,
-  settings: Settings,
-): Promise<() => Promise<void>> {
-  const { device, facts } = await lookAtOne(path, settings);
-  const holds = await describeContents(device, facts);
-  print(`${device.path}: ${describeDevice(device)}, ${holds ?? "seems empty"}`);
-  const isEnabled = isMarked(device) && dataOn(device, facts).length === 0;
-  const refusal = refuseToEnable(device, facts) ??
-    (holds && !force && !isEnabled
-      ? `it holds ${holds}: use --force to give that up`
-      : undefined);
-  if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
-  if (device.hasNode) {
-    await run(words`wipefs --quiet --all --no-act ${device.path}`, {
-      to: `have ${path} alone (is it mounted in a container?)`,
-    });
-  }
-  return async () => {
-    if (isEnabled) {
-      print(`${path} is enabled already`);
-    } else {
-      await mark(device, facts);
-      print(`${path} is enabled`);
-    }
-  };
-}
-
-function isMarked(device: BlockDevice): boolean {
-  return device.kind === "partition"
-    ? device.partitionName === MAGIC
-    : device.header;
-}
-
-/** Data that would win over the mark at the next boot. */
-function dataOn(device: BlockDevice, facts: Facts): BlockDevice[] {
-  return partsOf(device, facts.devices)
-    .filter((part) => part.btrfs?.label === DATA);
-}
-
-async function mark(device: BlockDevice, facts: Facts): Promise<void> {
-  await setMark(device, MAGIC);
-  // The data would win over the mark: it is given up here, on purpose.
-  const parts = dataOn(device, facts);
-  for (const disk of disksWithoutNodes(parts, facts.devices)) {
-    await makePartitionNodes(disk);
-  }
-  for (const part of parts) await wipe(part);
-  const again = await lookAgain(device);
-  if (!isMarked(again)) {
-    throw new Error(
-      `Cannot read the mark back from ${device.path}: the disk may be broken`,
-    );
-  }
-}
-
-/** Reads a device anew, its partition name from the table. */
-async function lookAgain(device: BlockDevice): Promise<BlockDevice> {
-  const settings = { ...defaultSettings, only: [device.disk] };
-  const facts = await look(settings, device.disk);
-  const found = facts.devices.find((other) => other.path === device.path);
-  if (!found) throw new Error(`Cannot find ${device.path} any more`);
-  return found;
-}
-
-/** Says what is in an image file; gives the step that marks it. */
-async function checkImage(
-  path: string,
-  force: boolean,
-): Promise<() => Promise<void>> {
-  const real = fs.realpathSync(path);
-  const user = fs.readdirSync("/sys/class/block").find((name) =>
-    readText(`/sys/class/block/${name}/loop/backing_file`) === real
-  );
-  if (user) {
-    throw new UsageError(`Cannot enable ${path}: it is in use by /dev/${user}`);
-  }
-  const holds = await describeSignatures(path);
-  const size = fs.statSync(path).size;
-  print(`${path}: image file, ${inMiB(size)}, ${holds ?? "seems empty"}`);
-  if (size < MiB) {
-    throw new UsageError(
-      `Cannot enable ${path}: it is too small for the image of a disk ` +
-        `(truncate -s 20G makes it larger, and may do so again later)`,
-    );
-  }
+  const done: Target[] = [];
   try {
-    fs.closeSync(fs.openSync(path, "r+"));
-  } catch (error) {
-    throw new UsageError(`Cannot enable ${path}: ${messageOf(error)}`);
-  }
-  if (holds && !force && !await isMarkedImage(path)) {
-    throw new UsageError(
-      `Cannot enable ${path}: it holds ${holds}: use --force to give that up`,
-    );
-  }
-  return async () => {
-    if (await isMarkedImage(path)) return print(`${path} is enabled already`);
-    await writeHeader(path, true);
-    if (!await isMarkedImage(path)) {
-      throw new Error(`Cannot read the mark back from ${path}`);
-    }
-    print(
-      `${path} is enabled: a machine that has it as a disk formats it` +
-        (holds ? `, unless it holds a "${DATA}": then that wins` : ""),
-    );
-  };
-}
-
-async function isMarkedImage(path: string): Promise<boolean> {
-  const start = await withDevice(path, (read) => read(0, MAGIC.length));
-  return text(start, 0, start.length) === MAGIC;
-}
-
-/** Takes the marks away again. */
-async function disable(paths: string[], settings: Settings): Promise<void> {
-  for (const path of paths) {
-    if (fs.statSync(path, { throwIfNoEntry: false })?.isFile()) {
-      if (!await isMarkedImage(path)) {
-        print(`${path} is not enabled`);
+    for (const target of targets) {
+      if (await target.isMagic() && !force) {
+        print(`${target.path} is enabled already`);
         continue;
       }
-      await writeHeader(path, false);
-      print(`${path} is disabled`);
-      continue;
+      done.push(target);
+      await target.setMagic(true, force);
+      if (!await target.isMagic()) {
+        throw new Error(
+          `Cannot read the magic back from ${target.path}: the disk may be ` +
+            `broken`,
+        );
+      }
+      print(`${target.path} is enabled`);
     }
-    const { device } = await lookAtOne(path, settings);
-    if (device.readError) {
-      throw new Error(`Cannot disable ${path}: ${device.readError}`);
-    }
-    if (!isMarked(device)) {
+  } catch (error) { // half a mirror would become a single disk
+    await attemptEach(done, (target) => target.setMagic(false, false));
+    throw error;
+  }
+  if (names.some(Boolean)) await printNextBoot(settings);
+}
+
+/** Takes the magic away again. */
+async function disable(paths: string[], settings: Settings): Promise<void> {
+  for (const path of paths) {
+    const target = await targetAt(path, settings, "disable");
+    if (!await target.isMagic()) {
       print(`${path} is not enabled`);
       continue;
     }
-    if (device.readOnly) {
-      throw new UsageError(`Cannot disable ${path}: it is read-only`);
-    }
-    await setMark(device, device.btrfs?.label === DATA ? DATA : "");
-    if (isMarked(await lookAgain(device))) {
-      throw new Error(
-        `Cannot take the mark away from ${path}: it is still there`,
-      );
-    }
+    await target.setMagic(false, false);
+    assert(
+      !await target.isMagic(),
+      `Cannot take the magic away from ${path}: it is still there`,
+    );
     print(`${path} is disabled`);
   }
 }
 
-/** The facts about one device, by any path that leads to it. */
-async function lookAtOne(
+async function targetAt(
   path: string,
   settings: Settings,
-): Promise<{ device: BlockDevice; facts: Facts }> {
+  to: "enable" | "disable" = "enable",
+): Promise<Target> {
   const stat = fs.statSync(path, { throwIfNoEntry: false });
   if (!stat) {
     throw new UsageError(`Cannot find "${path}": there is no such device`);
   }
-  if (!stat.isBlockDevice()) {
+  if (stat.isFile()) return await imageAt(path);
+  const name = nameAt(path);
+  if (!stat.isBlockDevice() || !name) {
     throw new UsageError(
       `Cannot use "${path}": it is neither a block device nor an image file`,
     );
   }
-  const real = fs.realpathSync(path);
-  const name = nameOf(real);
   const disk = wholeDisk(name) ?? name;
   const facts = await look({ ...settings, only: [disk] }, disk);
-  const device = facts.devices.find((device) => device.path === real);
+  const device = facts.devices.find((device) => device.name === name);
   if (!device) {
     throw new UsageError(
       `Cannot use "${path}": it has no medium, or is no disk or partition`,
     );
   }
-  return { device, facts };
+  if (to === "disable") {
+    const { read: { error }, readOnly } = device;
+    if (error) throw new Error(`Cannot disable ${path}: ${error}`);
+    if (readOnly && device.magic) {
+      throw new UsageError(`Cannot disable ${path}: it is read-only`);
+    }
+  }
+  return await deviceTarget(path, device, facts);
 }
 
-/** Why a device must not be marked, whatever is forced; undefined if it may. */
-function refuseToEnable(device: BlockDevice, facts: Facts): string | undefined {
-  const user = partsOf(device, facts.devices).find((part) => part.inUse);
+async function deviceTarget(
+  path: string,
+  device: BlockDevice,
+  facts: Facts,
+): Promise<Target> {
+  const parts = partsOf(device, facts.devices);
+  const labelled = parts.filter(holdsData);
+  const listing: string[] = [];
+  const held: string[] = [];
+  for (const part of parts) {
+    const holds = part.read.error ?? await describeContents(part);
+    const own = part === device ? describeDevice(part) : inMiB(part.sizeBytes);
+    listing.push(
+      `${part === device ? "" : "  "}${part.path}: ${own}, ` +
+        (holds ?? (part === device ? "seems empty" : "empty")),
+    );
+    if (holds) held.push(part === device ? holds : `${part.path} (${holds})`);
+  }
+  return {
+    path,
+    listing,
+    holds: held.join(", ") || undefined,
+    refusal: await refuseToEnable(device, facts),
+    isMagic: async () => {
+      // The data would win over the magic.
+      const again = await look(
+        { ...defaultSettings, only: [device.disk] },
+        device.disk,
+      );
+      const found = again.devices.find(({ name }) => name === device.name);
+      return found !== undefined && found.magic &&
+        !partsOf(found, again.devices).some(holdsData);
+    },
+    async setMagic(magic, anyway) {
+      const isData = device.read.btrfs?.label === DATA;
+      await setMagic(device, magic ? MAGIC : isData ? DATA : "", anyway);
+      if (!magic) return;
+      const disk = facts.devices.find(({ name }) => name === device.disk);
+      if (disk && labelled.some(({ entry }) => entry)) {
+        await showPartitions(disk);
+      }
+      for (const part of labelled) await giveUp(part);
+    },
+  };
+}
+
+/** Data that would win over the magic at the next boot. */
+function holdsData({ holds }: BlockDevice): boolean {
+  return (holds.kind === "member" && holds.btrfs.label === DATA) ||
+    (holds.kind === "suspect" && holds.labelled);
+}
+
+/** Wipes data on purpose; libblkid does not see a damaged superblock. */
+async function giveUp(part: BlockDevice): Promise<void> {
+  await wipe(part);
+  const { path, read: { btrfs } } = part;
+  if (btrfs?.intact !== false) return;
+  await writeBytes(path, BTRFS.superblockAt, new Uint8Array(BTRFS.bytes));
+}
+
+/** Why a device must not become magic, whatever is forced. */
+async function refuseToEnable(
+  device: BlockDevice,
+  facts: Facts,
+): Promise<string | undefined> {
+  const parts = partsOf(device, facts.devices);
+  const user = parts.find((part) => part.inUse);
   const whole = facts.devices.find((other) => other.name === device.disk);
   if (user) return `${user.path} is ${user.inUse}`;
   if (whole?.inUse) return `${whole.path} is ${whole.inUse}`;
-  if (device.readError) return device.readError;
+  if (device.read.error) return device.read.error;
   if (device.readOnly) return "it is read-only";
   if (device.kind === "volume") {
     return "the magic header counts on whole disks only, not on md or " +
@@ -3711,76 +4655,150 @@ function refuseToEnable(device: BlockDevice, facts: Facts): string | undefined {
   }
   const other = device.kind === "partition"
     ? whole
-    : partsOf(device, facts.devices).find((part) => part !== device);
-  if (other && other !== device && isMarked(other)) {
+    : parts.find((part) => part !== device);
+  if (other && other !== device && other.magic) {
     return `${other.path} is enabled (--disable it first)`;
   }
-  const dataBytes = layOut(device, facts.memoryBytes, true).dataBytes;
+  const { dataBytes } = layOut(device, facts.memoryBytes, true);
   if (dataBytes < MINIMUM_DATA_BYTES) {
     return `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
       `${inMiB(MINIMUM_DATA_BYTES)} for data)`;
   }
-  if (device.kind === "partition" && !whole?.gpt) {
+  const gpt = whole?.read.gpt;
+  if (device.kind === "partition" && !gpt) {
     return `the magic partition name needs a GPT, and ${whole?.path} has ` +
       `another partition table`;
   }
+  if (device.kind === "partition" && gpt?.sectorBytes !== device.sectorBytes) {
+    return `the partition table of ${whole?.path} was made for other sectors`;
+  }
+  if (!device.entry) {
+    const busy = await claim(device.path).then(() => undefined, messageOf);
+    if (busy) return busy;
+  }
+  for (const part of parts) {
+    const path = await findOpenTwin(part);
+    if (path) return `it is the same disk as ${path}, or a fresh copy of it`;
+  }
 }
 
-/** Does the kernel command line (`root=`) or an image name this device? */
+/** An open member with the same superblock: perhaps another path to it. */
+async function findOpenTwin(
+  { disk, read }: BlockDevice,
+): Promise<string | undefined> {
+  if (!read.btrfs) return undefined;
+  const { fsid, devid, generation } = read.btrfs;
+  for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
+    const found = await superblockOf(nodeOf(name));
+    const isSame = found?.devid === devid && found.generation === generation;
+    if (isSame && wholeDisk(name) !== disk) return nodeOf(name);
+  }
+}
+
+/** Does the kernel command line (`root=`) name this device? */
 function isSystemSource(device: BlockDevice, facts: Facts): boolean {
   const root = /(?:^|\s)root=(\S+)/.exec(readText("/proc/cmdline") ?? "")?.[1];
-  const path = root && attemptNow(() => fs.realpathSync(root));
-  return partsOf(device, facts.devices).some((part) => part.path === path);
-}
-
-/** What a device and its partitions hold, in words. */
-async function describeContents(
-  device: BlockDevice,
-  facts: Facts,
-): Promise<string | undefined> {
-  const [ours] = dataOn(device, facts);
-  if (ours) return `the data filesystem "${DATA}" ${ours.btrfs?.fsid}`;
-  const found = [await describeSignatures(device.path)];
-  for (const part of partsOf(device, facts.devices)) {
-    if (part === device || !part.hasNode) continue;
-    const holds = await describeSignatures(part.path);
-    if (holds) found.push(`${part.path} (${holds})`);
-  }
-  return found.filter(Boolean).join(", ") || undefined;
+  const name = root && nameAt(root);
+  return partsOf(device, facts.devices).some((part) => part.name === name);
 }
 
 /**
- * What wipefs(8) lists: every signature, where blkid(8) picks one. An encrypted
- * disk has none: it shows by what is in its first MiB.
+ * What a device holds, in words. An encrypted disk has no signature: it shows
+ * by what is in its first MiB.
  */
-async function describeSignatures(path: string): Promise<string | undefined> {
-  const listed = await ask(
-    words`wipefs --noheadings --output TYPE,LABEL ${path}`,
-    { to: `see what is on ${path}` },
-  );
-  const lines = listed.split("\n").map((line) => line.trim().split(/\s+/, 2));
-  const found = lines.filter(([type]) => type)
-    .map(([type, label]) => label ? `${type} "${label}"` : type);
-  const unique = [...new Set(found)].join(", ").replaceAll(/\p{Cc}/gu, "?");
-  if (unique) return unique;
-  const start = await withDevice(path, (read) => read(0, MiB));
-  if (text(start, 0, MAGIC.length) === MAGIC) start.fill(0, 0, MAGIC.length);
+async function describeContents(
+  device: BlockDevice,
+): Promise<string | undefined> {
+  const { signatures = [], read, path, entry, holds } = device;
+  if (holds.kind === "member" && holds.btrfs.label === DATA) {
+    return `the data filesystem "${DATA}" ${holds.btrfs.fsid}`;
+  }
+  const found = describeSignatures(signatures);
+  if (found || entry) return found || undefined;
+  const start = await readBytes(path, 0, MiB);
+  const lines = read.header ? MAGIC + (read.anyway ? `\n${ANYWAY}\n` : "") : "";
+  start.fill(0, 0, lines.length);
   return isZero(start) ? undefined : "data of an unknown kind";
 }
 
 function describeDevice(device: BlockDevice): string {
   const directory = `/sys/class/block/${device.disk}/device`;
   const model = ["vendor", "model"]
-    .map((name) => readText(`${directory}/${name}`)).filter(Boolean).join(" ");
-  return `${device.kind}${model && ` ${model}`}, ${inMiB(device.sizeBytes)}`;
+    .map((name) => readText(`${directory}/${name}`)?.trim()).filter(Boolean);
+  return [device.kind, ...model].join(" ") + `, ${inMiB(device.sizeBytes)}`;
 }
 
-/** Says what the next boot would make of the marks. */
-async function foretell(settings: Settings): Promise<void> {
+/** Formats of files that are no raw images, by the bytes that tell them. */
+const FILE_FORMATS: [name: string, at: number, magic: string][] = [
+  ["qcow2", 0, "QFI\xfb"],
+  ["VMDK", 0, "KDMV"],
+  ["VMDK", 0, "COWD"],
+  ["VMDK", 0, "# Disk DescriptorFile"],
+  ["VDI", 64, "\x7f\x10\xda\xbe"],
+  ["VHDX", 0, "vhdxfile"],
+  ["VHD", 0, "conectix"],
+  ["VHD", -512, "conectix"],
+  ["QED", 0, "QED\0"],
+  ["Parallels", 0, "WithoutFreeSpace"],
+  ["Parallels", 0, "WithouFreSpacExt"],
+  ["gzip", 0, "\x1f\x8b"],
+  ["xz", 0, "\xfd7zXZ\0"],
+  ["zstd", 0, "\x28\xb5\x2f\xfd"],
+  ["bzip2", 0, "BZh"],
+  ["zip", 0, "PK\x03\x04"],
+];
+
+async function imageAt(path: string): Promise<Target> {
+  const real = fs.realpathSync(path);
+  const sizeBytes = fs.statSync(path).size;
+  const user = fs.readdirSync("/sys/class/block").find((name) =>
+    readText(`/sys/class/block/${name}/loop/backing_file`) === real
+  );
+  const start = await readBytes(path, 0, MiB);
+  const end = await readBytes(path, Math.max(0, sizeBytes - 512), 512);
+  const [format] =
+    FILE_FORMATS.find(([, at, magic]) =>
+      Buffer.from(at < 0 ? end : start.subarray(at))
+        .subarray(0, magic.length).equals(Buffer.from(magic, "latin1"))
+    ) ?? [];
+  const signatures = await listSignatures({ path });
+  const { header } = parseStart(start);
+  if (header) start.fill(0, 0, MAGIC.length);
+  const holds = describeSignatures(signatures) ||
+    (isZero(start) ? undefined : "data of an unknown kind");
+  const writable = orUndefined(() =>
+    fs.closeSync(fs.openSync(path, "r+")) ?? true
+  );
+  const refusal = user
+    ? `it is in use by ${nodeOf(user)}`
+    : format
+    ? `it is a ${format} file, and only a raw image can begin with the header ` +
+      `(qemu-img convert -O raw makes one)`
+    : sizeBytes < MiB
+    ? `it is too small for the image of a disk (truncate -s 20G makes it ` +
+      `larger, and may do so again later)`
+    : !writable
+    ? "it cannot be written to"
+    : undefined;
+  const image = { path, kind: "disk", disk: "", number: 0 } as BlockDevice;
+  return {
+    path,
+    listing: [
+      `${path}: image file, ${inMiB(sizeBytes)}, ${holds ?? "seems empty"}`,
+    ],
+    holds,
+    refusal,
+    isMagic: async () => parseStart(await readBytes(path, 0, 512)).header,
+    setMagic: (magic, anyway) => setMagic(image, magic ? MAGIC : "", anyway),
+  };
+}
+
+/** Says what the next boot would do. */
+async function printNextBoot(settings: Settings): Promise<void> {
   const plan = await makePlan(settings, 0, true);
   print("At the next boot:");
   for (const line of describePlan(plan)) print(`  ${line}`);
-  for (const line of [...plan.warnings, ...plan.errors]) print(`  ${line}`);
+  for (const { text } of plan.notes) print(`  ${text}`);
 }
 
 // ---------------------------------------------------------------------------
@@ -3820,23 +4838,23 @@ interface Space {
 
 /** Collects what is mounted where, from what, and how healthy it is. */
 async function readStatus(settings: Settings): Promise<Status> {
-  const place = places(settings.root);
-  const base = mountedOn(place.data);
-  const fsid = base?.type === "btrfs" ? fsidOf(base) : undefined;
+  const paths = pathsBelow(settings.root);
+  const base = mountedOn(paths.data);
+  const fsid = base && fsidOf(base);
   const members = fsid ? await readMembers(fsid) : [];
   const state = fsid
     ? readFilesystemState(fsid, members.map((member) => member.btrfs))
     : undefined;
   const targets = [
-    place.data,
-    place.state,
-    place.snapshots,
-    ...OVERLAYS.map((name) => join(place.root, name)),
+    paths.data,
+    paths.state,
+    paths.snapshots,
+    ...OVERLAYS.map((name) => join(paths.root, name)),
   ];
   const mounts = readMounts().filter(({ target }) => targets.includes(target));
-  const report = readText(place.report);
+  const report = readText(paths.report);
   const status: Status = {
-    mode: !base ? "none" : fsid ? "persistent" : "volatile",
+    mode: !base ? "none" : base.type === "btrfs" ? "persistent" : "volatile",
     uuid: fsid ?? null,
     label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
     profiles: state?.profiles ?? null,
@@ -3855,21 +4873,21 @@ async function readStatus(settings: Settings): Promise<Status> {
       source,
       type,
     })),
-    space: base ? readSpace(place.data) : null,
+    space: base ? readSpace(paths.data) : null,
     metadataSpace: fsid && members.length > 0
       ? readMetadataSpace(fsid, members.map((member) => member.btrfs))
       : null,
     swap: readSwaps(),
-    work: state ? await readWork(state, place) : [],
+    work: state ? await readWork(state, paths) : [],
     health: [],
-    lastBoot: attemptNow(() => JSON.parse(report ?? "null")) ?? null,
+    lastBoot: orUndefined(() => JSON.parse(report ?? "null")) ?? null,
   };
   status.health = judgeHealth(status, state);
   return status;
 }
 
 function readSpace(directory: string): Space | null {
-  const found = attemptNow(() => fs.statfsSync(directory));
+  const found = orUndefined(() => fs.statfsSync(directory));
   return found
     ? {
       sizeBytes: found.blocks * found.bsize,
@@ -3896,14 +4914,6 @@ function readMetadataSpace(fsid: string, members: Superblock[]): Space {
   return { sizeBytes, freeBytes: Math.max(0, Math.floor(freeBytes)) };
 }
 
-/** The UUID of a mounted Btrfs, from the device that stands for it. */
-function fsidOf(mount: Mount): string | undefined {
-  const device = attemptNow(() => nameOf(fs.realpathSync(mount.source)));
-  return listDirectory("/sys/fs/btrfs").find((fsid) =>
-    device && fs.existsSync(`/sys/fs/btrfs/${fsid}/devices/${device}`)
-  );
-}
-
 /** The devices in use: sysfs knows their names, superblocks the devids. */
 async function readMembers(
   fsid: string,
@@ -3922,14 +4932,14 @@ async function readMembers(
 /** What runs in the background, in the words of btrfs(8). */
 async function readWork(
   state: FilesystemState,
-  place: Places,
+  paths: Paths,
 ): Promise<Status["work"]> {
-  const note: JobNote | undefined = attemptNow(() =>
-    JSON.parse(readText(place.job) ?? "")
+  const note: JobNote | undefined = orUndefined(() =>
+    JSON.parse(readText(paths.job) ?? "")
   );
   const since = note?.since ?? null;
   const askBtrfs = async (kind: string, command: string[]) => {
-    const output = await ask(words`btrfs ${command} ${place.data}`, {
+    const output = await ask(words`btrfs ${command} ${paths.data}`, {
       to: `ask how far the ${kind} is`,
       accept: [0, 1], // 1: a balance runs
     });
@@ -3947,7 +4957,7 @@ async function readWork(
   } else if (state.operation !== "none") {
     work.push({ kind: state.operation, progress: "running", since });
   }
-  if (readWishes(place).scrub) {
+  if (readPending(paths).scrub) {
     work.push(await askBtrfs("scrub", ["scrub", "status"]));
   }
   // Between two of these, or while a disk is wiped and partitioned.
@@ -4066,8 +5076,7 @@ async function dryRun(settings: Settings, json: boolean): Promise<void> {
   const plan = await makePlan(settings, 0, true);
   if (json) return print(JSON.stringify(plan, null, 2));
   for (const line of describePlan(plan)) print(line);
-  for (const line of plan.warnings) print(`warning: ${line}`);
-  for (const line of plan.errors) print(`error: ${line}`);
+  for (const { level, text } of plan.notes) print(`${level}: ${text}`);
 }
 
 // ---------------------------------------------------------------------------
@@ -4102,29 +5111,31 @@ function words(
 /**
  * Runs a command that does something.
  *
- * @returns Its status, one of those that are accepted.
+ * @returns Its status, one of those that are accepted, and what it wrote to
+ * stdout where that is captured.
  * @throws {Error} A sentence that tells apart: not installed, failed, killed,
  * no answer in time; with the end of what it wrote to stderr.
  */
 async function run(
   command: string[],
-  options: RunOptions & { stdin?: string | Uint8Array },
-): Promise<number> {
+  options: RunOptions & { stdin?: string | Uint8Array; capture?: boolean },
+): Promise<{ status: number; stdout: string }> {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
   const program = findCommand(command, to);
   // Files, not pipes: what reads a pipe takes 4 ms to load.
-  const input = stdin === undefined ? "ignore" : openNameless(stdin);
-  const errors = attemptNow(() => openNameless("")) ?? "inherit";
+  const input = stdin === undefined ? "ignore" : openUnlinkedFile(stdin);
+  const output = options.capture ? openUnlinkedFile("") : "ignore";
+  const errors = orUndefined(() => openUnlinkedFile("")) ?? "inherit";
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    const stdio: Stdio = [input, "ignore", errors];
     const all = [program, ...command.slice(1)];
-    const end = await endOf(all, what, timeoutMs, stdio);
-    if (typeof end === "number" && accept.includes(end)) return end;
-    throw failure(command, to, end, readNameless(errors));
+    const end = await endOf(all, what, timeoutMs, [input, output, errors]);
+    if (typeof end === "number" && accept.includes(end)) {
+      return { status: end, stdout: readUnlinkedFile(output) };
+    }
+    throw failure(command, to, end, readUnlinkedFile(errors));
   } finally {
-    if (/^u?mount$/.test(command[0])) knownMounts = undefined;
-    for (const file of [input, errors]) {
+    for (const file of [input, output, errors]) {
       if (typeof file === "number") fs.closeSync(file);
     }
   }
@@ -4194,7 +5205,7 @@ function start(command: string[], options: StartOptions): Child {
   const child = spawn(command[0], command.slice(1), options);
   const ended = new Promise<number | string>((resolve) =>
     child.on("exit", (status, signal) => resolve(status ?? signal ?? "?"))
-      .on("error", () => {}) // it has no number either
+      .on("error", () => {}) // a failed spawn has no pid: reported below
   );
   if (child.pid === undefined) throw new Error("It cannot be executed");
   if (options.detached) child.unref();
@@ -4205,7 +5216,7 @@ function start(command: string[], options: StartOptions): Child {
  * Runs a program until it ends, or kills it when the time is up.
  *
  * @throws {Error} When it cannot be executed.
- * @throws {NoAnswer} When the time is up.
+ * @throws {TimeoutError} When the time is up.
  */
 async function endOf(
   command: string[],
@@ -4248,11 +5259,11 @@ function failure(
   return new Error(`Cannot ${to}: "${command.join(" ")}" ${how}: ${said}`);
 }
 
-let nameless = 0;
+let unlinkedFiles = 0;
 
 /** Opens a file that has no name any more, for a command to read or write. */
-function openNameless(contents: string | Uint8Array): number {
-  const path = `/run/lightwhale-${process.pid}.${nameless++}`;
+function openUnlinkedFile(contents: string | Uint8Array): number {
+  const path = `/run/lightwhale-${process.pid}.${unlinkedFiles++}`;
   const file = fs.openSync(path, "wx+", 0o600);
   fs.unlinkSync(path);
   const bytes = typeof contents === "string"
@@ -4265,9 +5276,9 @@ function openNameless(contents: string | Uint8Array): number {
   return file;
 }
 
-/** What a command wrote to a nameless file. */
-function readNameless(file: number | "inherit"): string {
-  if (file === "inherit") return "";
+/** What a command wrote to such a file. */
+function readUnlinkedFile(file: Stdio[number]): string {
+  if (typeof file !== "number") return "";
   const bytes = new Uint8Array(fs.fstatSync(file).size);
   fs.readSync(file, bytes, 0, bytes.length, 0);
   return text(bytes, 0, bytes.length);
@@ -4282,13 +5293,16 @@ function findProgram(name: string): string | undefined {
   }
 }
 
-/** Of what did not answer: to ask again would be to wait as long again. */
-class NoAnswer extends Error {}
+/**
+ * A device or program did not answer in time. Never retried: a retry would block
+ * just as long.
+ */
+class TimeoutError extends Error {}
 
 /**
  * Gives up on something that does not answer.
  *
- * @throws {NoAnswer} When the time is up.
+ * @throws {TimeoutError} When the time is up.
  */
 function withTimeout<T>(
   promise: PromiseLike<T>,
@@ -4297,7 +5311,7 @@ function withTimeout<T>(
 ): Promise<T> {
   return new Promise((resolve, reject) => {
     const timer = timeoutMs === Infinity ? undefined : setTimeout(() => {
-      reject(new NoAnswer(`${what}: no answer in ${timeoutMs / 1000} s`));
+      reject(new TimeoutError(`${what}: no answer in ${timeoutMs / 1000} s`));
     }, timeoutMs);
     promise.then(resolve, reject).then(() => clearTimeout(timer));
   });
@@ -4323,14 +5337,14 @@ async function takeLock(
     return { release: () => {} };
   }
   fs.mkdirSync(dirname(path), { recursive: true });
-  const started = Date.now();
+  const startedMs = performance.now();
   const file = fs.openSync(path, "a");
   const command = [flock, "--timeout", `${timeoutMs / 1000}`, "0"];
   const stdio: Stdio = [file, "ignore", "ignore"];
   const end = await endOf(command, "flock", timeoutMs + 5000, stdio)
     .catch(messageOf);
   // flock(1): the time is up; BusyBox's, at once: it knows no --timeout.
-  if (end === 1 && Date.now() - started >= timeoutMs) {
+  if (end === 1 && performance.now() - startedMs >= timeoutMs) {
     fs.closeSync(file);
     throw new Error(
       `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
@@ -4360,11 +5374,11 @@ function say(level: Level, message: string): void {
   if (level === "warning") messages.warnings.push(message);
   const line = `persistence: ${message.replaceAll(/\p{Cc}+/gu, " ")}`;
   if (PRIORITY[level] <= PRIORITY[speech.level]) {
-    attemptNow(() => fs.writeSync(2, line + "\n")); // console.error colours
+    orUndefined(() => fs.writeSync(2, line + "\n")); // console.error colours
   }
   const { kernelLog } = speech;
   if (kernelLog === undefined || level === "debug") return;
-  attemptNow(() => fs.writeSync(kernelLog, `<${PRIORITY[level]}>${line}\n`));
+  orUndefined(() => fs.writeSync(kernelLog, `<${PRIORITY[level]}>${line}\n`));
 }
 
 function sayError(error: unknown): void {
@@ -4373,8 +5387,7 @@ function sayError(error: unknown): void {
 
 function sayPlan(plan: Plan): void {
   for (const line of describePlan(plan)) say("info", line);
-  for (const warning of plan.warnings) say("warning", warning);
-  for (const error of plan.errors) say("error", error);
+  for (const { level, text } of plan.notes) say(level, text);
 }
 
 /** Results go to stdout. */
@@ -4395,7 +5408,7 @@ async function attempt(step: () => unknown): Promise<void> {
   }
 }
 
-/** Does it with each: none fails for another one's sake. */
+/** Runs the step for every item; a failure does not stop the rest. */
 async function attemptEach<T>(
   items: T[],
   step: (item: T) => Promise<void>,
@@ -4404,9 +5417,8 @@ async function attemptEach<T>(
 }
 
 /**
- * Waits until all have ended, so that nothing goes on behind a failure.
+ * Like Promise.all(), but rejects only when no step is running any more.
  *
- * @returns What each came to.
  * @throws The first failure.
  */
 async function allOf<T extends unknown[]>(
@@ -4417,7 +5429,7 @@ async function allOf<T extends unknown[]>(
 }
 
 /** The value of an expression, or undefined where it throws. */
-function attemptNow<T>(step: () => T): T | undefined {
+function orUndefined<T>(step: () => T): T | undefined {
   try {
     return step();
   } catch {
@@ -4427,18 +5439,18 @@ function attemptNow<T>(step: () => T): T | undefined {
 
 /** Text of a small file without the newline at its end, if it can be read. */
 function readText(path: string): string | undefined {
-  return attemptNow(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
+  return orUndefined(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
 }
 
 function listDirectory(path: string): string[] {
-  return attemptNow(() => fs.readdirSync(path)) ?? [];
+  return orUndefined(() => fs.readdirSync(path)) ?? [];
 }
 
 function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
-function assert(condition: boolean, message: string): void {
+function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(message);
 }
 
@@ -4529,7 +5541,7 @@ export function parseCommandLine(args: string[]) {
   }
   const given: Partial<Settings> = {};
   if (parsed.root !== undefined) {
-    if (!attemptNow(() => fs.statSync(parsed.root).isDirectory())) {
+    if (!orUndefined(() => fs.statSync(parsed.root).isDirectory())) {
       throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
     }
     given.root = fs.realpathSync(parsed.root);
@@ -4550,33 +5562,59 @@ export function parseCommandLine(args: string[]) {
     given.waitMs = parseSeconds(parsed.wait);
     if (given.waitMs === undefined) {
       throw new UsageError(
-        `Cannot wait "${parsed.wait}" seconds (--wait): no number`,
+        `Cannot use --wait "${parsed.wait}": not a number of seconds`,
       );
     }
   }
   return { mode, operands, given, parsed };
 }
 
+/**
+ * Splits the kernel's command line as the kernel does (lib/cmdline.c,
+ * next_arg()): quotes keep spaces together, around a word or around a value.
+ */
+function splitKernelCommandLine(kernel: string): Map<string, string> {
+  const options = new Map<string, string>(); // of one name the last counts
+  for (const [word] of kernel.matchAll(/(?:"[^"]*"?|[^\s"])+/g)) {
+    const [, name, value = ""] = /^([^=]*)=?(.*)$/s
+      .exec(word.replaceAll('"', "")) ?? [];
+    options.set(name.toLowerCase().replaceAll("-", "_"), value.trim());
+  }
+  return options;
+}
+
+const ON = ["on", "yes", "true", "1"];
+const OFF = ["off", "no", "false", "0"];
+
 /** Reads the kernel's command line, which is never a reason not to boot. */
 export function parseKernelCommandLine(kernel: string) {
-  const words = kernel.split(/\s+/);
-  const options = new Map<string, string>(); // of one name the last counts
-  for (const word of words) {
-    const end = word.indexOf("=");
-    if (end > 0) options.set(word.slice(0, end), word.slice(end + 1));
+  const options = splitKernelCommandLine(kernel);
+  const warnings: string[] = [];
+  const persistence = options.get("lightwhale.persistence")?.toLowerCase();
+  const isKnown = persistence === undefined || persistence === "required" ||
+    [...ON, ...OFF].includes(persistence);
+  if (!isKnown) {
+    warnings.push(
+      `Cannot use lightwhale.persistence="${persistence}" on the kernel ` +
+        `command line: it is taken for "off" (use ${
+          [...OFF, ...ON].join(", ")
+        } or required)`,
+    );
   }
   const settings: Settings = {
     ...defaultSettings,
-    off: options.get("lightwhale.persistence") === "off",
-    noSwap: words.includes("noswap") ||
-      options.get("lightwhale.swap") === "off",
-    dataUuid: options.get("lightwhale.data")?.toLowerCase(),
+    off: !isKnown || OFF.includes(persistence ?? ""),
+    noSwap: options.has("noswap") ||
+      OFF.includes(options.get("lightwhale.swap")?.toLowerCase() ?? ""),
+    dataUuid: options.get("lightwhale.data")?.toLowerCase()
+      .replace(/^uuid=/, "") || undefined,
   };
-  const warnings: string[] = [];
   const wait = options.get("lightwhale.wait");
   const waitMs = wait === undefined ? settings.waitMs : parseSeconds(wait);
   if (waitMs === undefined) {
-    warnings.push(`Cannot wait "${wait}" seconds (lightwhale.wait): no number`);
+    warnings.push(
+      `Cannot use lightwhale.wait="${wait}": not a number of seconds`,
+    );
   } else settings.waitMs = waitMs;
   return { settings, warnings };
 }
@@ -4588,7 +5626,7 @@ function parseSeconds(seconds: string): number | undefined {
 
 /** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
 function nameOfDisk(path: string): string {
-  const name = attemptNow(() => nameOf(fs.realpathSync(path)));
+  const name = nameAt(path);
   const disk = name && wholeDisk(name);
   if (disk) return disk;
   throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
@@ -4597,7 +5635,7 @@ function nameOfDisk(path: string): string {
 /** Name of the whole disk that a device is part of, or its own. */
 function wholeDisk(name: string): string | undefined {
   if (fs.existsSync(`/sys/block/${name}`)) return name;
-  const partition = attemptNow(() =>
+  const partition = orUndefined(() =>
     fs.realpathSync(`/sys/class/block/${name}`)
   );
   return partition && basename(dirname(partition));
@@ -4621,7 +5659,7 @@ async function main(args: string[]): Promise<number> {
     }:/usr/sbin:/usr/bin:/sbin:/bin`;
     process.env.LC_ALL = "C"; // what programs say is read, and quoted
     if (mode === "boot" || mode === "maintain") {
-      speech.kernelLog = attemptNow(() => fs.openSync("/dev/kmsg", "r+"));
+      speech.kernelLog = orUndefined(() => fs.openSync("/dev/kmsg", "r+"));
     }
     for (const warning of kernel.warnings) say("warning", warning);
     if (process.getuid?.() !== 0) {
@@ -4636,7 +5674,9 @@ async function main(args: string[]): Promise<number> {
         return 0;
       case "enable":
       case "disable": {
-        const lock = await takeLock(join(places(settings.root).run, "lock"));
+        const lock = await takeLock(
+          join(pathsBelow(settings.root).run, "lock"),
+        );
         if (mode === "disable") await disable(operands, settings);
         else await enable(operands, parsed.force, settings);
         lock.release();

@@ -12,16 +12,20 @@ import {
   type Facts,
   type FilesystemState,
   findDataFilesystems,
+  isMagic,
   MAGIC,
-  type Mark,
+  type MemberRecord,
   nameOf,
   nodeOf,
   partitionNumber,
   partitionPath,
+  type Pending,
   type Plan,
+  type Reading,
   type Settings,
+  type Superblock,
   SWAP,
-  type Wishes,
+  whatItHolds,
 } from "../persistence.ts";
 
 const MiB = 1024 ** 2;
@@ -67,15 +71,15 @@ const two = { of: 2 };
 const three = { of: 3 };
 /** Two members that were there at the last mount. */
 const pair = [
-  data("sda", { ...two, mark: mark("a", 5, ["a", "b"]) }),
-  data("sdb", { ...two, devid: 2, mark: mark("b", 5, ["a", "b"]) }),
+  data("sda", { ...two, record: record("a", 5, ["a", "b"]) }),
+  data("sdb", { ...two, devid: 2, record: record("b", 5, ["a", "b"]) }),
 ];
 const [first, second] = pair;
 /** The same, after the first was mounted without the second. */
 const writtenAlone = data("sda", {
   ...two,
   generation: 12,
-  mark: mark("a", 6, ["a"], { b: 10 }),
+  record: record("a", 6, ["a"], { b: 10 }),
 });
 const single: Partial<Decision> = { mode: "persistent", members: ["sda2"] };
 const mirrored: Partial<Decision> = {
@@ -96,6 +100,7 @@ const mounted: Facts["mounted"] = {
   target: "/mnt/lightwhale-data",
   type: "btrfs",
   source: "/dev/sda2",
+  fsid: "data",
   deviceNumber: "0:40",
   superOptions: ["rw"],
 };
@@ -145,7 +150,7 @@ const situations: {
     decides: { mode: "persistent", members: ["md0"] },
   },
   {
-    name: "a data filesystem without partitions, without marks",
+    name: "a data filesystem without partitions, without records",
     devices: [disk("sda", { btrfs: superblock({}) })],
     decides: { mode: "persistent", members: ["sda"] },
   },
@@ -171,7 +176,7 @@ const situations: {
   },
   {
     name: "a header on a data disk",
-    devices: [data("sda").map((part) => ({ ...part, header: !part.number }))],
+    devices: [withHeader(data("sda"))],
     decides: { mode: "persistent", members: ["sda2"], disarm: ["sda"] },
     says: /the data wins/,
   },
@@ -179,7 +184,7 @@ const situations: {
     name: "a header on a member that is stale",
     devices: [
       writtenAlone,
-      second.map((part) => ({ ...part, header: !part.number })),
+      withHeader(second),
     ],
     decides: { ...degraded, stale: ["sdb2"], disarm: ["sdb"] },
   },
@@ -212,11 +217,11 @@ const situations: {
   {
     name: "the second returns in the first's place",
     devices: [
-      data("sda", { ...two, devid: 2, mark: mark("b", 5, ["a", "b"]) }),
+      data("sda", { ...two, devid: 2, record: record("b", 5, ["a", "b"]) }),
       data("sdb", {
         ...two,
         generation: 12,
-        mark: mark("a", 6, ["a"], { b: 10 }),
+        record: record("a", 6, ["a"], { b: 10 }),
       }),
     ],
     decides: { ...degraded, members: ["sdb2"], stale: ["sda2"] },
@@ -224,7 +229,7 @@ const situations: {
   {
     name: "the first was mounted without the second, but not written",
     devices: [
-      data("sda", { ...two, mark: mark("a", 6, ["a"], { b: 10 }) }),
+      data("sda", { ...two, record: record("a", 6, ["a"], { b: 10 }) }),
       second,
     ],
     decides: mirrored,
@@ -235,7 +240,7 @@ const situations: {
       data("sda", {
         ...two,
         hasLog: true,
-        mark: mark("a", 6, ["a"], { b: 10 }),
+        record: record("a", 6, ["a"], { b: 10 }),
       }),
       second,
     ],
@@ -244,7 +249,11 @@ const situations: {
   {
     name: "the second dropped out while both were mounted",
     devices: [
-      data("sda", { ...two, generation: 12, mark: mark("a", 5, ["a", "b"]) }),
+      data("sda", {
+        ...two,
+        generation: 12,
+        record: record("a", 5, ["a", "b"]),
+      }),
       second,
     ],
     decides: { ...degraded, stale: ["sdb2"] },
@@ -256,7 +265,7 @@ const situations: {
       data("sda", {
         ...two,
         generation: 12,
-        mark: mark("a", 6, ["a"], { b: 12 }),
+        record: record("a", 6, ["a"], { b: 12 }),
       }),
       second,
     ],
@@ -265,13 +274,17 @@ const situations: {
   {
     name: "the power went between the two superblocks of one commit",
     devices: [
-      data("sda", { ...two, generation: 11, mark: mark("a", 5, ["a", "b"]) }),
+      data("sda", {
+        ...two,
+        generation: 11,
+        record: record("a", 5, ["a", "b"]),
+      }),
       second,
     ],
     decides: { ...mirrored, scrub: true },
   },
   {
-    name: "both halves without marks, one of them behind",
+    name: "both halves without records, one of them behind",
     devices: [
       data("sda", { ...two, generation: 12 }),
       data("sdb", { ...two, devid: 2 }),
@@ -279,15 +292,15 @@ const situations: {
     decides: { ...mirrored, scrub: true },
   },
   {
-    name: "one half has a mark, the other has none",
+    name: "one half has a record, the other has none",
     devices: [first, data("sdb", { ...two, devid: 2 })],
     decides: mirrored,
   },
   {
-    name: "the mark on the second is of another filesystem's time",
+    name: "the record on the second is of another filesystem's time",
     devices: [
       first,
-      data("sdb", { ...two, devid: 2, mark: mark("x", 90, ["x", "y"]) }),
+      data("sdb", { ...two, devid: 2, record: record("x", 90, ["x", "y"]) }),
     ],
     // Each says that it was alone: they are not mixed.
     decides: {
@@ -302,18 +315,18 @@ const situations: {
       data("sda", {
         ...three,
         generation: 14,
-        mark: mark("a", 7, ["a", "b"], { c: 10 }),
+        record: record("a", 7, ["a", "b"], { c: 10 }),
       }),
       data("sdb", {
         ...three,
         devid: 2,
         generation: 14,
-        mark: mark("b", 7, ["a", "b"], { c: 10 }),
+        record: record("b", 7, ["a", "b"], { c: 10 }),
       }),
       data("sdc", {
         ...three,
         devid: 3,
-        mark: mark("c", 5, ["a", "b", "c"]),
+        record: record("c", 5, ["a", "b", "c"]),
       }),
     ],
     decides: { ...mirrored, missing: 1, stale: ["sdc2"] },
@@ -353,13 +366,13 @@ const situations: {
       data("sda", {
         ...two,
         generation: 12,
-        mark: mark("a", 6, ["a"], { b: 10 }),
+        record: record("a", 6, ["a"], { b: 10 }),
       }),
       data("sdb", {
         ...two,
         devid: 2,
         generation: 90,
-        mark: mark("b", 5, ["a", "b"]),
+        record: record("b", 5, ["a", "b"]),
       }),
     ],
     decides: { ...degraded, excluded: ["sdb2"] },
@@ -373,7 +386,7 @@ const situations: {
         ...two,
         devid: 2,
         generation: 12,
-        mark: mark("b", 6, ["b"], { a: 10 }),
+        record: record("b", 6, ["b"], { a: 10 }),
       }),
     ],
     decides: { ...degraded, excluded: ["sdb2"] },
@@ -387,7 +400,7 @@ const situations: {
         ...two,
         devid: 2,
         generation: 12,
-        mark: mark("b", 7, ["b"], { a: 10 }),
+        record: record("b", 7, ["b"], { a: 10 }),
       }),
     ],
     decides: { ...degraded, members: ["sdb2"], excluded: ["sda2"] },
@@ -399,19 +412,19 @@ const situations: {
       data("sda", {
         ...three,
         generation: 40,
-        mark: mark("a", 30, ["a"], { b: 10, c: 10 }),
+        record: record("a", 30, ["a"], { b: 10, c: 10 }),
       }),
       data("sdb", {
         ...three,
         devid: 2,
         generation: 12,
-        mark: mark("b", 6, ["b", "c"], { a: 10 }),
+        record: record("b", 6, ["b", "c"], { a: 10 }),
       }),
       data("sdc", {
         ...three,
         devid: 3,
         generation: 12,
-        mark: mark("c", 6, ["b", "c"], { a: 10 }),
+        record: record("c", 6, ["b", "c"], { a: 10 }),
       }),
     ],
     decides: {
@@ -429,14 +442,14 @@ const situations: {
       data("sda", {
         ...two,
         generation: 20,
-        mark: mark("a", 8, ["a", "c"], { b: 10 }),
+        record: record("a", 8, ["a", "c"], { b: 10 }),
       }),
       second,
       data("sdc", {
         ...two,
         devid: 2,
         generation: 20,
-        mark: mark("c", 8, ["a", "c"]),
+        record: record("c", 8, ["a", "c"]),
       }),
     ],
     decides: { ...mirrored, members: ["sda2", "sdc2"], excluded: ["sdb2"] },
@@ -448,27 +461,27 @@ const situations: {
       data("sda", {
         ...two,
         generation: 20,
-        mark: mark("a", 8, ["a", "c"], { b: 10 }),
+        record: record("a", 8, ["a", "c"], { b: 10 }),
       }),
       second,
       data("sdc", {
         ...two,
         devid: 3,
         generation: 20,
-        mark: mark("c", 8, ["a", "c"], { b: 10 }),
+        record: record("c", 8, ["a", "c"], { b: 10 }),
       }),
     ],
     decides: { ...mirrored, members: ["sda2", "sdc2"], excluded: ["sdb2"] },
     says: /sdb2 .*replaced/,
   },
   {
-    name: "a replace was cut: the mark of its target stays",
+    name: "a replace was cut: its target stays magic",
     devices: [
       first,
       data("sdc", {
         ...two,
         devid: 0,
-        mark: mark("c", 5, ["a", "c"]),
+        record: record("c", 5, ["a", "c"]),
         disk: { header: true },
       }),
     ],
@@ -485,8 +498,8 @@ const situations: {
   {
     name: "two data filesystems: the one that was mounted more often",
     devices: [
-      data("sda", { fsid: "1", mark: mark("a", 3, ["a"]) }),
-      data("sdb", { fsid: "2", mark: mark("b", 4, ["b"]) }),
+      data("sda", { fsid: "1", record: record("a", 3, ["a"]) }),
+      data("sdb", { fsid: "2", record: record("b", 4, ["b"]) }),
     ],
     decides: { mode: "persistent", members: ["sdb2"] },
     says: /1 on \/dev\/sda2 is not touched.*lightwhale\.data=1/,
@@ -494,8 +507,8 @@ const situations: {
   {
     name: "two data filesystems: the one that is asked for",
     devices: [
-      data("sda", { fsid: "1", mark: mark("a", 3, ["a"]) }),
-      data("sdb", { fsid: "2", mark: mark("b", 4, ["b"]) }),
+      data("sda", { fsid: "1", record: record("a", 3, ["a"]) }),
+      data("sdb", { fsid: "2", record: record("b", 4, ["b"]) }),
     ],
     settings: { dataUuid: "1" },
     decides: { mode: "persistent", members: ["sda2"] },
@@ -510,8 +523,8 @@ const situations: {
   {
     name: "a copy, which was not used since",
     devices: [
-      data("sda", { mark: mark("a", 5, ["a"]) }),
-      data("sdb", { generation: 12, mark: mark("a", 6, ["a"]) }),
+      data("sda", { record: record("a", 5, ["a"]) }),
+      data("sdb", { generation: 12, record: record("a", 6, ["a"]) }),
     ],
     decides: { mode: "persistent", members: ["sdb2"], excluded: ["sda2"] },
     says: /sda2 is a copy of \/dev\/sdb2/,
@@ -519,8 +532,8 @@ const situations: {
   {
     name: "a copy that is equal in all",
     devices: [
-      data("sdb", { mark: mark("a", 5, ["a"]) }),
-      data("sda", { mark: mark("a", 5, ["a"]) }),
+      data("sdb", { record: record("a", 5, ["a"]) }),
+      data("sda", { record: record("a", 5, ["a"]) }),
     ],
     decides: { mode: "persistent", members: ["sda2"], excluded: ["sdb2"] },
   },
@@ -538,14 +551,14 @@ const situations: {
   },
   {
     name: "only the backup of the table is left",
-    devices: [data("sda", { primaryDamaged: true })],
+    devices: [data("sda", { lost: "primary table" })],
     decides: { mode: "persistent", members: ["sda2"], repair: ["sda"] },
   },
   {
     name: "a damaged superblock and a magic disk",
     devices: [data("sda", { intact: false }), magic("sdb")],
     decides: { errors: 2 },
-    says: /sda2 seems to have been .* its superblock is damaged/,
+    says: /sda2 may be a "lightwhale-data" disk, .* its superblock is damaged/,
   },
   {
     name: "no superblock, only the partition's name, and a magic disk",
@@ -555,30 +568,30 @@ const situations: {
   },
   {
     name: "only a backup superblock and a magic disk",
-    devices: [disk("sda", { backupLabel: DATA }), magic("sdb")],
+    devices: [disk("sda", { backup: superblock({}) }), magic("sdb")],
     decides: { errors: 2 },
     says: /only a backup superblock is left/,
   },
   {
     name: "only a swap partition is left, and a magic disk",
-    devices: [data("sda").slice(0, 2), magic("sdb")],
+    devices: [onlySwap(), magic("sdb")],
     decides: { errors: 2 },
   },
   {
     name: "a disk that cannot be read and a magic disk",
-    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), magic("sdb")],
+    devices: [disk("sda", { error: "Cannot read /dev/sda" }), magic("sdb")],
     decides: { errors: 1 },
     says: /Cannot read \/dev\/sda/,
   },
   {
     name: "a disk that cannot be read",
-    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), disk("sdb")],
+    devices: [disk("sda", { error: "Cannot read /dev/sda" }), disk("sdb")],
     decides: { errors: 1 },
     says: /\/dev\/sda cannot be read and may be the data disk/,
   },
   {
     name: "a disk that cannot be read beside the data filesystem",
-    devices: [disk("sda", { readError: "Cannot read /dev/sda" }), data("sdb")],
+    devices: [disk("sda", { error: "Cannot read /dev/sda" }), data("sdb")],
     decides: { mode: "persistent", members: ["sdb2"] },
     says: /Cannot read \/dev\/sda/,
   },
@@ -594,13 +607,13 @@ const situations: {
       data("sda", {
         ...openMember,
         generation: 1000,
-        mark: mark("a", 5, both),
+        record: record("a", 5, both),
       }),
       data("sdb", {
         ...openMember,
         devid: 2,
         generation: 1003,
-        mark: mark("b", 5, both),
+        record: record("b", 5, both),
       }),
     ],
     facts: { mounted },
@@ -609,7 +622,7 @@ const situations: {
   {
     name: "a mounted disk that is read while another is added",
     devices: [
-      data("sda", { open: true, mark: mark("a", 5, ["a"]) }),
+      data("sda", { open: true, record: record("a", 5, ["a"]) }),
       data("sdb", { ...openMember, devid: 2, generation: 11 }),
     ],
     facts: { mounted },
@@ -620,21 +633,21 @@ const situations: {
     devices: [
       data("sda", openMember),
       without(data("sdb", { ...openMember, devid: 2 }), "btrfs")
-        .map((part) => ({ ...part, readError: `Cannot read ${part.path}` })),
+        .map((part) => reading(part, { error: `Cannot read ${part.path}` })),
       magic("sdc"),
     ],
     facts: { mounted },
     decides: { mode: "mounted", members: ["sda2"], missing: 1 },
-    says: /left alone\n\S+sdc does not join .* while \S+sdb2 may be/,
+    says: /is not used\n\S+sdc does not join .* while \S+sdb2 may be/,
   },
   {
-    name: "a marked data disk that is read-only",
+    name: "a magic data disk that is read-only",
     devices: [
-      data("sda", { mark: mark("a", 5, ["a"]) }),
+      data("sda", { record: record("a", 5, ["a"]) }),
       data("sdb", { fsid: "other", disk: { header: true, readOnly: true } }),
     ],
     decides: single,
-    says: /sdb is marked .* the mark stays/,
+    says: /sdb carries the magic .* it stays magic/,
   },
   {
     name: "another data filesystem is mounted elsewhere, and lacks a member",
@@ -642,18 +655,25 @@ const situations: {
       data("sda", {
         ...openMember,
         fsid: "a",
-        mark: mark("a", 6, ["a"], { b: 9 }),
+        record: record("a", 6, ["a"], { b: 9 }),
       }),
-      data("sdb", { ...two, fsid: "a", devid: 2, mark: mark("b", 5, both) }),
+      data("sdb", {
+        ...two,
+        fsid: "a",
+        devid: 2,
+        record: record("b", 5, both),
+      }),
       data("sdc", { open: true, fsid: "c" }),
     ],
-    facts: { mounted: { ...mounted, source: "/dev/sdc2" } },
+    facts: { mounted: { ...mounted, fsid: "c", source: "/dev/sdc2" } },
     decides: { mode: "mounted", members: ["sdc2"] },
   },
   {
     name: "a tmpfs is mounted, and the data filesystem elsewhere",
     devices: [data("sda", { open: true })],
-    facts: { mounted: { ...mounted, type: "tmpfs", source: DATA } },
+    facts: {
+      mounted: { ...mounted, type: "tmpfs", fsid: undefined, source: DATA },
+    },
     decides: { mode: "mounted" },
   },
   {
@@ -662,10 +682,10 @@ const situations: {
       data("sda", {
         ...three,
         ...log,
-        mark: mark("a", 6, ["a"], { b: 10, c: 10 }),
+        record: record("a", 6, ["a"], { b: 10, c: 10 }),
       }),
-      data("sdb", { ...three, ...log, devid: 2, mark: mark("b", 5, abc) }),
-      data("sdc", { ...three, ...log, devid: 3, mark: mark("c", 5, abc) }),
+      data("sdb", { ...three, ...log, devid: 2, record: record("b", 5, abc) }),
+      data("sdc", { ...three, ...log, devid: 3, record: record("c", 5, abc) }),
     ],
     decides: { mode: "persistent", members: ["sda2", "sdb2", "sdc2"] },
   },
@@ -713,7 +733,7 @@ const situations: {
 for (const { name, devices, decides, says, ...other } of situations) {
   Deno.test(`decide(): ${name}`, () => {
     const found = plan(devices, other);
-    const said = [...found.warnings, ...found.errors].join("\n");
+    const said = found.notes.map(({ text }) => text).join("\n");
     assertEquals(summary(found), { ...nothing, ...decides }, said);
     if (says) assertMatch(said, says);
   });
@@ -725,7 +745,7 @@ for (const { name, devices, decides, says, ...other } of situations) {
 }
 
 Deno.test("findDataFilesystems() keeps filesystems apart", () => {
-  const devices = [...pair, data("sdc", { fsid: "other" })].flat();
+  const devices = judged([...pair, data("sdc", { fsid: "other" })]);
   assertEquals(
     findDataFilesystems(devices).map(({ fsid, members }) => [
       fsid,
@@ -748,7 +768,7 @@ const jobs: {
   name: string;
   devices: BlockDevice[][];
   state: FilesystemState;
-  wishes?: Partial<Wishes>;
+  pending?: Partial<Pending>;
   /** Its kind, or its kind and what it is done to. */
   job: string | undefined;
 }[] = [
@@ -817,44 +837,40 @@ const jobs: {
     name: "a smaller disk was added for the missing one",
     devices: [first],
     state: { ...lacking, devids: [1, 2, 3] },
-    wishes: { "remove missing": true },
+    pending: { "remove missing": true },
     job: "remove missing",
   },
   {
-    name: "the missing one was removed, the wish was not",
+    name: "the missing one was removed, the pending job was not",
     devices: pair,
     state: whole,
-    wishes: { "remove missing": true },
+    pending: { "remove missing": true },
     job: undefined,
   },
   {
     name: "chunks without a mirror, and checksums to verify",
     devices: pair,
     state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
-    wishes: { scrub: true },
+    pending: { scrub: true },
     job: "balance",
   },
   {
     name: "checksums to verify",
     devices: pair,
     state: whole,
-    wishes: { scrub: true },
+    pending: { scrub: true },
     job: "scrub",
   },
 ];
 
-for (const { name, devices, state, wishes, job } of jobs) {
+for (const { name, devices, state, pending, job } of jobs) {
   Deno.test(`decideJob(): ${name}`, () => {
     const found = decideJob(plan(devices), state, {
       scrub: false,
       "remove missing": false,
-      ...wishes,
+      ...pending,
     });
-    const object = found && "device" in found
-      ? ` ${found.device.name}`
-      : found && "member" in found
-      ? ` ${found.member.device.name}`
-      : "";
+    const object = found?.device ? ` ${found.device.name}` : "";
     assertEquals(found && found.kind + object, job);
   });
 }
@@ -987,44 +1003,56 @@ function plan(
 ): Plan {
   return decide(
     {
-      devices: structuredClone(devices.flat()),
+      devices: judged(devices),
       diskPending: false,
       memoryBytes: 2 * GiB,
-      tooSmall: new Set(),
+      misfits: new Map(),
       ...facts,
     },
     { root: "/", waitMs: 0, off: false, noSwap: false, ...settings },
   );
 }
 
+/** As look() judges what it has read. */
+function judged(devices: BlockDevice[][]): BlockDevice[] {
+  const all = structuredClone(devices.flat());
+  for (const device of all) device.magic = isMagic(device, all);
+  for (const device of all) device.holds = whatItHolds(device, all);
+  return all;
+}
+
 function summary(plan: Plan): Decision {
-  const { mode, mount, create, join, disarm, swap, errors } = plan;
+  const { mode, data, create, joins, repairs, swap, notes } = plan;
   const names = (devices: (BlockDevice | undefined)[] = []) =>
     devices.flatMap((device) => device ? [device.name] : []).sort();
   const newNames = (members: { device: BlockDevice }[] = []) =>
     names(members.map(({ device }) => device));
+  const repaired = (what: string) =>
+    newNames(repairs.filter((repair) => repair.do === what));
   return {
     mode,
     create: newNames(create?.members),
-    members: names(mount?.members),
-    missing: mount?.missing ?? 0,
-    stale: names(mount?.stale),
-    excluded: names(mount?.excluded),
-    target: names([mount?.replaceTarget]),
-    join: newNames(join),
-    disarm: names(disarm),
-    grow: names(mount?.grow),
-    repair: names(mount?.repair),
+    members: names(data?.members),
+    missing: data?.missing ?? 0,
+    stale: names(data?.stale),
+    excluded: newNames(data?.conflicting),
+    target: names([data?.replaceTarget]),
+    join: newNames(joins),
+    disarm: repaired("clear magic"),
+    grow: repaired("grow"),
+    repair: repaired("restore table"),
     swap: names(swap),
-    scrub: mount?.needsScrub ?? false,
-    errors: errors.length,
+    scrub: data?.needsScrub ?? false,
+    errors: notes.filter(({ level }) => level === "error").length,
   };
 }
 
-function device(
-  name: string,
-  properties: Partial<BlockDevice> = {},
-): BlockDevice {
+/** A device, and what was read from it, in one. */
+type Drawn = Partial<BlockDevice> & Partial<Reading>;
+
+function device(name: string, properties: Drawn = {}): BlockDevice {
+  const { header, error, btrfs, record, backup, swapLabel, gpt, ...others } =
+    properties;
   return {
     name,
     path: `/dev/${name}`,
@@ -1035,24 +1063,33 @@ function device(
     sizeBytes: diskBytes,
     sectorBytes: 512,
     readOnly: false,
-    hasNode: true,
-    header: false,
-    ...properties,
+    read: {
+      header: header ?? false,
+      anyway: properties.anyway ?? false,
+      onlyHeader: properties.onlyHeader ?? false,
+      recordable: true,
+      plain: properties.plain ?? true,
+      table: properties.table ?? (gpt && "gpt"),
+      ...{ error, btrfs, record, backup, swapLabel, gpt },
+    },
+    magic: false,
+    holds: { kind: "nothing of ours" },
+    ...others,
   };
 }
 
 /** A disk without partitions. */
-function disk(name: string, properties?: Partial<BlockDevice>): BlockDevice[] {
+function disk(name: string, properties?: Drawn): BlockDevice[] {
   return [device(name, properties)];
 }
 
-function magic(name: string, properties?: Partial<BlockDevice>): BlockDevice[] {
+function magic(name: string, properties?: Drawn): BlockDevice[] {
   return disk(name, { header: true, ...properties });
 }
 
 function superblock(
-  properties: Partial<NonNullable<BlockDevice["btrfs"]>>,
-): NonNullable<BlockDevice["btrfs"]> {
+  properties: Partial<Superblock>,
+): Superblock {
   return {
     fsid: "data",
     label: DATA,
@@ -1067,12 +1104,12 @@ function superblock(
   };
 }
 
-function mark(
+function record(
   member: string,
   epoch: number,
   present: string[],
-  absent: Mark["absent"] = {},
-): Mark {
+  absent: MemberRecord["absent"] = {},
+): MemberRecord {
   return { fsid: "data", member, epoch, present, absent };
 }
 
@@ -1085,15 +1122,15 @@ function data(name: string, options: {
   generation?: number;
   hasLog?: boolean;
   intact?: boolean;
-  mark?: Mark;
+  record?: MemberRecord;
   swapLabel?: string;
-  primaryDamaged?: boolean;
-  disk?: Partial<BlockDevice>;
+  lost?: "first sector" | "primary table";
+  disk?: Drawn;
   /** The kernel has it mounted. */
   open?: boolean;
   usedBytes?: number;
 } = {}): BlockDevice[] {
-  const { of = 1, mark, swapLabel, primaryDamaged = false } = options;
+  const { of = 1, record, swapLabel, lost } = options;
   const { open = false, usedBytes = 10 * GiB } = options;
   const { fsid = "data", devid = 1, generation = 10 } = options;
   const { hasLog = false, intact = true } = options;
@@ -1114,43 +1151,60 @@ function data(name: string, options: {
       partitionName: partition.name,
     })
   );
-  const gpt = { partitions, primaryDamaged, endBytes: diskBytes };
+  const gpt = { partitions, lost, sectorBytes: 512, endBytes: diskBytes };
+  const btrfs = superblock({
+    usedBytes,
+    fsid,
+    devid,
+    generation,
+    hasLog,
+    intact,
+    numDevices: of,
+    deviceBytes: main.sizeBytes,
+  });
+  const inUse = open ? `part of the mounted Btrfs ${fsid}` : undefined;
   return [
     device(name, { gpt, ...options.disk }),
-    { ...swap, swapLabel },
-    {
-      ...main,
-      inUse: open ? `part of the mounted Btrfs ${fsid}` : undefined,
-      btrfs: superblock({
-        usedBytes,
-        fsid,
-        devid,
-        generation,
-        hasLog,
-        intact,
-        numDevices: of,
-        deviceBytes: main.sizeBytes,
-      }),
-      mark: mark && { ...mark, fsid },
-    },
+    reading(swap, { swapLabel }),
+    reading({ ...main, inUse }, {
+      btrfs,
+      record: record && { ...record, fsid },
+    }),
   ];
 }
 
 /** A disk that has the first superblock of a filesystem of two. */
-function joining(name: string, disk?: Partial<BlockDevice>): BlockDevice[] {
+function joining(name: string, disk?: Drawn): BlockDevice[] {
   return data(name, { of: 2, devid: 2, generation: 11, disk });
 }
 
 function without(
   devices: BlockDevice[],
-  property: "btrfs" | "mark",
+  property: "btrfs" | "record",
 ): BlockDevice[] {
-  return devices.map((device) => ({ ...device, [property]: undefined }));
+  return devices.map((device) => reading(device, { [property]: undefined }));
+}
+
+/** A data disk whose data partition is gone from the table. */
+function onlySwap(): BlockDevice[] {
+  const [whole, swap] = data("sda");
+  const [entry] = whole.read.gpt!.partitions;
+  const gpt = { ...whole.read.gpt!, partitions: [entry] };
+  return [reading(whole, { gpt }), swap];
+}
+
+function withHeader(devices: BlockDevice[]): BlockDevice[] {
+  return devices
+    .map((device) => reading(device, { header: device.kind === "disk" }));
+}
+
+function reading(device: BlockDevice, read: Partial<Reading>): BlockDevice {
+  return { ...device, read: { ...device.read, ...read } };
 }
 
 Deno.test("decide(): a magic partition beside other partitions", () => {
   const [whole, , main] = data("sda");
-  const partition = { ...main, partitionName: MAGIC, btrfs: undefined };
+  const [partition] = without([{ ...main, partitionName: MAGIC }], "btrfs");
   assertEquals(summary(plan([[whole, partition]])), {
     ...nothing,
     mode: "persistent",
