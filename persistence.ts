@@ -1536,7 +1536,7 @@ export interface DataFilesystem {
   /** Members that missed writes: they are wiped and rebuilt. */
   stale: Member[];
   /** Devices of this filesystem that the kernel must not see, and why. */
-  conflicting: { device: Member; why: string }[];
+  conflicting: { device: Member; why: string; isTwin: boolean }[];
   /** A member has missed writes, and no record says which. */
   needsScrub: boolean;
 }
@@ -2161,7 +2161,11 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     replaceTarget,
     stale,
     conflicting: late.filter((device) => !stale.includes(device))
-      .map((device) => ({ device, why: whyNotUsed(device, members, missing) })),
+      .map((device) => ({
+        device,
+        why: whyNotUsed(device, members, missing),
+        isTwin: members.some((member) => isTwin(device, member)),
+      })),
     needsScrub: open.length === 0 &&
       members.some((member) => generationOf(member) < generationOf(top)),
   };
@@ -2201,6 +2205,12 @@ function machineRank({ holds: { record } }: Member, machine?: string): number {
   return record.machine === machine ? 2 : 0;
 }
 
+/** Do two devices not differ in anything? One may be a path to the other. */
+function isTwin(a: Member, b: Member): boolean {
+  return devidOf(a) === devidOf(b) && generationOf(a) === generationOf(b) &&
+    epochOf(a) === epochOf(b) && lastMountOf(a) === lastMountOf(b);
+}
+
 /** Why a device is not used. */
 function whyNotUsed(
   device: Member,
@@ -2208,10 +2218,10 @@ function whyNotUsed(
   missing: number,
 ): string {
   const same = members.find((member) => devidOf(member) === devidOf(device));
-  if (same) {
-    return `is a copy of ${same.path}, was replaced by it, or is the same ` +
-      `disk on another path`;
+  if (same && isTwin(device, same)) {
+    return `is ${same.path} on another path, or holds exactly the same`;
   }
+  if (same) return `is a copy of ${same.path}, or was replaced by it`;
   if (missing > 0 && members.some(isOpen)) {
     return "came back after the mount: the next boot takes it in or rebuilds it";
   }
@@ -2254,39 +2264,37 @@ function chooseDataFilesystem(
     owner(data) === 2
       ? most(data, ({ holds }) => holds.record?.seconds ?? 0)
       : 0;
-  const [chosen, ...others] = [...filesystems].sort((a, b) =>
+  const ranked = [...filesystems].sort((a, b) =>
     asked(b) - asked(a) || owner(b) - owner(a) || usable(b) - usable(a) ||
     seconds(b) - seconds(a) || most(b, epochOf) - most(a, epochOf) ||
     Math.sign(a.missing) - Math.sign(b.missing) ||
     (a.fsid < b.fsid ? -1 : 1)
   );
-  if (dataUuid && (!chosen || !asked(chosen))) {
+  const isThere = !dataUuid || ranked[0]?.fsid === dataUuid;
+  if (!isThere) {
     plan.waitFor = `the data filesystem ${dataUuid} (lightwhale.data)`;
   }
-  if (!chosen) return undefined;
-  if (plan.waitFor) {
+  const chosen = isThere ? ranked[0] : undefined;
+  const used = chosen
+    ? `${chosen.fsid} on ${pathsOf(chosen.members)} is used`
+    : `${dataUuid} is asked for`;
+  for (const other of ranked.filter((data) => data !== chosen)) {
     plan.notes.push(warning(
-      `No data filesystem has the UUID ${dataUuid} that the kernel command ` +
-        `line asks for (lightwhale.data): ${chosen.fsid} is used`,
-    ));
-  }
-  for (const other of others) {
-    plan.notes.push(warning(
-      `There is more than one data filesystem: ${chosen.fsid} on ` +
-        `${pathsOf(chosen.members)} is used, ${other.fsid} on ` +
+      `There is more than one data filesystem: ${used}, ${other.fsid} on ` +
         `${pathsOf(allDevices(other))} is not touched (to use it instead: ` +
         `lightwhale.data=${other.fsid} on the kernel command line)`,
     ));
   }
-  for (const { device, why } of chosen.conflicting) {
+  for (const { device, why, isTwin } of chosen?.conflicting ?? []) {
     const { path } = device;
-    const used = pathsOf(chosen.members);
+    const used = pathsOf(chosen!.members);
+    const remedy = `to use it instead, unplug ${used}` +
+      (isTwin ? "" : `; ${howToGiveUp(device, devices)}`);
     plan.notes.push(warning(
-      `${path} ${why}: ${used} is used, ${path} is not touched (to use it ` +
-        `instead, unplug ${used}; ${howToGiveUp(device, devices)})`,
+      `${path} ${why}: ${used} is used, ${path} is not touched (${remedy})`,
     ));
   }
-  if (chosen.missing > 0) plan.notes.push(warning(describeMissing(chosen)));
+  if (chosen?.missing) plan.notes.push(warning(describeMissing(chosen)));
   return chosen;
 }
 
@@ -2426,11 +2434,7 @@ function planJoins(
   const mute = found.unreadable.filter(({ inUse }) =>
     plan.mode !== "mounted" || inUse === openIn(data.fsid)
   );
-  const doubted = plan.waitFor
-    ? [{ path: plan.waitFor }]
-    : data.missing > 0
-    ? [...found.suspects, ...mute]
-    : [];
+  const doubted = data.missing > 0 ? [...found.suspects, ...mute] : [];
   const stopped = found.candidates
     .filter(({ read }) => doubted.length > 0 && !read.anyway);
   if (stopped.length > 0) {

@@ -161,8 +161,8 @@ async function play(system: System, expected: Situation): Promise<Boot> {
     const found = await system.sh("cat etc/precious 2>/dev/null || echo none");
     assertEquals(found, expected.anew ? "none\n" : "precious\n", boot.stderr);
   }
-  await expected.also?.(system, boot);
   assertSaid(system, boot, expected);
+  await expected.also?.(system, boot);
   return boot;
 }
 
