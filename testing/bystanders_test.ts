@@ -278,14 +278,20 @@ const byHand = (fsid: string): Contents => ({
   types: ["btrfs"],
 });
 
+/** Made by the program, or by hand and then mounted by it. */
+type Kind = "single" | "with swap" | "mirror" | "by hand";
+
+/** The smallest disk that gets a swap partition, and a smaller one. */
+const sizeOf = (kind: Kind) => kind === "with swap" ? 2100 : OLD_MIB;
+const OLD_MIB = 448;
+
 /** Images that one job keeps, as the kernel must not see an fsid twice. */
 class Stock {
   #made = new Map<string, Promise<Old>>();
   constructor(readonly folder: string) {}
 
-  /** Made by the program, or by hand and then mounted by it. */
   get(
-    kind: "single" | "mirror" | "by hand",
+    kind: Kind,
     sectorBytes: Sector,
     rank: Rank,
   ): Promise<Old> {
@@ -297,7 +303,7 @@ class Stock {
 
   async #make(
     key: string,
-    kind: string,
+    kind: Kind,
     sectorBytes: Sector,
     rank: Rank,
   ): Promise<Old> {
@@ -311,7 +317,7 @@ class Stock {
       { mode: 0o755 },
     );
     const spec = {
-      sizeBytes: OLD_MIB * MiB,
+      sizeBytes: sizeOf(kind) * MiB,
       sectorBytes,
       contents: kind === "by hand" ? String(byHand(fsid).fill) : header,
     };
@@ -331,9 +337,6 @@ class Stock {
     });
   }
 }
-
-/** The size of those. */
-const OLD_MIB = 448;
 
 /** Puts an old image where a disk is being made. */
 async function putImage(bench: Bench, image: string): Promise<void> {
@@ -385,6 +388,12 @@ function drawBystander(random: Random): Draft {
   };
 }
 
+/** Whether its label makes it data of ours, whatever else asks for it. */
+function wins(name: string): boolean {
+  // A label is one of a filesystem; others only have the same words.
+  return contents[name].label === DATA && !/LUKS|swap/.test(name);
+}
+
 /** One thing on a whole disk. */
 function drawPlain(random: Random): Draft {
   const name = random.pick(names);
@@ -397,9 +406,9 @@ function drawPlain(random: Random): Draft {
     make: async (bench) => {
       await bench.fill(what);
       const same = size.made === size.attached && !size.twin;
-      const isFilesystem = !/LUKS|ISO|swap/.test(name);
-      const wins = what.label === DATA && isFilesystem && same;
-      return { is: wins ? "doubt" : claim(what), may: nothing };
+      // Nobody is sure about a medium that came like that.
+      const doubt = wins(name) && same && !/ISO/.test(name);
+      return { is: doubt ? "doubt" : claim(what), may: nothing };
     },
   };
 }
@@ -513,19 +522,25 @@ function drawStacked(random: Random): Draft {
   };
 }
 
+/** How old data disks were made. */
+const olds: Record<string, Kind> = {
+  "whole, by hand": "by hand",
+  "whole, by hand, mounted by the program": "by hand",
+  "made by the program": "single",
+  "made by the program, with swap": "with swap",
+};
+
 /** An old data disk of ours that became something else. */
 function drawCovered(random: Random): Draft {
-  const size = { ...dimensions(random), sizeMiB: OLD_MIB };
   const rank = random.pick(["low", "high"] as const);
-  const old = random.pick(
-    [
-      ...["whole, by hand", "whole, by hand, mounted by the program"],
-      ...["made by the program"],
-    ] as const,
-  );
-  const where = old === "made by the program" && random.chance(0.5)
-    ? "data partition"
-    : "disk";
+  const old = random.pick(Object.keys(olds));
+  const kind = olds[old];
+  const size = { ...dimensions(random), sizeMiB: sizeOf(kind) };
+  const where = random.pick([
+    "disk",
+    ...(kind === "by hand" ? [] : ["data partition"]),
+    ...(kind === "with swap" ? ["swap partition"] : []),
+  ]);
   const tables = ["a GPT with ext4", "an MBR with ext4", "a GPT with XFS"];
   const above = random.pick(
     where === "disk"
@@ -543,12 +558,16 @@ function drawCovered(random: Random): Draft {
     known: false,
     make: async (bench) => {
       const at = await putOld(bench, old, rank);
-      const range = where === "disk" ? bench.all : at;
+      const isWhole = kind === "by hand";
+      const partitions = isWhole ? new Map() : gptOf(bench).partitions;
+      const range = {
+        "disk": bench.all,
+        "data partition": at,
+        "swap partition": partitions.get("lightwhale-swap"),
+      }[where];
       const superblock = (): Uint8Array =>
         bench.read({ from: at.from + 64 * KiB, to: at.from + 68 * KiB });
-      const structures = at.from > 0 ? gptOf(bench).structures : [];
-      const table = () => structures.map((range) => bench.read(range));
-      const [wasThere, wasTable] = [superblock(), table()];
+      const wasThere = superblock();
       let types = contents[above]?.types ?? ["gpt"];
       if (tables.includes(above)) {
         const label = above.startsWith("a GPT") ? "gpt" : "dos";
@@ -562,17 +581,23 @@ function drawCovered(random: Random): Draft {
 
       const survives = isSame(superblock(), wasThere);
       const same = size.made === size.attached && !size.twin;
-      const isWhole = at.from === 0;
       if (survives && same && types.length > 0 && (isWhole || range === at)) {
         return { is: "doubt", may: nothing };
       }
-      // What lies beside the member does not make it another one.
-      const untouched = survives && !isWhole && where === "disk" &&
-        table().every((bytes, n) => isSame(bytes, wasTable[n]));
-      return { is: "unsure", may: untouched ? [at] : nothing };
+      // A swap partition beside the member, and what RAID has behind all
+      // partitions, do not make it another one; what overlaps it does.
+      const beside = where === "swap partition" ||
+        (where === "disk" && behindAll.includes(above));
+      return { is: "unsure", may: beside && !isWhole ? [at] : nothing };
     },
   };
 }
+
+/** They keep the table and the partitions as they are. */
+const behindAll = [
+  ...["an Intel RAID member", "a DDF RAID member"],
+  ...["an md 0.90 member", "an md 1.0 member"],
+];
 
 /** Puts an old data filesystem on a disk; gives the range that it has. */
 async function putOld(
@@ -584,7 +609,7 @@ async function putOld(
     await bench.fill(byHand(fsidOf(rank)));
     return bench.all;
   }
-  const kind = old === "made by the program" ? "single" : "by hand";
+  const kind = olds[old];
   const { images } = await bench.stock.get(kind, bench.sectorBytes, rank);
   await putImage(bench, images[0]);
   if (kind === "by hand") return bench.all;
@@ -595,19 +620,19 @@ function isSame(a: Uint8Array, b: Uint8Array): boolean {
   return a.length === b.length && a.every((byte, i) => byte === b[i]);
 }
 
-/** What may follow a header; only one of them means something. */
+/** Formats although other disks are in doubt, right after the header. */
+const anywayLine = "\nlightwhale-anyway\n";
+
+/** What may follow a header; only the last means something. */
 const afterHeader = [
   ...["", "", "\n", "\n\nlightwhale-anyway\n", "\n lightwhale-anyway\n"],
-  ...["lightwhale-anyway\n", "\nLIGHTWHALE-ANYWAY\n", ANYWAY()],
+  ...["lightwhale-anyway\n", "\nLIGHTWHALE-ANYWAY\n", anywayLine],
 ];
-function ANYWAY(): string {
-  return "\nlightwhale-anyway\n";
-}
 
 /** A disk that begins with the header. */
 function drawMagicDisk(random: Random): Draft {
   const text = random.pick(afterHeader);
-  const anyway = text === ANYWAY();
+  const anyway = text === anywayLine;
   const words = ["then the header", ...(text ? [JSON.stringify(text)] : [])];
   const below = random.below(8);
   if (below === 0) return drawStartedOver(random, text);
@@ -635,12 +660,11 @@ function drawMagicDisk(random: Random): Draft {
     make: async (bench) => {
       await bench.fill(what);
       bench.write(0, magic + text);
-      // XFS and others have their own first bytes there: it is gone.
-      const isThere = /ext|F2FS|UDF|JFS|NILFS|ISO/.test(name);
-      if (what.label === DATA) {
-        const may = isThere ? [theHeader] : everything;
-        return { is: "unsure", may };
+      // NTFS has its own first bytes where the header is now: it is gone.
+      if (wins(name) && !/NTFS/.test(name)) {
+        return { is: "unsure", may: [theHeader] };
       }
+      if (what.label === DATA) return { is: "unsure", may: everything };
       return { is: "magic", may: everything, anyway };
     },
   };
@@ -689,7 +713,7 @@ function drawMagicPartition(random: Random): Draft {
       const first = { from: MiB, to: (1 + PART_MIB) * MiB };
       if (shape === "on an ISO image") {
         await bench.fill(contents["a hybrid ISO 9660 image"]);
-        if (bench.sectorBytes === 4096) return unsureDisk;
+        if (bench.sectorBytes === 4096) return { is: "unsure", may: nothing };
         await bench.sh(
           `sfdisk -q --no-tell-kernel --relocate gpt-bak-std "$DISK"
            echo 'start=64MiB, name=${magic}' |
@@ -700,7 +724,7 @@ function drawMagicPartition(random: Random): Draft {
         const last = {
           "last": [`name=${magic}`],
           "middle": [`size=280MiB, name=${magic}`, "name=more"],
-          "two": [`size=100MiB, name=${magic}`, `name=${magic}`],
+          "two": [`size=150MiB, name=${magic}`, `name=${magic}`],
         }[shape]!;
         const lines = [`start=1MiB, size=${PART_MIB}MiB, name=a`, ...last];
         await bench.table("gpt", lines, entries);
@@ -716,30 +740,31 @@ function drawMagicPartition(random: Random): Draft {
       const same = size.made === size.attached;
       const plain = same && claim(contents[beside]) === "innocent" &&
         shape !== "on an ISO image";
-      if (what.label === DATA) return { is: "unsure", may: structures };
+      if (wins(inside)) return { is: "unsure", may: structures };
       const may = same ? [range, ...structures] : [range];
-      return { is: plain ? "magic" : "unsure", may };
+      const is = plain && what.label === undefined ? "magic" : "unsure";
+      return { is, may };
     },
   };
 }
-
-const unsureDisk: Verdict = { is: "unsure", may: nothing };
 
 /** The disks of a data filesystem. */
 function drawData(random: Random): Draft[] {
   const kind = random.pick(
     [
-      ...["single", "single", "mirror", "by hand", "by hand, mounted before"],
+      ...["single", "with swap", "mirror", "by hand"],
+      ...["by hand, mounted before"],
       ...["partition by hand", "partition over an old one"],
     ] as const,
   );
-  const size = { ...dimensions(random), sizeMiB: OLD_MIB };
+  const sizeMiB = kind === "with swap" ? sizeOf(kind) : OLD_MIB;
+  const size = { ...dimensions(random), sizeMiB };
   const forgotten = random.chance(0.3) ? random.pick(afterHeader) : undefined;
   const entries = random.pick(lengths);
   const name = random.pick([DATA, "", "photos"]);
   const change = random.pick([
     ...["", "", "", ""],
-    ...(kind === "single" || kind === "mirror"
+    ...(kind === "single" || kind === "with swap" || kind === "mirror"
       ? ["first sector lost", "enlarged", "enlarged, with RAID at its end"]
       : []),
     ...(kind === "single" ? ["shrunk"] : []),
@@ -801,14 +826,16 @@ function drawData(random: Random): Draft[] {
         fsid = old.fsid;
         const { partitions, structures } = gptOf(bench);
         const range = partitions.get(DATA)!;
-        may = same ? [range, ...structures] : [range];
+        const swap = partitions.get("lightwhale-swap");
+        const members = [range, ...(swap ? [swap] : [])];
+        may = same ? [...members, ...structures] : members;
         if (change === "enlarged" && same) {
           const grown = { from: range.from, to: bench.sizeBytes };
-          may = [grown, ...structures];
+          may = [...members, grown, ...structures];
         }
         if (change === "enlarged, with RAID at its end") {
           await bench.fill(contents[atEnd]);
-          may = [range];
+          may = members;
         }
         if (change === "first sector lost") {
           bench.loseFirstSector();
@@ -893,6 +920,7 @@ async function playRound(
 ): Promise<void> {
   const drafts = drawCollection(random);
   const commands = [somethingBetween(random), somethingBetween(random)];
+  const failures: string[] = [];
   let list = drafts.map(describe);
   try {
     const disks = await Promise.all(
@@ -906,22 +934,25 @@ async function playRound(
     const [first, ...others] = disks.map(specOf);
     await withSystem(
       { disks: [first, ...others] },
-      (system) => playOn(system, disks, outcome, commands),
+      (system) =>
+        playOn(system, disks, outcome, commands).catch((error) => {
+          // Taking the system apart may fail as well, and hide this.
+          failures.push(error.message);
+        }),
     );
   } catch (error) {
-    const lines = list.map((line, n) => `  ${n}: ${line}`);
-    throw new Error(`${(error as Error).message}\n${lines.join("\n")}`);
+    failures.push((error as Error).message);
+  }
+  if (failures.length > 0) {
+    failures.push(...list.map((line, n) => `  ${n}: ${line}`));
+    throw new Error(failures.join("\n"));
   }
 }
 
 function specOf({ image, sizeBytes, attached }: Made) {
-  const contents = 'cp --sparse=always "$IMAGE" ' +
+  const contents = `cp --sparse=always '${image}' ` +
     '"$(cat "/sys/block/${DISK#/dev/}/loop/backing_file")"';
-  return {
-    sizeBytes,
-    sectorBytes: attached,
-    contents: contents.replace("$IMAGE", image),
-  };
+  return { sizeBytes, sectorBytes: attached, contents };
 }
 
 async function playOn(
@@ -1099,11 +1130,13 @@ Deno.test({
     const failed: number[] = [];
     let next = 0;
     const job = async () => {
-      const stockFolder = await Deno.makeTempDir();
+      const stockFolder = await Deno.makeTempDir({
+        prefix: "persistence-test-",
+      });
       const stock = new Stock(stockFolder);
       while (next < rounds) {
         const ofRound = seed + next++;
-        const folder = await Deno.makeTempDir();
+        const folder = await Deno.makeTempDir({ prefix: "persistence-test-" });
         const start = Date.now();
         try {
           await playRound(diceOf(ofRound), folder, stock);
@@ -1134,29 +1167,37 @@ Deno.test({
   ignore: Deno.uid() !== 0,
   async fn() {
     needPrograms(...programs);
-    const folder = await Deno.makeTempDir();
-    const image = `${folder}/image`;
-    for (const sectorBytes of [512, 4096] as const) {
-      for (const [name, what] of Object.entries(contents)) {
-        await Deno.writeFile(image, new Uint8Array());
-        await Deno.truncate(image, 448 * MiB);
-        const stock = new Stock(folder);
-        const bench = new Bench(image, 448 * MiB, sectorBytes, stock);
-        await bench.fill(what);
-        await bench.sh(`wipefs --noheadings --output TYPE,LABEL "$DISK" \\
-          > ${folder}/types`);
-        const text = await Deno.readTextFile(`${folder}/types`);
-        const seen = text.split("\n").filter(Boolean)
-          .map((line) => line.trim().split(/\s+/));
-        const types = seen.map(([type]) => type).sort()
-          // A hybrid image has a table, too, with sectors of 512 bytes.
-          .filter((type) => !/gpt|PMBR/.test(type));
-        assertEquals(types, what.types, `${name}, ${sectorBytes}`);
-        const label = seen.map(([, label]) => label)
-          .find((label) => label === DATA || label === "lightwhale-swap");
-        assertEquals(label, what.label, `${name}, ${sectorBytes}`);
-      }
+    await useMemory();
+    const folder = await Deno.makeTempDir({ prefix: "persistence-test-" });
+    try {
+      await compareNames(folder);
+    } finally {
+      await Deno.remove(folder, { recursive: true });
     }
-    await Deno.remove(folder, { recursive: true });
   },
 });
+
+async function compareNames(folder: string): Promise<void> {
+  const image = `${folder}/image`;
+  for (const sectorBytes of [512, 4096] as const) {
+    for (const [name, what] of Object.entries(contents)) {
+      await Deno.writeFile(image, new Uint8Array());
+      await Deno.truncate(image, 448 * MiB);
+      const stock = new Stock(folder);
+      const bench = new Bench(image, 448 * MiB, sectorBytes, stock);
+      await bench.fill(what);
+      await bench.sh(`wipefs --noheadings --output TYPE,LABEL "$DISK" \\
+          > ${folder}/types`);
+      const text = await Deno.readTextFile(`${folder}/types`);
+      const seen = text.split("\n").filter(Boolean)
+        .map((line) => line.trim().split(/\s+/));
+      const types = seen.map(([type]) => type).sort()
+        // A hybrid image has a table, too, with sectors of 512 bytes.
+        .filter((type) => !/gpt|PMBR/.test(type));
+      assertEquals(types, what.types, `${name}, ${sectorBytes}`);
+      const label = seen.map(([, label]) => label)
+        .find((label) => label === DATA || label === "lightwhale-swap");
+      assertEquals(label, what.label, `${name}, ${sectorBytes}`);
+    }
+  }
+}
