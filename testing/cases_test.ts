@@ -161,8 +161,12 @@ async function play(system: System, expected: Situation): Promise<Boot> {
     const found = await system.sh("cat etc/precious 2>/dev/null || echo none");
     assertEquals(found, expected.anew ? "none\n" : "precious\n", boot.stderr);
   }
-  assertSaid(system, boot, expected);
+  const { says, neverSays } = spellOut(system, expected);
   await expected.also?.(system, boot);
+  for (const pattern of says) assertMatch(boot.stderr, pattern);
+  for (const pattern of neverSays) {
+    assert(!pattern.test(boot.stderr), `It says ${pattern}: ${boot.stderr}`);
+  }
   return boot;
 }
 
@@ -184,22 +188,17 @@ function assertUsed(
   }
 }
 
-function assertSaid(
+/** What is to be said, with the paths that the disks have now. */
+function spellOut(
   { disks }: System,
-  { stderr }: Boot,
   { says = [], neverSays = [] }: Situation,
-): void {
-  const named = (pattern: string) =>
+): { says: RegExp[]; neverSays: RegExp[] } {
+  const spell = (pattern: string) =>
     new RegExp(
       pattern.replace(/%(\d)/g, (_, digit) => disks[Number(digit) - 1].path),
       "i",
     );
-  for (const pattern of says) {
-    assertMatch(stderr, named(pattern));
-  }
-  for (const pattern of neverSays) {
-    assert(!named(pattern).test(stderr), `It says ${pattern}: ${stderr}`);
-  }
+  return { says: says.map(spell), neverSays: neverSays.map(spell) };
 }
 
 const isPartOf = (device: string, { path }: Disk) =>
@@ -646,15 +645,20 @@ for (const [what, beside] of Object.entries(besides)) {
       const asked = await makeAskedFor(system, "lightwhale.wait=2");
       const before = await system.checksum(system.disks[0]);
       const { status, report, stderr } = await asked.boot();
+      assertMatch(stderr, new RegExp(asked.uuid));
+      // Another data filesystem may be used, but none is made.
+      if (what === "another data disk" && report.mode === "persistent") {
+        assertEquals(report.devices, [system.disks[0].path], stderr);
+        return;
+      }
       assertEquals(await system.checksum(system.disks[0]), before, stderr);
       assertEquals([status, report.mode], [1, "fallback"], stderr);
-      assertMatch(stderr, new RegExp(asked.uuid));
     },
   );
 }
 
-/** Far from where others take their loop devices from. */
-const latePlace = "/dev/loop231";
+/** Far from where others take their loop devices from, these tests included. */
+const latePlace = `/dev/loop${300 + Deno.pid % 600}`;
 
 /** Makes the second disk the data disk, asks for it, and takes it away. */
 async function makeAskedFor(
@@ -855,8 +859,9 @@ const labelled: Record<
     room: true,
   },
   "ISO 9660": {
-    script: `xorriso -as mkisofs -quiet -V ${label} -o iso /etc/apt 2>/dev/null
-      dd if=iso of="$DISK" bs=64k status=none; rm iso`,
+    script: `iso=$(mktemp)
+      xorriso -as mkisofs -quiet -V ${label} -o "$iso" /etc/apt 2>/dev/null
+      dd if="$iso" of="$DISK" bs=64k status=none; rm "$iso"`,
     needs: ["xorriso"],
     room: true,
   },
@@ -865,7 +870,7 @@ const labelled: Record<
 for (const [what, { script, needs, room }] of Object.entries(labelled)) {
   const disk: DiskSpec = {
     ...blankDisk,
-    contents: `cd "$(mktemp -d)"; ${tools} ${script}`,
+    contents: tools + script,
   };
   situation(`${what} labelled ${label}: no other disk is formatted`, {
     disks: [disk, magicDisk],
@@ -920,7 +925,6 @@ for (const [what, { disks, members }] of Object.entries(twice)) {
     { disks },
     async (system) => {
       await showTwice(system);
-      await system.reboot();
       const first = await bootPersistent(system);
       assertEquals(first.report.devices.length, members, first.stderr);
       await system.sh("echo precious > etc/precious");
@@ -943,7 +947,6 @@ onDisks(
     await bootPersistent(system);
     await system.sh("echo precious > etc/precious");
     await showTwice(system);
-    await system.reboot();
     const { report, stderr } = await bootPersistent(system);
     assertEquals([report.devices.length, report.degraded], [2, false], stderr);
     assertEquals(await system.sh("cat etc/precious"), "precious\n");
@@ -958,16 +961,11 @@ situation("two magic disks of one size are not one disk", {
   uses: [1, 2],
 });
 
-/** Shows the first disk at a second node from the next reboot on. */
+/** Reboots, and shows the first disk at a second node from then on. */
 async function showTwice(system: System): Promise<void> {
   const { image, sectorBytes } = system.disks[0];
-  const again: Disk = { image, sectorBytes, path: "" };
-  await system.reboot({
-    // deno-lint-ignore require-await
-    whileOff: async () => {
-      system.disks.push(again);
-    },
-  });
+  system.disks.push({ image, sectorBytes, path: "" });
+  await system.reboot();
 }
 
 // A14: tables of any length.
@@ -1177,7 +1175,7 @@ const others: Record<
     needs: ["mkfs.xfs"],
   },
   "LUKS2": { script: "luks", says: ["crypto_LUKS"], needs: ["cryptsetup"] },
-  "swap": { script: "mkswap -q -L other", says: ["swap", "other"] },
+  "swap": { script: "mkswap -q -L mine", says: ["swap", "mine"] },
 };
 
 for (const [what, { script, says, needs }] of Object.entries(others)) {
@@ -1218,7 +1216,7 @@ for (const [what, { lines, used, keeps }] of Object.entries(severalParts)) {
     contents: `${tools} gpt "$DISK" ${lines}`,
   };
   const usesOne = async (system: System) => {
-    for (const _ of ["this boot", "the next"]) {
+    const assertOne = async () => {
       const shown = await system.sh(
         "btrfs filesystem show mnt/lightwhale-data",
       );
@@ -1226,9 +1224,11 @@ for (const [what, { lines, used, keeps }] of Object.entries(severalParts)) {
       const [{ path }, other] = system.disks;
       const expected = [`${path}p${used}`, ...other ? [`${other.path}p1`] : []];
       assertEquals(found.sort(), expected.sort());
-      await system.reboot();
-      await bootPersistent(system);
-    }
+    };
+    await assertOne();
+    await system.reboot();
+    await bootPersistent(system);
+    await assertOne();
   };
   const expected: Situation = {
     disks: [disk],
@@ -1287,11 +1287,7 @@ for (const [what, { contents, then }] of Object.entries(doubts)) {
   };
   for (const [text, anyway] of Object.entries(afterHeader)) {
     // The near misses once.
-    if (
-      what !== "is damaged" && !/^(lightwhale-anyway)?$/.test(
-        text.replaceAll("\\n", ""),
-      )
-    ) continue;
+    if (what !== "is damaged" && !anyway && text !== "\\n") continue;
     situation(
       `a disk ${what}, and "${text}" follows the header of another one: ` +
         (anyway ? "that is formatted" : "nothing is formatted"),
