@@ -1055,6 +1055,9 @@ async function readFormats(
       ? undefined
       : await readGpt(node, start, reading.onlyHeader, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
+    // Behind a table there is nothing, or a filesystem of the whole disk.
+    const tableBytes = 2 * node.sectorBytes + GPT.entriesArea;
+    reading.plain = !reading.gpt || isZero(start.subarray(tableBytes));
   }
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
@@ -1885,6 +1888,7 @@ export function isInQuestion(
   if (read.error || isOpen(device)) return false;
   const disk = devices.find(({ name }) => name === device.disk);
   if (disk?.read.header || partitionName === MAGIC) return true;
+  if (kind === "disk" && namesIn(read).includes(MAGIC)) return true;
   const isOurs = read.btrfs?.label === DATA;
   if (isOurs) return !read.plain || !read.btrfs?.intact || !!read.table;
   if (read.backup?.label === DATA || partitionName === DATA) return true;
@@ -1894,7 +1898,7 @@ export function isInQuestion(
     .some((name) => namesIn(read).includes(name));
   const parts = partsOf(device, devices);
   return (isUsed || parts.some((part) => part.read.btrfs?.label === DATA)) &&
-    (read.gpt.lost !== undefined || onlySwapIsLeft(device) ||
+    (read.gpt.lost !== undefined || !read.plain || onlySwapIsLeft(device) ||
       device.sizeBytes - read.gpt.endBytes >= MiB);
 }
 
@@ -1965,17 +1969,23 @@ function onlySwapIsLeft({ kind, read }: BlockDevice): boolean {
     names.every((name) => name === SWAP);
 }
 
-/** Why partitions must not be believed: the table is not whole, nor alone. */
+/**
+ * Why partitions must not be believed: the table is not whole and not alone, or
+ * a filesystem of the whole disk overlaps them. A hybrid ISO image is meant to
+ * be both; RAID metadata at the end of the disk overlap nothing.
+ */
 function whyTableIsDoubted(
   device: BlockDevice,
   devices: BlockDevice[],
 ): string | undefined {
   const disk = devices.find(({ name }) => name === device.disk);
-  if (!disk?.read.gpt?.lost) return undefined;
-  const others = othersOn(disk);
+  if (device.kind !== "partition" || !disk?.read.gpt) return undefined;
+  const { lost } = disk.read.gpt;
+  const others = othersOn(disk)
+    .filter((what) => lost || !/^iso9660\b|_raid_member\b/.test(what));
   if (others.length === 0) return undefined;
-  return `the partition table of ${disk.path} is damaged, and the disk holds ` +
-    others.join(", ");
+  return `${disk.path}, which it is a part of, holds ${others.join(", ")}` +
+    (lost ? `, and its partition table is damaged` : "");
 }
 
 /** What libblkid sees beside our filesystem or the GPT of a disk. */

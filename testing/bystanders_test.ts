@@ -645,7 +645,7 @@ function drawMagicDisk(random: Random): Draft {
         const { is, may } = await draft.make(bench);
         bench.write(0, magic + text);
         // It counts for something only where nothing else does.
-        if (is === "doubt") return { is, may };
+        if (is === "doubt") return { is, may: [...may, theHeader] };
         return { is: "unsure", may: everything };
       },
     };
