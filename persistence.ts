@@ -433,21 +433,29 @@ const GPT = {
   entry: { type: 0, first: 32, last: 40, name: 56, nameBytes: 72 },
 };
 
+/** Where the entries of a table are, and how they are told to be whole. */
+interface GptHeader {
+  sectorBytes: number;
+  entriesAt: number;
+  entriesBytes: number;
+  entryBytes: number;
+  entriesCrc: number;
+  endBytes: number;
+}
+
 /**
- * Reads a GUID partition table.
+ * Reads the header of a GUID partition table.
  *
- * @param header The sector that holds the header.
+ * @param header The sector that holds it.
  * @param at The byte of the disk at which that sector begins.
  * @param sectorBytes Logical sector size that the table was made for.
- * @param read Gives bytes of the disk.
- * @returns The table, or undefined where there is none or it is damaged.
+ * @returns The header, or undefined where there is none or it is damaged.
  */
-export async function parseGpt(
+export function parseGptHeader(
   header: Uint8Array,
   at: number,
   sectorBytes: number,
-  read: Read,
-): Promise<Gpt | undefined> {
+): GptHeader | undefined {
   if (header.length < 512 || text(header, 0, 8) !== GPT.signature) {
     return undefined;
   }
@@ -459,15 +467,27 @@ export async function parseGpt(
   if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
   const bytesAt = (field: number) =>
     Number(view.getBigUint64(field, true)) * sectorBytes;
-  if (bytesAt(GPT.ownLba) !== at) return undefined;
+  const entryBytes = view.getUint32(GPT.entryBytes, true);
+  const entriesBytes = entryBytes * view.getUint32(GPT.entryCount, true);
+  if (bytesAt(GPT.ownLba) !== at || entryBytes < 128) return undefined;
+  if (entriesBytes > GPT.largestBytes) return undefined;
+  return {
+    sectorBytes,
+    entriesAt: bytesAt(GPT.entriesLba),
+    entriesBytes,
+    entryBytes,
+    entriesCrc: view.getUint32(GPT.entriesCrc, true),
+    endBytes: bytesAt(GPT.backupLba) + sectorBytes,
+  };
+}
 
-  const size = view.getUint32(GPT.entryBytes, true);
-  const count = view.getUint32(GPT.entryCount, true);
-  if (size < 128 || size * count > GPT.largestBytes) return undefined;
-  const entries = await read(bytesAt(GPT.entriesLba), size * count);
-  if (entries.length !== size * count) return undefined;
-  if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
-
+/** Reads the entries of a table; undefined where they are damaged. */
+export function parseGptEntries(
+  { sectorBytes, entriesBytes, entryBytes, entriesCrc, endBytes }: GptHeader,
+  entries: Uint8Array,
+): Gpt | undefined {
+  if (entries.length !== entriesBytes) return undefined;
+  if (crc32(entries) !== entriesCrc) return undefined;
   const partitions: GptPartition[] = [];
   const table = viewOf(entries);
   const { type, first, last, name, nameBytes } = GPT.entry;
@@ -475,23 +495,19 @@ export async function parseGpt(
   const isUsed = (at: number) =>
     table.getUint32(at) !== 0 || table.getUint32(at + 4) !== 0 ||
     table.getUint32(at + 8) !== 0 || table.getUint32(at + 12) !== 0;
-  for (let at = 0; at < entries.length; at += size) {
+  for (let at = 0; at + entryBytes <= entriesBytes; at += entryBytes) {
     if (!isUsed(at + type)) continue;
     const from = Number(table.getBigUint64(at + first, true));
     const to = Number(table.getBigUint64(at + last, true));
     const label = entries.subarray(at + name, at + name + nameBytes);
     partitions.push({
-      number: at / size + 1,
+      number: at / entryBytes + 1,
       name: utf16.decode(label).replace(/\0.*$/s, ""),
       startBytes: from * sectorBytes,
       sizeBytes: (to - from + 1) * sectorBytes,
     });
   }
-  return {
-    partitions,
-    sectorBytes,
-    endBytes: bytesAt(GPT.backupLba) + sectorBytes,
-  };
+  return { partitions, sectorBytes, endBytes };
 }
 
 /** Partition types in the MBR of a disk, if LBA 0 is one. */
@@ -1110,13 +1126,18 @@ async function readGpt(
 ): Promise<Gpt | undefined> {
   const isAnnounced = isProtectiveMbr(start);
   const sizes = disk.sectorBytes === 512 ? [512, 4 * KiB] : [4 * KiB, 512];
-  const within: Read = async (at, length) =>
-    at + length <= start.length
-      ? start.subarray(at, at + length)
-      : await read(at, length);
+  const readTable = async (header: Uint8Array, at: number, size: number) => {
+    const found = parseGptHeader(header, at, size);
+    if (!found) return undefined;
+    const { entriesAt, entriesBytes } = found;
+    const end = entriesAt + entriesBytes;
+    const entries = end <= start.length
+      ? start.subarray(entriesAt, end)
+      : await read(entriesAt, entriesBytes);
+    return parseGptEntries(found, entries);
+  };
   for (const size of sizes) {
-    const header = start.subarray(size, 2 * size);
-    const gpt = await parseGpt(header, size, size, within);
+    const gpt = await readTable(start.subarray(size, 2 * size), size, size);
     if (gpt) return isAnnounced ? gpt : { ...gpt, lost: "first sector" };
   }
   const isBlank = isZero(start.subarray(onlyHeader ? 512 : 0));
@@ -1125,7 +1146,7 @@ async function readGpt(
   for (const size of sizes) {
     const at = diskBytes - size;
     if (at % size !== 0 || at < START_BYTES) continue;
-    const gpt = await parseGpt(await read(at, size), at, size, read);
+    const gpt = await readTable(await read(at, size), at, size);
     if (gpt) return { ...gpt, lost: "primary table", endBytes: diskBytes };
   }
 }

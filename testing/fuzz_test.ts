@@ -19,15 +19,19 @@ import {
   describePlan,
   type Facts,
   type FilesystemState,
-  formatMark,
+  formatRecord,
+  isMagic,
   MAGIC,
+  type Member,
   type Mount,
   parseCommandLine,
-  parseGpt,
+  parseGptEntries,
+  parseGptHeader,
   parseKernelCommandLine,
-  parseMark,
   parseMountinfo,
   parsePartname,
+  parseRecord,
+  parseStart,
   parseSuperblock,
   parseSwapLabel,
   type Plan,
@@ -35,6 +39,7 @@ import {
   SWAP,
   UNFINISHED,
   UsageError,
+  whatItHolds,
 } from "../persistence.ts";
 import { needPrograms } from "./programs.ts";
 import { countFrom, diceOf, type Random, seed } from "./random.ts";
@@ -212,11 +217,12 @@ function gptFor(sectorBytes: number): Uint8Array {
 }
 
 function gptOf(start: Uint8Array, sectorBytes: number) {
-  return parseGpt(
-    start.subarray(sectorBytes, 2 * sectorBytes),
-    (at, length) => start.subarray(at, at + length),
-    sectorBytes,
-  );
+  const sector = start.subarray(sectorBytes, 2 * sectorBytes);
+  const header = parseGptHeader(sector, sectorBytes, sectorBytes);
+  if (!header) return undefined;
+  const { entriesAt, entriesBytes } = header;
+  const end = entriesAt + entriesBytes;
+  return parseGptEntries(header, start.subarray(entriesAt, end));
 }
 
 // The readers
@@ -245,16 +251,18 @@ fuzz("parseGpt() gives a table or none, and asks for little", (random) => {
   mutate(table.subarray(sectorBytes, sectorBytes + 128), random);
   if (random.chance(0.5)) mutate(table.subarray(2 * sectorBytes), random);
   if (random.chance(0.7)) repairGpt(table, sectorBytes);
-  const found = parseGpt(
-    cutShort(table.subarray(sectorBytes, 2 * sectorBytes), random),
-    (at, length) => {
-      assert(Number.isFinite(at) && at >= 0, `entries at ${at}`);
-      assert(length >= 0 && length <= 16 * MiB, `${length} bytes of entries`);
-      if (random.chance(0.05)) return undefined;
-      return table.subarray(at, at + length);
-    },
+  const sector = table.subarray(sectorBytes, 2 * sectorBytes);
+  const header = parseGptHeader(
+    cutShort(sector, random),
+    sectorBytes,
     sectorBytes,
   );
+  if (!header) return;
+  const { entriesAt: at, entriesBytes: length } = header;
+  assert(Number.isFinite(at) && at >= 0, `entries at ${at}`);
+  assert(length >= 0 && length <= MiB, `${length} bytes of entries`);
+  const entries = cutShort(table.subarray(at, at + length), random);
+  const found = parseGptEntries(header, entries);
   for (const partition of found?.partitions ?? []) {
     assert(!partition.name.includes("\0") && partition.name.length <= 36);
     assert(Number.isInteger(partition.number) && partition.number >= 1);
@@ -271,28 +279,30 @@ fuzz("parseSwapLabel() gives a label or none", (random) => {
   assert(label === undefined || label.length <= 16);
 });
 
-fuzz("parseMark() gives a mark or none, never half of one", (random) => {
+fuzz("parseRecord() gives a record or none, never half of one", (random) => {
   const start = new Uint8Array(64 * KiB);
-  const marks = [56, 60].map((at) => {
-    const mark = {
+  const records = [56, 60].map((at) => {
+    const record = {
       fsid: random.pick(fsids),
       member: random.pick(hostileTexts),
       epoch: random.below(100),
       present: [random.pick(hostileTexts), "a"],
       absent: { b: random.below(100) },
     };
-    start.set(formatMark(mark), at * KiB);
-    return mark;
+    start.set(formatRecord(record), at * KiB);
+    return record;
   });
-  const newest = marks[1].epoch > marks[0].epoch ? marks[1] : marks[0];
+  const newest = records[1].epoch > records[0].epoch ? records[1] : records[0];
   const wellFormed = JSON.parse(JSON.stringify(newest).toWellFormed());
-  assertEquals(parseMark(start.subarray(56 * KiB)), wellFormed);
+  assertEquals(parseRecord(start.subarray(56 * KiB)), wellFormed);
   // A torn write: what is found must be one of the two, or nothing.
   const at = random.pick([56, 60]) * KiB;
   mutate(start.subarray(at, at + 300), random);
-  const found = parseMark(cutShort(start.subarray(56 * KiB), random));
+  const found = parseRecord(cutShort(start.subarray(56 * KiB), random));
   if (!found) return;
-  const written = marks.map((mark) => JSON.stringify(mark).toWellFormed());
+  const written = records.map((record) =>
+    JSON.stringify(record).toWellFormed()
+  );
   assert(written.includes(JSON.stringify(found)), JSON.stringify(found));
 });
 
@@ -457,8 +467,9 @@ function someStart(random: Random, isDisk: boolean): Uint8Array {
       members.filter((id) => !present.includes(id))
         .map((id) => [id, random.below(6)]),
     );
-    const mark = { fsid, member, epoch: random.below(9), present, absent };
-    start.set(formatMark(mark), at * KiB);
+    const epoch = random.below(9);
+    const record = { fsid, member, epoch, present, absent };
+    start.set(formatRecord(record), at * KiB);
   }
   if (isDisk && random.chance(0.5)) {
     const table = corpus.gpt.slice();
@@ -494,17 +505,24 @@ function someMachine(random: Random): Machine {
     const start = someStart(random, device.kind === "disk");
     bytes.set(device, start);
     devices.push(device);
+    device.read = parseStart(start);
     if (random.chance(0.05)) {
-      device.readError = `Cannot read ${device.path}: EIO`;
+      device.read.error = `Cannot read ${device.path}: EIO`;
       return;
     }
-    device.header = beginsWithHeader(start);
-    device.btrfs = parseSuperblock(start.subarray(64 * KiB));
-    device.swapLabel = parseSwapLabel(start);
-    const mark = device.btrfs && parseMark(start.subarray(56 * KiB));
-    if (mark?.fsid === device.btrfs?.fsid) device.mark = mark;
-    if (device.kind === "disk") device.gpt = gptOf(start, 512);
-    if (random.chance(0.05)) device.backupLabel = random.pick(hostileTexts);
+    if (device.kind === "disk") {
+      device.read.gpt = gptOf(start, 512);
+      device.read.table = device.read.gpt && "gpt";
+    }
+    if (random.chance(0.05)) {
+      const label = random.pick(hostileTexts);
+      const backup = parseSuperblock(corpus.superblocks[0])!;
+      device.read.backup = { ...backup, label };
+    }
+    if (random.chance(0.2)) {
+      const label = random.pick([...hostileTexts, undefined]);
+      device.signatures = [{ type: random.pick(["ext4", "btrfs"]), label }];
+    }
   };
   const sizes = [0, MiB, 100 * MiB, 111 * MiB, 600 * MiB, 2 ** 31, 2 ** 40];
   for (let i = 1 + random.below(5); i > 0; i--) {
@@ -519,14 +537,15 @@ function someMachine(random: Random): Machine {
       sizeBytes: random.pick(sizes),
       sectorBytes: 512,
       readOnly: random.chance(0.05),
-      hasNode: true,
-      header: false,
+      read: parseStart(new Uint8Array()),
+      magic: false,
+      holds: { kind: "nothing of ours" },
     };
     if (random.chance(0.1)) {
       disk.inUse = random.pick(["swap in use", "held by /dev/md0"]);
     }
     add(disk);
-    for (const entry of disk.gpt?.partitions.slice(0, 8) ?? []) {
+    for (const entry of disk.read.gpt?.partitions.slice(0, 8) ?? []) {
       add({
         ...disk,
         name: `${name}${entry.number}`,
@@ -535,22 +554,20 @@ function someMachine(random: Random): Machine {
         number: entry.number,
         startBytes: entry.startBytes,
         sizeBytes: entry.sizeBytes,
-        hasNode: random.chance(0.8),
+        entry: random.chance(0.2) ? entry : undefined,
         partitionName: entry.name,
         inUse: random.chance(0.05) ? "held by /dev/dm-0" : undefined,
-        header: false,
-        gpt: undefined,
-        btrfs: undefined,
-        swapLabel: undefined,
-        mark: undefined,
-        readError: undefined,
+        signatures: undefined,
       });
     }
   }
-  const mounted: Mount = {
+  for (const device of devices) device.magic = isMagic(device, devices);
+  for (const device of devices) device.holds = whatItHolds(device, devices);
+  const mounted: Facts["mounted"] = {
     target: "/mnt/lightwhale-data",
     type: random.pick(["btrfs", "tmpfs"]),
     source: "/dev/sdb1",
+    fsid: random.pick(fsids),
     deviceNumber: "0:30",
     superOptions: ["rw"],
   };
@@ -559,8 +576,9 @@ function someMachine(random: Random): Machine {
     diskPending: random.chance(0.1),
     memoryBytes: random.pick([512 * MiB, 2 ** 34]),
     mounted: random.chance(0.1) ? mounted : undefined,
-    tooSmall: new Set(
-      devices.filter(() => random.chance(0.05)).map(({ path }) => path),
+    misfits: new Map(
+      devices.filter(() => random.chance(0.05))
+        .map(({ path }) => [path, "it is too small"]),
     ),
   };
   return { facts, bytes };
@@ -586,7 +604,7 @@ function isDataMember(start: Uint8Array): boolean {
   ) === 0;
 }
 
-fuzz("decide() formats only what was marked", (random) => {
+fuzz("decide() formats only what is magic", (random) => {
   const machine = someMachine(random);
   const { facts } = machine;
   const settings = {
@@ -613,18 +631,19 @@ fuzz("decide() formats only what was marked", (random) => {
     },
     errors: {},
   };
-  const wishes = { scrub: random.chance(0.3), "remove missing": false };
-  const job = decideJob(plan, state, wishes);
+  const pending = { scrub: random.chance(0.3), "remove missing": false };
+  const job = decideJob(plan, state, pending);
   // A job wipes these; nothing else may ever be among them.
   if (job?.kind === "add" || job?.kind === "replace") {
     assert(
-      plan.join.includes(job.member) ||
-        job.member.device === plan.mount?.replaceTarget,
+      plan.joins.some(({ device }) => device === job.device) ||
+        job.device === plan.data?.replaceTarget,
       "it joins unasked",
     );
   }
   if (job?.kind === "rebuild") {
-    assert(plan.mount?.stale.includes(job.device), "it is wiped unasked");
+    const stale: unknown[] = plan.data?.stale ?? [];
+    assert(stale.includes(job.device), "it is wiped unasked");
   }
 });
 
@@ -633,7 +652,7 @@ fuzz("decide() formats only what was marked", (random) => {
  * to the other, and before the other, up to then the only one, got it as well.
  */
 function wasJoining(device: BlockDevice, other: BlockDevice): boolean {
-  const [{ btrfs: second }, { btrfs: first }] = [device, other];
+  const [second, first] = [device.read.btrfs, other.read.btrfs];
   return second !== undefined && first !== undefined && first.intact &&
     first.fsid === second.fsid && first.numDevices === 1 &&
     second.numDevices === 2 && second.generation === first.generation + 1;
@@ -641,9 +660,9 @@ function wasJoining(device: BlockDevice, other: BlockDevice): boolean {
 
 /** Every device that would be formatted was marked, is free, holds no data. */
 function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
-  const formatted = [...plan.create?.members ?? [], ...plan.join];
+  const formatted = [...plan.create?.members ?? [], ...plan.joins];
   const isMember = (device: BlockDevice) =>
-    !device.readError && isDataMember(bytes.get(device)!);
+    !device.read.error && isDataMember(bytes.get(device)!);
   for (const { device, swapBytes, dataBytes } of formatted) {
     const why = `${device.path} would be formatted, though`;
     assert(!facts.mounted || !plan.create, "it formats a running system");
@@ -662,7 +681,7 @@ function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
       assert(!part.inUse, `${why} ${part.path} is ${part.inUse}`);
     }
     assert(!device.readOnly, `${why} it is read-only`);
-    assert(!device.readError, `${why} it cannot be read`);
+    assert(!device.read.error, `${why} it cannot be read`);
     assert(Number.isInteger(swapBytes) && swapBytes >= 0, `swap ${swapBytes}`);
     assert(dataBytes >= 109 * MiB, `${why} it is too small`);
     assert(swapBytes + dataBytes <= device.sizeBytes, `${why} it is too small`);
@@ -670,54 +689,56 @@ function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
   const all = formatted.map(({ device }) => device);
   assertEquals(new Set(all).size, all.length, "one is formatted twice");
   if (!plan.create) return;
-  assertEquals(plan.join, [], "it creates and joins");
-  assert(!plan.mount, "it creates beside a data filesystem");
+  assertEquals(plan.joins, [], "it creates and joins");
+  assert(!plan.data, "it creates beside a data filesystem");
   // Damage is not emptiness, unless the disk was given up by its header.
   const givenUp = facts.devices
-    .filter((device) => !device.readError)
+    .filter((device) => !device.read.error)
     .filter((device) => beginsWithHeader(bytes.get(device)!));
   for (const device of facts.devices) {
     if (device.inUse?.startsWith("held by")) continue;
     const why = `others are formatted, though ${device.path}`;
     assert(!isMember(device), `${why} holds data`);
     if (givenUp.some(({ name }) => name === device.disk)) continue;
-    assert(!device.readError, `${why} cannot be read`);
+    assert(!device.read.error, `${why} cannot be read`);
     const wasData = device.kind === "partition" &&
       device.partitionName === DATA;
     assert(!wasData, `${why} was a data partition`);
   }
 }
 
-/** May `device` have all that `writer` has, by what their marks tell? */
-function hasSeenAll(device: BlockDevice, writer: BlockDevice): boolean {
-  const [own, other] = [device.mark, writer.mark];
+/** May `device` have all that `writer` has, by what their records tell? */
+function hasSeenAll(device: Member, writer: Member): boolean {
+  const [own, other] = [device.holds.record, writer.holds.record];
   if (!own || !other) return true;
   const wasThere = other.present.includes(own.member);
-  const seen = own.absent[other.member] ?? device.btrfs!.generation;
-  const commits = writer.btrfs!.generation - seen;
+  const seen = own.absent[other.member] ?? device.holds.btrfs.generation;
+  const commits = writer.holds.btrfs.generation - seen;
   return commits <= 1 && (wasThere || !wroteSince(writer, own.member));
 }
 
 /** Did a device write after the mount in which this member was last there? */
-function wroteSince({ mark, btrfs }: BlockDevice, member: string): boolean {
-  const { generation, hasLog } = btrfs!;
-  return generation > (mark!.absent[member] ?? -1) || hasLog;
+function wroteSince({ holds }: Member, member: string): boolean {
+  const { btrfs: { generation, hasLog }, record } = holds;
+  return generation > (record!.absent[member] ?? -1) || hasLog;
 }
 
 /** What is mounted together belongs together; what is wiped is proven stale. */
 function assertMount(plan: Plan, { bytes }: Machine): void {
-  for (const device of plan.disarm) {
+  const disarmed = plan.repairs.filter((repair) => repair.do === "clear magic");
+  for (const { device } of disarmed) {
     const marked = device.kind === "disk"
       ? beginsWithHeader(bytes.get(device)!)
       : device.partitionName === MAGIC;
-    assert(marked && device.kind !== "volume", `${device.path} has no mark`);
+    assert(marked && device.kind !== "volume", `${device.path} is not magic`);
   }
-  const data = plan.mount;
+  const { data } = plan;
   if (!data) return;
-  const { members, stale, excluded, fsid } = data;
+  const { members, stale, conflicting, fsid } = data;
   for (const member of [...members, ...stale]) {
-    assertEquals(member.btrfs?.fsid, fsid);
-    assertEquals(member.btrfs?.intact, true);
+    assertEquals(member.holds.btrfs.fsid, fsid);
+    assertEquals(member.holds.btrfs.intact, true);
+    const excluded = conflicting.map(({ device }) => device);
     assert(!excluded.includes(member), `${member.path} is in and out`);
   }
   for (const device of stale) {
@@ -729,11 +750,11 @@ function assertMount(plan: Plan, { bytes }: Machine): void {
       `${device.path} would be wiped without proof`,
     );
   }
-  const devids = members.map(({ btrfs }) => btrfs?.devid);
+  const devids = members.map(({ holds }) => holds.btrfs.devid);
   assertEquals(new Set(devids).size, devids.length, "a devid twice");
   assert(plan.mode !== "persistent" || members.length > 0, "mounts nothing");
   for (const area of plan.swap) {
-    assertEquals(area.swapLabel, SWAP);
+    assertEquals(area.read.swapLabel, SWAP);
     assert(members.some(({ disk }) => disk === area.disk), "another's swap");
   }
 }
