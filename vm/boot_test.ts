@@ -796,6 +796,7 @@ const situations: Situation[] = [
   },
   {
     name: "a disk that nobody can read, beside one that is enabled by force",
+    everyTime: false,
     disks: [{ sizeMiB: 64, fails: { io: "read" } }, small],
     boots: [
       {
@@ -805,10 +806,9 @@ const situations: Situation[] = [
           status: 1,
           marked: "vdb",
           warnings: /^/,
-          errors:
-            /^(?=[^]*\/dev\/vda\b)(?=[^]*\/dev\/vdb\b)[^]*--enable --force/,
+          errors: /^(?=[^]*\/dev\/vda\b)[^]*\/dev\/vdb\b/,
         },
-        says: /--enable --force/,
+        says: /lightwhale-anyway|--enable --force/, // the way out
         run: `persistence.ts --enable --force /dev/vdb
           head -c 512 /dev/vdb | sed -n 2p | grep -qx lightwhale-anyway`,
       },
