@@ -43,6 +43,8 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
   sizeMiB?: number;
   /** It begins with the magic header. */
   magic?: boolean;
+  /** It is the disk with this index, on another path. */
+  path?: number;
   /** A script that fills the image file `$1`; `$SYSTEM` is the squashfs. */
   contents?: string;
   /** It must stay byte-identical. */
@@ -51,13 +53,17 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
 
 /** One boot of a situation. */
 interface Step
-  extends Expected, Pick<BootOptions, "append" | "on" | "pullThePlug"> {
+  extends
+    Expected,
+    Pick<BootOptions, "append" | "on" | "pullThePlug" | "uuid"> {
   /** What is done to the disks before, while the machine is off. */
   whileOff?: (disks: VmDisk[]) => void;
   /** The disks that are there, in this order; default: all. */
   present?: number[];
   /** Of those that are there the one that is not until `on` plugs it. */
   late?: number;
+  /** A shell script that runs in the booted system before S11persistence. */
+  before?: string;
   /** The system image; default: the same for all. */
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
@@ -101,6 +107,60 @@ const headerInPartition: DiskBefore = {
       dd of="$1" bs=512 seek=2048 conv=notrunc status=none`,
   bystander: true,
 };
+
+/** What the firmware calls two machines. */
+const thisMachine = "0a5f1be2-6f0c-4d0e-8a77-3b1c53a3e001";
+const anotherMachine = "c7d0e3a4-1b52-4a6f-9e1d-58f0c2b7d002";
+
+/** One magic disk that two controllers, or two ports of one, show. */
+function onTwoPaths(hardware: DiskBefore): Omit<Situation, "name"> {
+  const path: DiskBefore = { bus: "scsi", shared: true, ...hardware };
+  return {
+    disks: [{ magic: true, ...path }, { path: 0, ...path }],
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...single,
+        boots: boots(n),
+        // The kernel may hold what it has read of the other path before.
+        partitions: /^(sd[ab]: lightwhale-swap lightwhale-data(; )?){1,2}$/,
+        marked: /^(sd[ab])?$/,
+        warnings: /^/,
+      },
+      says: /\/dev\/sd(a\d?\b.*\/dev\/sdb|b\d?\b.*\/dev\/sda)/,
+      run: n === 1 ? "keep first 8" : "keep second 8",
+    })),
+  };
+}
+
+/** A magic disk with four old partitions, one of which is in use for a while. */
+function onceUsed(
+  { sizeMiB, held }: { sizeMiB: number; held: string },
+): Omit<Situation, "name"> {
+  return {
+    disks: [{
+      contents: `yes ,${sizeMiB}M | head -n 4 | sfdisk -q --label gpt "$1"
+        printf lightwhale-please-format-me | dd of="$1" conv=notrunc status=none`,
+    }],
+    boots: [
+      {
+        // However slow the machine is: until five seconds after the first try.
+        before: `(exec 3</dev/${held}
+          until pidof delpart partx sfdisk; do sleep 0.02; done
+          sleep 5) >/dev/null 2>&1 &`,
+        after: { ...single, boots: boots(1), partitions: dataDisks("vda") },
+        says: new RegExp(`/dev/${held}\\b`),
+        run: `[ "$(echo /dev/vda?)" = "/dev/vda1 /dev/vda2" ]`,
+      },
+    ],
+  };
+}
+
+/** All of vda but its first mebibyte, as LVM would show it. */
+const dataVolume = `modprobe dm_mod
+  size=$(($(cat /sys/block/vda/size) - 2048))
+  echo "0 $size linear /dev/vda 2048" | dmsetup create data
+  dmsetup mknodes
+  [ -b /dev/mapper/data ]`;
 
 const situations: Situation[] = [
   {
@@ -525,6 +585,267 @@ const situations: Situation[] = [
     ],
   },
   {
+    name:
+      "a copy of a mirror's second disk is plugged in, then that disk itself",
+    disks: [
+      { ...small, serial: "first" },
+      { ...small, serial: "second" },
+      { sizeMiB: 200, serial: "third" },
+    ],
+    boots: [
+      {
+        present: [0, 1],
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: "keep whole 4; keep_in_place database 1",
+      },
+      {
+        whileOff: ([, { file }, copy]) => copyDisk(file, copy.file),
+        present: [0],
+        append: "lightwhale.wait=1",
+        after: { ...degraded, boots: boots(2) },
+        run: "keep degraded 4; keep_in_place database 1",
+      },
+      {
+        present: [0, 2],
+        append: "lightwhale.wait=1",
+        after: {
+          ...mirroredSmall,
+          profiles: /^/,
+          boots: boots(3),
+          warnings: /\/dev\/vdb\d? .*\bcopy\b/,
+        },
+        unchanged: ([, , copy]) => checksum(copy.file),
+        run: `grep -q '"degraded": *true' /run/lightwhale/persistence.json
+          keep degraded-again 4; keep_in_place database 1
+          sleep 5 # whatever is done in the background has begun`,
+      },
+      {
+        present: [0, 1],
+        after: {
+          ...atWork,
+          boots: boots(4),
+          warnings: /\/dev\/vdb1 missed writes and is rebuilt/,
+        },
+        settled: whole,
+      },
+    ],
+  },
+  {
+    name: "a mirror's second disk comes back together with an older copy of it",
+    everyTime: false,
+    disks: [
+      { ...small, serial: "first" },
+      { ...small, serial: "second" },
+      { sizeMiB: 200, serial: "third" },
+    ],
+    boots: [
+      {
+        present: [0, 1],
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: "keep whole 4; keep_in_place database 1",
+      },
+      {
+        whileOff: ([, { file }, copy]) => copyDisk(file, copy.file),
+        present: [0],
+        append: "lightwhale.wait=1",
+        after: { ...degraded, boots: boots(2) },
+        run: "keep degraded 4; keep_in_place database 1",
+      },
+      {
+        present: [2, 0, 1],
+        after: {
+          ...atWork,
+          boots: boots(3),
+          warnings:
+            /^(?=[^]*\/dev\/vda\d? .*\bcopy\b)[^]*\/dev\/vdc1 .*rebuilt/,
+        },
+        unchanged: ([, , copy]) => checksum(copy.file),
+        settled: { ...whole, health: /^/ },
+      },
+    ],
+  },
+  {
+    name: "another machine's data disk, mounted more often, beside one's own",
+    disks: [{ ...small, serial: "own" }, { ...small, serial: "other" }],
+    boots: [
+      ...[1, 2].map((n): Step => ({
+        uuid: anotherMachine,
+        present: [1],
+        after: { ...single, swaps: 0, boots: boots(n) },
+      })),
+      {
+        uuid: thisMachine,
+        present: [0],
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: "keep own 4",
+      },
+      {
+        uuid: thisMachine,
+        present: [1, 0],
+        after: {
+          ...single,
+          swaps: 0,
+          boots: boots(2),
+          warnings: /\/dev\/vda1\b.* not touched/,
+        },
+        unchanged: ([, other]) => checksum(other.file),
+        run: `findmnt -n -o SOURCE $data | grep -q '^/dev/vdb1'`,
+      },
+    ],
+  },
+  {
+    name:
+      "data disks of two other machines: the one mounted more often is used",
+    everyTime: false,
+    disks: [{ ...small, serial: "once" }, { ...small, serial: "twice" }],
+    boots: [
+      {
+        uuid: thisMachine,
+        present: [0],
+        after: { ...single, swaps: 0, boots: boots(1) },
+      },
+      ...[1, 2].map((n): Step => ({
+        uuid: anotherMachine,
+        present: [1],
+        after: { ...single, swaps: 0, boots: boots(n) },
+        run: `keep twice-${n} 4`,
+      })),
+      {
+        // Neither is its own, and it has no name either.
+        after: {
+          ...single,
+          swaps: 0,
+          boots: boots(3),
+          warnings: /\/dev\/vda1\b.* not touched/,
+        },
+        unchanged: ([once]) => checksum(once.file),
+      },
+    ],
+  },
+  {
+    ...onTwoPaths({ serial: "", wwn: 6e18 }),
+    name: "a magic disk on two paths, with one world wide name",
+  },
+  {
+    ...onTwoPaths({ serial: "" }),
+    name: "a magic disk on two paths, and nothing but the bytes tells",
+    everyTime: false,
+  },
+  {
+    ...onceUsed({ sizeMiB: 700, held: "vda3" }),
+    name: "a used magic disk whose old partition is held for five seconds",
+  },
+  {
+    // The new swap partition begins where the old one did, and is larger.
+    ...onceUsed({ sizeMiB: 64, held: "vda1" }),
+    name: "a used magic disk whose first partition is held for five seconds",
+    everyTime: false,
+  },
+  {
+    name: "the data are on a device-mapper volume, and a magic disk joins",
+    disks: [
+      {
+        sizeMiB: 200,
+        contents: `truncate -s 199M "$1.data"
+          mkfs.btrfs --quiet --label lightwhale-data "$1.data"
+          dd if="$1.data" of="$1" bs=1M seek=1 conv=notrunc status=none`,
+      },
+      small,
+    ],
+    boots: [
+      {
+        present: [0],
+        before: dataVolume,
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: `findmnt -n -o SOURCE $data | grep -q '^/dev/mapper/data'
+          persistence.ts --status | tee /tmp/status
+          grep -qi persistent /tmp/status
+          [ -z "$(grep -i volatile /tmp/status)" ]
+          cat /proc/mounts >/tmp/before
+          persistence.ts 2>&1 | grep -i 'set up already'
+          cmp /proc/mounts /tmp/before
+          keep single 8`,
+      },
+      {
+        before: dataVolume,
+        after: { ...atWork, boots: boots(2) },
+        run: "keep joining 4",
+        settled: whole,
+      },
+    ],
+  },
+  {
+    name: "the disk that names a running mirror in /proc/mounts is pulled",
+    disks: [{ ...small, bus: "scsi" }, { ...small, bus: "scsi" }],
+    boots: [
+      {
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: `named=$(findmnt -n -o SOURCE $data | sed 's|/dev/||; s|[0-9].*||')
+          serial=$(tail -c +5 /sys/block/$named/device/vpd_pg80)
+          is_gone() { [ ! -e /sys/block/$named ]; }
+          echo "@pull \${serial#disk}"; wait_for 10 is_gone
+          touch /etc/still-writable; sync
+          persistence.ts --status | tee /tmp/status
+          grep -qi persistent /tmp/status
+          [ -z "$(grep -i -e volatile -e healthy /tmp/status)" ]
+          grep -qi -e missing -e lacks /tmp/status`,
+        on: { pull: (vm, [, disk]) => vm.pull(Number(disk)) },
+        pullThePlug: true,
+      },
+    ],
+  },
+  {
+    name: "a disk that nobody can read, beside one that is enabled by force",
+    everyTime: false,
+    disks: [{ sizeMiB: 64, fails: { io: "read" } }, small],
+    boots: [
+      {
+        after: {
+          ...volatile,
+          mode: "fallback",
+          status: 1,
+          marked: "vdb",
+          warnings: /^/,
+          errors: /^(?=[^]*\/dev\/vda\b)[^]*\/dev\/vdb\b/,
+        },
+        says: /lightwhale-anyway|--enable --force/, // the way out
+        run: `persistence.ts --enable --force /dev/vdb
+          head -c 512 /dev/vdb | sed -n 2p | grep -qx lightwhale-anyway`,
+      },
+      {
+        after: {
+          ...single,
+          swaps: 0,
+          boots: boots(1),
+          partitions: "vdb: lightwhale-data",
+          warnings: /\/dev\/vda\b/,
+        },
+      },
+    ],
+  },
+  {
+    name: "a disk that nobody can read, beside a header and lightwhale-anyway",
+    everyTime: false,
+    disks: [
+      { sizeMiB: 64, fails: { io: "read" } },
+      {
+        sizeMiB: 200,
+        contents:
+          `printf '%s\\n' lightwhale-please-format-me lightwhale-anyway |
+          dd of="$1" conv=notrunc status=none`,
+      },
+    ],
+    boots: [1, 2].map((n) => ({
+      after: {
+        ...single,
+        swaps: 0,
+        boots: boots(n),
+        partitions: "vdb: lightwhale-data",
+        warnings: /\/dev\/vda\b/,
+      },
+    })),
+  },
+  {
     name: "a USB disk whose driver takes long to bring it up",
     disks: [{ magic: true, bus: "usb" }],
     boots: [{
@@ -605,6 +926,7 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
     const { present = [...disks.keys()], unchanged = () => "" } = step;
     step.whileOff?.(disks);
     const before = unchanged(disks);
+    const { append = "", before: script } = step;
     const boot = await bootVm({
       ...situation,
       ...step,
@@ -612,7 +934,8 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
         ...disks[disk],
         late: step.late === i,
       })),
-      image: step.image?.(),
+      append: script ? `${append} vm.before=${btoa(script)}` : append,
+      image: script ? imageWithBefore() : step.image?.(),
       check: lookAndRun(step, kept),
     });
     assertBoot(boot, step, `boot ${i + 1}`);
@@ -623,6 +946,11 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
 }
 
 function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
+  // The hardware stays what it is, whichever other disks are present.
+  const { serial = `disk${i}`, path } = before;
+  if (path !== undefined) {
+    return { ...before, serial, file: `${dir}/disk${path}.img` };
+  }
   const { magic, contents, bystander, ...disk } = before;
   const { sizeMiB = bystander ? 64 : 3000 } = before;
   const file = makeDisk(`${dir}/disk${i}.img`, { sizeMiB, magic });
@@ -632,7 +960,7 @@ function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
       stdio: "pipe",
     });
   }
-  return { ...disk, file };
+  return { ...disk, serial, file };
 }
 
 function checksum(file: string): string {
@@ -691,6 +1019,22 @@ function etcImage(version: "old" | "new"): string {
     Deno.writeTextFileSync(`${app}/${file}`, `${version}\n`);
   }
   return systemImage({ name: `etc-${version}`, changes: dir });
+}
+
+/** A system image that runs what `vm.before` on its command line says. */
+function imageWithBefore(): string {
+  const changes = `${here}cache/before`;
+  const script = `${changes}/etc/init.d/S05before`;
+  Deno.mkdirSync(`${changes}/etc/init.d`, { recursive: true });
+  Deno.writeTextFileSync(
+    script,
+    `#!/bin/sh
+sed -n 's/.*vm.before=\\([^ ]*\\).*/\\1/p' /proc/cmdline | base64 -d >/tmp/before
+PATH=/usr/sbin:/usr/bin dash -eux /tmp/before || echo "S05before failed"
+`,
+    { mode: 0o755 },
+  );
+  return systemImage({ name: "before", changes });
 }
 
 /** A system image whose S11persistence calls the tool and nothing else. */

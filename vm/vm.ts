@@ -43,6 +43,12 @@ export interface VmDisk {
   bus?: Bus;
   /** Default: 512. */
   sectorBytes?: 512 | 4096;
+  /** What the hardware is called; "": nothing; default: `disk` and its index. */
+  serial?: string;
+  /** World wide name, only on scsi, uas and sata; as JSON keeps it: `6e18`. */
+  wwn?: number;
+  /** Another disk of the machine has the same file: one disk on two paths. */
+  shared?: boolean;
   /** Not there until `vm.plug()`; only on scsi, usb and uas. */
   late?: boolean;
   /** Remember each write; needed on every disk that a cut is to count. */
@@ -65,6 +71,8 @@ export interface BootOptions {
   image?: string;
   /** Added to the kernel command line. */
   append?: string;
+  /** What the firmware calls the machine (DMI's product UUID). */
+  uuid?: string;
   /** Default: 512. */
   memoryMiB?: number;
   /** Default: Nehalem, the oldest that is promised. */
@@ -292,7 +300,8 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
 export function machineArguments(
   options: BootOptions & { image: string; sockets?: string[] },
 ): string[] {
-  const { disks = [], memoryMiB = 512, cpu = "Nehalem", append = "" } = options;
+  const { disks = [], uuid, memoryMiB = 512, cpu = "Nehalem" } = options;
+  const { append = "" } = options;
   const has = (...buses: Bus[]) =>
     disks.some(({ bus = "virtio" }) => buses.includes(bus));
   // A magic-named disk with the system on it needs no other system disk.
@@ -302,6 +311,7 @@ export function machineArguments(
     // qboot starts the kernel by its PVH entry, in no time.
     ...["-M", "q35", "-bios", "qboot.rom", "-m", `${memoryMiB}`],
     ...["-no-user-config", "-nodefaults", "-display", "none"],
+    ...(uuid ? ["-uuid", uuid] : []),
     ...["-kernel", `${cache}/base/vmlinux`],
     ...["-initrd", `${cache}/base/initramfs.cpio`],
     "-append",
@@ -366,21 +376,29 @@ function deviceProperties(disk: VmDisk, i: number): Record<string, unknown> {
     : {};
   // A full disk is the machine's trouble, not a reason for QEMU to stop it.
   const errors = disk.trouble ? { werror: "report", rerror: "report" } : {};
-  const device = { id: `disk${i}`, drive: `node${i}`, ...sectors, ...errors };
-  const serial = `disk${i}`;
+  const serial = disk.serial ?? `disk${i}`;
+  const device = {
+    id: `disk${i}`,
+    drive: `node${i}`,
+    ...(serial ? { serial } : {}),
+    ...(disk.wwn ? { wwn: disk.wwn } : {}),
+    ...(disk.shared ? { "share-rw": true } : {}),
+    ...sectors,
+    ...errors,
+  };
   switch (disk.bus ?? "virtio") {
     case "virtio":
-      return { driver: "virtio-blk-pci", serial, ...device };
+      return { driver: "virtio-blk-pci", ...device };
     case "scsi":
-      return { driver: "scsi-hd", bus: "scsi.0", serial, ...device };
+      return { driver: "scsi-hd", bus: "scsi.0", ...device };
     case "sata":
-      return { driver: "ide-hd", bus: `ide.${i}`, serial, ...device };
+      return { driver: "ide-hd", bus: `ide.${i}`, ...device };
     case "nvme":
-      return { driver: "nvme", serial, ...device };
+      return { driver: "nvme", ...device };
     case "usb":
-      return { driver: "usb-storage", bus: "usb.0", serial, ...device };
+      return { driver: "usb-storage", bus: "usb.0", ...device };
     case "uas":
-      return { driver: "scsi-hd", bus: `uas${i}.0`, serial, ...device };
+      return { driver: "scsi-hd", bus: `uas${i}.0`, ...device };
     case "sd":
       return { driver: "sd-card", id: device.id, drive: device.drive };
   }
