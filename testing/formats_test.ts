@@ -432,6 +432,11 @@ const tables: {
     found: undefined,
   },
   {
+    name: "of entries of a size that UEFI does not have",
+    table: table(one, { entryBytes: 4104, entryCount: 8 }),
+    found: undefined,
+  },
+  {
     name: "of entries that are shorter than UEFI has them",
     table: table({}, {}, (header, entries) => {
       header.setUint32(84, 127, true);
@@ -482,6 +487,11 @@ const tables: {
     table: withHeader(table(one), (header) => changed(header, at)),
     found: undefined,
   })),
+  {
+    name: "with something in the field behind its checksum",
+    table: table(one, {}, (header) => header.setUint8(20, 1)),
+    found: oneRead,
+  },
   {
     name: "with something behind its header",
     table: withHeader(table(one), (header) => changed(header, 92)),

@@ -87,13 +87,16 @@ async function main(): Promise<number> {
     console.log(`survived: ${file}:${line} ${where}: ${operator}\n  ${change}`);
   }
   for (const listed of survivors) {
-    const its = mutants.filter((mutant) => survivorOf(mutant) === listed);
-    const same = its.length > 0 &&
-      its.every((mutant) => outcomes.get(mutant) !== "survived");
-    if (same || !every.some((mutant) => survivorOf(mutant) === listed)) {
-      const why = same ? "is caught" : "does not exist";
-      console.log(`listed, but ${why}: ${listed.where}: ${listed.change}`);
-    }
+    const its = (mutants: Mutant[]) =>
+      mutants.filter((mutant) => survivorOf(mutant) === listed);
+    const why = its(every).length === 0
+      ? "does not exist"
+      : its(mutants).some((mutant) => outcomes.get(mutant) === "caught")
+      ? "is caught"
+      : undefined;
+    if (!why || (why === "is caught" && !listed.change)) continue;
+    const { where, change = "all" } = listed;
+    console.log(`listed, but ${why}: ${where}: ${change}`);
   }
   const count = (outcome: Outcome) =>
     [...outcomes.values()].filter((other) => other === outcome).length;
@@ -117,7 +120,7 @@ function draw(mutants: Mutant[], count: number, seed: number): Mutant[] {
 
 function survivorOf({ where, change }: Mutant) {
   return survivors.find((listed) =>
-    listed.where === where && listed.change === change
+    listed.where === where && (listed.change ?? change) === change
   );
 }
 
@@ -185,10 +188,13 @@ interface Mutation {
   /** Default: all of the node. */
   range?: [from: number, to: number];
   replacement: string;
+  /** Default: the node, before and after, with what is around it. */
+  change?: string;
 }
 
-function apply({ operator, node, range, replacement }: Mutation) {
-  const [from, to] = range ?? [node.getStart(), node.getEnd()];
+function apply(mutation: Mutation) {
+  const { operator, node, replacement } = mutation;
+  const [from, to] = mutation.range ?? [node.getStart(), node.getEnd()];
   const source = original.slice(0, from) + replacement + original.slice(to);
   // With what is around it, as far as that is short.
   let shown = node;
@@ -208,7 +214,7 @@ function apply({ operator, node, range, replacement }: Mutation) {
     operator,
     source,
     line: tree.getLineAndCharacterOfPosition(from).line + 1,
-    change: before === after ? before : `${before} -> ${after}`,
+    change: mutation.change ?? `${before} -> ${after}`,
   };
 }
 
@@ -235,9 +241,7 @@ const droppedMethods = ["filter", "sort"];
 /** All ways in which this node can be wrong, without those of its children. */
 function mutationsOf(node: ts.Node): Mutation[] {
   if (ts.isBinaryExpression(node)) return mutateBinary(node);
-  if (ts.isConditionalExpression(node)) {
-    return [negated(node.condition, "swap the branches")];
-  }
+  if (ts.isConditionalExpression(node)) return mutateConditional(node);
   if (ts.isIfStatement(node)) return mutateIf(node);
   if (ts.isWhileStatement(node)) return [negated(node.expression)];
   if (ts.isPrefixUnaryExpression(node)) {
@@ -260,6 +264,24 @@ function mutationsOf(node: ts.Node): Mutation[] {
 function negated(node: ts.Expression, operator = "negate"): Mutation {
   const replacement = `!(${node.getText()})`;
   return { operator, node, replacement };
+}
+
+function mutateConditional(node: ts.ConditionalExpression): Mutation[] {
+  const { condition, whenTrue, whenFalse } = node;
+  const mutations = [negated(condition, "swap the branches")];
+  if (!isRank(node)) return mutations;
+  const always = [whenTrue, whenFalse].map((branch) => ({
+    operator: "always the same",
+    node,
+    replacement: branch.getText(),
+  }));
+  return [...mutations, ...always];
+}
+
+/** To a comparison any number above zero is as good as one. */
+function isRank({ whenTrue, whenFalse }: ts.ConditionalExpression): boolean {
+  return [whenTrue, whenFalse]
+    .every((branch) => /^-?[01]$/.test(branch.getText()));
 }
 
 function mutateIf({ expression: node }: ts.IfStatement): Mutation[] {
@@ -291,12 +313,14 @@ function mutateBinary(node: ts.BinaryExpression): Mutation[] {
 }
 
 function mutateNumber(node: ts.NumericLiteral): Mutation[] {
+  const signed = ts.isPrefixUnaryExpression(node.parent) ? node.parent : node;
+  const { parent } = signed;
+  const isBranch = ts.isConditionalExpression(parent) &&
+    signed !== parent.condition;
+  if (isBranch && isRank(parent)) return [];
   const value = Number(node.text);
   if (!Number.isSafeInteger(value)) return [];
-  // As a rank, any number above zero is as good as one.
-  const isRank = ts.isConditionalExpression(node.parent) &&
-    /\? 1 *: 0$/.test(node.parent.getText());
-  const others = isRank ? [1 - value] : [value + 1, value - 1];
+  const others = [value + 1, value - 1];
   return others.map((other) => ({
     operator: "off by one",
     node,
@@ -343,14 +367,13 @@ function mutateFunction(
     }));
   }
   const at = body.getStart() + 1;
-  return constantResults(type).map((result) => {
-    const replacement = ` return ${result};`;
-    const operator = `return ${result} early`.replace("  ", " ");
-    const name = ts.isFunctionDeclaration(node)
-      ? node.name ?? body
-      : node.parameters[0] ?? body;
-    return { operator, node: name, range: [at, at], replacement };
-  });
+  return constantResults(type).map((result) => ({
+    operator: "return early",
+    node,
+    range: [at, at],
+    replacement: ` return ${result};`,
+    change: `return ${result}`.trim(),
+  }));
 }
 
 /** What a function of this type could give without looking. */
@@ -414,7 +437,11 @@ async function tryAll(mutants: Mutant[]): Promise<Map<Mutant, Outcome>> {
     await Promise.all(folders.map(async (path) => {
       while (next < mutants.length) {
         const mutant = mutants[next++];
-        outcomes.set(mutant, await tryOne(mutant, path, timeoutMs));
+        const outcome = await tryOne(mutant, path, timeoutMs);
+        outcomes.set(mutant, outcome);
+        if (outcome === "survived" && !survivorOf(mutant)) {
+          console.log(`${mutant.line}: ${mutant.change}`);
+        }
         if (outcomes.size % 100 === 0) {
           console.log(`${outcomes.size} of ${mutants.length} tried`);
         }
