@@ -64,7 +64,7 @@ function superblock(fields: Partial<SuperblockFields> = {}): Uint8Array {
     [0x38, 1n], // flags
     [0x48, fields.generation ?? 0x1122334455n],
     [0x50, 0x1d00000n], // root
-    [0x58, 0x1500000n], // chunk_root
+    [0x58, (1n << 56n) + 0x1500000n], // chunk_root
     [0x60, fields.logRoot ?? 0n],
     [0x68, 7n], // log_root_transid
     [0x70, 0xa000000000n], // total_bytes
@@ -473,8 +473,8 @@ const tables: {
     found: undefined,
   },
   {
-    name: "of half a sector",
-    table: withHeader(table(one), (header) => header.slice(0, 256)),
+    name: "whose sector lacks its last byte",
+    table: withHeader(table(one), (header) => header.slice(0, 511)),
     found: undefined,
   },
   ...[0, 7].map((at) => ({
@@ -575,7 +575,7 @@ const swapPages: {
   },
   {
     name: "and what follows it",
-    page: concat(swapPage(bytesOf("swap\0")), new Uint8Array(4 * KiB)),
+    page: concat(swapPage(bytesOf("swap\0")), bytesOf("more")),
     label: "swap",
   },
   {
@@ -964,6 +964,7 @@ const kernelLines: {
   { line: "lightwhale.data=ABC-def", settings: { dataUuid: "abc-def" } },
   { line: "lightwhale.data=a=b", settings: { dataUuid: "a=b" } },
   { line: "=lightwhale.data lightwhale.swap", settings: {} },
+  { line: "lightwhale.waitx", settings: {} },
 ];
 
 for (const { line, settings, warnings = 0 } of kernelLines) {

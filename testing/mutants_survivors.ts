@@ -54,6 +54,77 @@ export const survivors: Survivor[] = [
     why: quicker,
   },
   {
+    where: "makeCrcTable",
+    change: "byte < 256 -> byte <= 256",
+    why: "a table of 256 takes no more",
+  },
+  {
+    where: "makeCrcTable",
+    change: "byte < 256 -> byte < 257",
+    why: "a table of 256 takes no more",
+  },
+  {
+    where: "parseMarkSlot",
+    change: "title !== MARK.title || !json -> title !== MARK.title",
+    why: "JSON.parse() refuses it",
+  },
+  {
+    where: "parseMarkSlot",
+    change: 'typeof fsid === "string" && typeof member === "string" && ' +
+      "Number.isSafeInteger(epoch) && Array.isArray(present) -> " +
+      'typeof fsid === "string" && typeof member === "string" && ' +
+      "Number.isSafeInteger(epoch)",
+    why: "what is no list has no every(): that is caught",
+  },
+  {
+    where: "parseMarkSlot",
+    change: 'typeof fsid === "string" && typeof member === "string" && ' +
+      "Number.isSafeInteger(epoch) && Array.isArray(present) && " +
+      'present.every((id: unknown) => typeof id === "string") && ' +
+      'typeof absent === "object" && absent !== null -> ' +
+      'typeof fsid === "string" && typeof member === "string" && ' +
+      "Number.isSafeInteger(epoch) && Array.isArray(present) && " +
+      'present.every((id: unknown) => typeof id === "string") && ' +
+      'typeof absent === "object"',
+    why: "Object.values() refuses null: that is caught",
+  },
+  ...["1", "(-1)"].flatMap((other) => [
+    {
+      where: "generationOf",
+      change: "device.btrfs?.generation ?? 0 -> " +
+        `device.btrfs?.generation ?? ${other}`,
+      why: "only devices with a superblock are asked for",
+    },
+    {
+      where: "devidOf",
+      change: `device.btrfs?.devid ?? 0 -> device.btrfs?.devid ?? ${other}`,
+      why: "only devices with a superblock are asked for",
+    },
+  ]),
+  {
+    where: "epochOf",
+    change: "(device: BlockDevice) => device.mark?.epoch ?? 0 -> " +
+      "(device: BlockDevice) => device.mark?.epoch ?? (-1)",
+    why: "an epoch is at least 1",
+  },
+  {
+    where: "partitionNumber",
+    change: "if (!name.startsWith(disk)) return undefined; -> " +
+      "if (false) return undefined;",
+    why: "what the prefix begins with is asked for again",
+  },
+  {
+    where: "byName",
+    change: "a.name < b.name ? -1 : 1 -> a.name <= b.name ? -1 : 1",
+    why: "no two devices have the same name",
+  },
+  {
+    where: "parseMountinfo",
+    change: 'separator = fields.indexOf("-", 6) -> ' +
+      'separator = fields.indexOf("-", 5)',
+    why: "mount options are never a dash",
+  },
+  {
     where: "unescapeOctal",
     change: 'if (!field.includes("\\\\")) return field; -> ' +
       "if (false) return field;",
@@ -115,6 +186,12 @@ export const survivors: Survivor[] = [
       change: `!only || group.length === 1 -> ${other}`,
       why: "the only member of a filesystem of one is kept anyway",
     })),
+  {
+    where: "describeExcluded",
+    change: "!same && missing > 0 && members.some(isOpen) -> " +
+      "!same && missing > 0 && members.every(isOpen)",
+    why: "where one is open, only those that are open are members",
+  },
   {
     where: "countAbsent",
     why: "the boot waits by it: vm/boot_test.ts, when it is waited for",
