@@ -1,14 +1,16 @@
 /**
  * Every prefix of every write: a machine does something to its disks, which
  * remember each write and each flush. Then, for one flush after the other, the
- * disks are rebuilt as a power cut would have left them, and the tool runs on
- * them: it must end persistent, complete and clean, with nothing lost.
+ * disks are rebuilt as a power cut would have left them, with any of the
+ * sectors that were not flushed, and the tool runs on them: it must end
+ * persistent, complete and clean, with nothing lost.
  *
  *     SEED=1 CUTS=1000 deno test -A testing/cuts_test.ts
  *
  * A failure names the cut and the seed: SEED=... CUT=17:4 repeats it.
  */
 import { assert, assertEquals } from "@std/assert";
+import { Buffer } from "node:buffer";
 import { rebuildDisks, type Received } from "../vm/recorded_disk.ts";
 import { bootVm, type RunningVm } from "../vm/vm.ts";
 import { needPrograms } from "./programs.ts";
@@ -306,7 +308,8 @@ interface Cut {
 
 /**
  * Spread over all flushes: right after one, when all is there; and right before
- * one, when any of what it was to flush may be lost.
+ * one, when any of what it was to flush may be lost. Every other one is at a
+ * flush of something of ours, which would be rare among those of Btrfs.
  */
 function chooseCuts(received: Received[]): Cut[] {
   const given = Deno.env.get("CUT");
@@ -320,22 +323,34 @@ function chooseCuts(received: Received[]): Cut[] {
     kind === "flush" ? [i] : []
   );
   assert(flushes.length > 0, "The machine flushed nothing");
+  const before = (flush: number) => flushes[flushes.indexOf(flush) - 1] ?? -1;
+  const ours = flushes.filter((flush) =>
+    received.slice(before(flush) + 1, flush).some(isOurs)
+  );
   // Where little is written, there is little to choose from.
   const length = Math.min(cuts, 6 * flushes.length);
   return Array.from({ length }, (_, i) => {
-    const from = Math.floor(i * flushes.length / length);
+    const some = i % 2 > 0 && ours.length > 0 ? ours : flushes;
+    const from = Math.floor(i * some.length / length);
     const to = Math.max(
       from + 1,
-      Math.floor((i + 1) * flushes.length / length),
+      Math.floor((i + 1) * some.length / length),
     );
-    const flush = flushes[from + random.below(to - from)];
+    const flush = some[from + random.below(to - from)];
     // Anywhere since the flush before, not only at its end.
-    const before = flushes[flushes.indexOf(flush) - 1] ?? -1;
     return random.chance(0.25) ? { events: flush + 1 } : {
-      events: flush - random.below(Math.ceil((flush - before) / 2)),
+      events: flush - random.below(Math.ceil((flush - before(flush)) / 2)),
       seed: random.below(2 ** 31),
     };
   });
+}
+
+/** Is a header, a partition table, a label of swap or a mark written? */
+function isOurs(event: Received): boolean {
+  if (event.kind === "flush") return false;
+  const bytes = Buffer.from(event.data);
+  return bytes.includes("EFI PART") || bytes.includes("SWAPSPACE2") ||
+    bytes.includes("lightwhale-") && !bytes.includes("_BHRfS_M");
 }
 
 function nameOf({ events, seed }: Cut, { received }: Recording): string {
@@ -345,19 +360,6 @@ function nameOf({ events, seed }: Cut, { received }: Recording): string {
     : `a flush of disk ${last?.disk}`;
   const cut = seed === undefined ? `${events}` : `${events}:${seed}`;
   return `CUT=${cut} of ${received.length}, after ${what}`;
-}
-
-/** Disks write 4 KiB at once, and no more: larger writes can be torn. */
-function tear(event: Received): Received[] {
-  if (event.kind === "flush") return [event];
-  const pieces: Received[] = [];
-  for (let at = 0; at < event.data.length;) {
-    const end = at + 4096 - (event.offset + at) % 4096;
-    const data = event.data.subarray(at, end);
-    pieces.push({ ...event, offset: event.offset + at, data });
-    at = end;
-  }
-  return pieces;
 }
 
 async function playCut(
@@ -381,7 +383,7 @@ async function playCut(
       }
       rebuildDisks(
         used.map(({ image }) => image),
-        received.slice(0, cut.events).flatMap(tear),
+        received.slice(0, cut.events),
         cut.seed,
       );
     },

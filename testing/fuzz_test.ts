@@ -308,19 +308,52 @@ fuzz("parseRecord() gives a record or none, never half of one", (random) => {
 
 const textOf = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
 
-const mountinfo = await Deno.readTextFile("/proc/self/mountinfo");
+/** A field as the kernel writes it (fs/proc_namespace.c, mangle()). */
+const escapeField = (text: string) =>
+  text.replace(
+    /[ \t\n\\#]/g,
+    (letter) => `\\${letter.charCodeAt(0).toString(8).padStart(3, "0")}`,
+  );
 
-fuzz("parseMountinfo() reads whatever stands there", (random) => {
-  const bytes = new TextEncoder().encode(mountinfo);
-  const from = random.below(bytes.length);
-  const part = bytes.slice(from, from + 400);
-  mutate(part, random);
-  const mounts = parseMountinfo(textOf(part));
-  for (const mount of mounts) {
-    for (const text of [mount.target, mount.type, mount.source]) {
-      assertEquals(typeof text, "string");
-    }
-  }
+/** A mount whose names anybody may have chosen, and its line. */
+function someMount(random: Random): { mount: Mount; line: string } {
+  const some = () => Array.from({ length: random.below(3) }, someOption);
+  const someOption = () => random.pick(["rw", "a=b", "-", "x:1", "subvol=/"]);
+  const someName = () =>
+    Array.from(
+      { length: 1 + random.below(3) },
+      () => random.pick([...hostileTexts, "\\", "\\134", "#", "-", "/", " - "]),
+    )
+      .join("");
+  const mount: Mount = {
+    target: `/${someName()}`,
+    type: random.pick(["btrfs", "tmpfs", "fuse.x"]),
+    source: someName(),
+    deviceNumber: `${random.below(300)}:${random.below(300)}`,
+    superOptions: ["rw", ...some()],
+  };
+  const fields = [
+    ...["36", "35", mount.deviceNumber, escapeField(`/${someName()}`)],
+    ...[escapeField(mount.target), "rw,noatime"],
+    ...random.pick([[], ["shared:1"], ["shared:2", "master:1"]]),
+    ...["-", mount.type, escapeField(mount.source)],
+    mount.superOptions.join(","),
+  ];
+  return { mount, line: fields.join(" ") };
+}
+
+fuzz("parseMountinfo() reads what the kernel wrote", (random) => {
+  const mounts = Array.from({ length: 4 }, () => someMount(random));
+  const lines = mounts.map(({ line }) => line);
+  const all = mounts.map(({ mount }) => mount);
+  assertEquals(parseMountinfo(`${lines.join("\n")}\n`), all);
+  // A line that is none hides no other.
+  const bytes = new TextEncoder().encode(lines[1]);
+  mutate(bytes, random);
+  const text = [lines[0], textOf(bytes), lines[2], lines[3]].join("\n");
+  const found = parseMountinfo(text);
+  assertEquals(found[0], all[0]);
+  assertEquals(found.slice(-2), all.slice(2));
 });
 
 fuzz("parsePartname() takes the kernel's word, not a partition's", (random) => {
@@ -329,14 +362,21 @@ fuzz("parsePartname() takes the kernel's word, not a partition's", (random) => {
     ...["", "\nDEVNAME=sdb", "\nPARTN=1", "\n__proto__=x", "\n=", "\n\n"],
     ...["\nPARTNAME=x", "\rPARTNAME=x", "\u2028x"],
   ]);
-  const found = parsePartname(`${kernel}\nPARTNAME=${name}`);
-  assertEquals(found, name.split("\n")[0]);
+  const text = `${kernel}\nPARTNAME=${name}`;
+  const [first] = name.split("\n");
+  assertEquals(parsePartname(text), first);
   assertEquals(parsePartname(kernel), undefined);
-  const bytes = new TextEncoder().encode(`${kernel}\nPARTNAME=${name}\n`);
-  mutate(bytes, random);
-  const mutated = parsePartname(textOf(bytes));
-  assert(mutated === undefined || typeof mutated === "string");
+  // Whatever follows the first line of the name changes nothing.
+  const rest = new TextEncoder().encode(`${uevents}${text}\n`);
+  mutate(rest, random);
+  const more = `${kernel}\nPARTNAME=${first}\n${textOf(rest)}`;
+  assertEquals(parsePartname(more), first);
 });
+
+/** Of other partitions. */
+const uevents = [MAGIC, DATA, SWAP].map((name) => `PARTNAME=${name}\n`).join(
+  "",
+);
 
 /** Words of command lines, right and wrong. */
 const words = [

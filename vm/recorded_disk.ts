@@ -36,8 +36,9 @@ export interface Cut {
    */
   afterWrites?: number;
   /**
-   * A disk may lose what was not flushed, in any combination: this seed picks
-   * which of those writes are lost. Without it none is.
+   * A disk may lose what was not flushed, in any combination, and tear it
+   * between any two sectors: this seed picks what survives. Without it all
+   * does.
    */
   loseUnflushed?: number | "all";
 }
@@ -144,9 +145,7 @@ function loseSome(
   }
   if (lose === "all") return;
   const random = randomFrom(lose);
-  for (const { offset, data } of unflushed) {
-    if (random() < 0.5) writeAt(image, offset, data);
-  }
+  for (const write of unflushed) writeInPart(image, write, random);
 }
 
 /**
@@ -164,16 +163,75 @@ export function rebuildDisks(
 ): void {
   const random = randomFrom(loseUnflushed ?? 0);
   for (const [disk, file] of files.entries()) {
-    using image = Deno.openSync(file, { write: true });
+    using image = Deno.openSync(file, { read: true, write: true });
     const own = received.filter((event) => event.disk === disk);
     const flushed = own.findLastIndex(({ kind }) => kind === "flush");
     for (const [i, event] of own.entries()) {
       if (event.kind !== "write") continue;
-      const lost = i > flushed && loseUnflushed !== undefined &&
-        random() < 0.5;
-      if (!lost) writeAt(image, event.offset, event.data);
+      if (i > flushed && loseUnflushed !== undefined) {
+        writeInPart(image, event, random);
+      } else writeAt(image, event.offset, event.data);
     }
   }
+}
+
+/** All that a disk writes at once; no test cuts one of 4096 bytes. */
+const SECTOR_BYTES = 512;
+
+/** Linux gathers what it writes in pages. */
+const PAGE_BYTES = 4096;
+
+/** Writes what a cut lets survive: all, nothing, the beginning, some sectors. */
+function writeInPart(
+  image: Deno.FsFile,
+  { offset, data }: { offset: number; data: Uint8Array },
+  random: () => number,
+): void {
+  const luck = random();
+  const tornAt = random() * data.length;
+  const unitBytes = luck < 0.9 ? SECTOR_BYTES : PAGE_BYTES;
+  for (let at = 0; at < data.length;) {
+    const toPage = PAGE_BYTES - (offset + at) % PAGE_BYTES;
+    const page = data.subarray(at, at + toPage);
+    const wholePage = isLiveSuperblock(image, offset + at, page);
+    const bytes = wholePage ? PAGE_BYTES : unitBytes;
+    const end = at + bytes - (offset + at) % bytes;
+    const survives = luck < 0.3
+      ? true
+      : luck < 0.6
+      ? false
+      : luck < 0.7
+      ? end <= tornAt
+      : random() < 0.5;
+    if (survives) writeAt(image, offset + at, data.subarray(at, end));
+    at = end;
+  }
+}
+
+/**
+ * Is this the superblock of a data filesystem, and does it replace another one?
+ * Linux (6.18) mounts no Btrfs whose superblock is torn, though its copies are
+ * whole (fs/btrfs/disk-io.c, open_ctree(); `btrfs rescue super-recover` puts
+ * one in its place): it takes for granted that a disk writes 4 KiB at once. No
+ * order of ours would help. While one is still being made, ours does, and it
+ * may be torn.
+ */
+function isLiveSuperblock(
+  image: Deno.FsFile,
+  offset: number,
+  page: Uint8Array,
+): boolean {
+  const isOurs = (block: Uint8Array) =>
+    hasText(block, 0x40, "_BHRfS_M") &&
+    hasText(block, 0x12b, "lightwhale-data");
+  return page.length === PAGE_BYTES && isOurs(page) &&
+    isOurs(readAt(image, offset, PAGE_BYTES));
+}
+
+function hasText(bytes: Uint8Array, at: number, text: string): boolean {
+  return Array.from(text).every((letter, i) =>
+    bytes[at + i] === letter.charCodeAt(0)
+  );
 }
 
 /**
