@@ -1967,7 +1967,9 @@ export function whatItHolds(
       "give the disk its size again",
     );
   }
-  if (btrfs?.intact && !read.table) return { kind: "member", btrfs, record };
+  if (btrfs?.intact && !read.table && (isOurs || partitionName !== DATA)) {
+    return { kind: "member", btrfs, record };
+  }
   if (read.swapLabel === SWAP && !labelled) return { kind: "swap" };
   const what = describeSignatures(signatures);
   if (labelled) return suspect(`it holds ${what}`);

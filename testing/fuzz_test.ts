@@ -524,6 +524,8 @@ function someStart(random: Random, isDisk: boolean): Uint8Array {
     if (random.chance(0.1)) mutate(table.subarray(512), random);
     repairGpt(table, 512);
     start.set(table.subarray(512), 512);
+    const protectiveMbr = table.subarray(446, 512);
+    if (random.chance(0.8)) start.set(protectiveMbr, 446);
   }
   if (random.chance(0.5)) {
     put(start, 0, random.chance(0.8) ? MAGIC : MAGIC.slice(0, -1));
@@ -702,7 +704,11 @@ function wasJoining(device: BlockDevice, other: BlockDevice): boolean {
 function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
   const formatted = [...plan.create?.members ?? [], ...plan.joins];
   const isMember = (device: BlockDevice) =>
-    !device.read.error && isDataMember(bytes.get(device)!);
+    !device.read.error && isDataMember(bytes.get(device)!) &&
+    !isStartedOver(facts.devices.find(({ name }) => name === device.disk)!);
+  const isStartedOver = (disk: BlockDevice) =>
+    beginsWithHeader(bytes.get(disk)!) && disk.read.gpt !== undefined &&
+    bytes.get(disk)!.subarray(27, 512).every((byte) => byte === 0);
   for (const { device, swapBytes, dataBytes } of formatted) {
     const why = `${device.path} would be formatted, though`;
     assert(!facts.mounted || !plan.create, "it formats a running system");
