@@ -1970,7 +1970,8 @@ export function whatItHolds(
   if (btrfs?.intact && !read.table && (isOurs || partitionName !== DATA)) {
     return { kind: "member", btrfs, record };
   }
-  if (read.swapLabel === SWAP && !labelled) return { kind: "swap" };
+  const isSwap = read.swapLabel === SWAP && !labelled;
+  if (isSwap && partitionName !== DATA) return { kind: "swap" };
   const what = describeSignatures(signatures);
   if (labelled) return suspect(`it holds ${what}`);
   if (read.backup?.label === DATA && !what) {
