@@ -1071,9 +1071,10 @@ async function readFormats(
       ? undefined
       : await readGpt(node, start, reading.onlyHeader, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
-    // Behind a table there is nothing, or a filesystem of the whole disk.
-    const tableBytes = 2 * node.sectorBytes + GPT.entriesArea;
-    reading.plain = !reading.gpt || isZero(start.subarray(tableBytes));
+    if ([MAGIC, DATA, SWAP].some((name) => namesIn(reading).includes(name))) {
+      reading.plain = isZero(await read(START_BYTES, MiB - START_BYTES)) &&
+        isPlainStart(start, reading);
+    }
   }
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
@@ -1088,6 +1089,17 @@ async function readFormats(
     if (backup?.intact) reading.backup = backup;
   }
   return reading;
+}
+
+/** Is there nothing around the table that would be a whole disk's filesystem? */
+function isPlainStart(
+  start: Uint8Array,
+  { gpt, onlyHeader }: Reading,
+): boolean {
+  const sector = gpt?.sectorBytes ?? 512;
+  const tableEnd = 2 * sector + GPT.entriesArea;
+  return isZero(start.subarray(onlyHeader ? 446 : 0, 440)) &&
+    isZero(start.subarray(512, sector)) && isZero(start.subarray(tableEnd));
 }
 
 /** What the first {@linkcode START_BYTES} of a device say. */

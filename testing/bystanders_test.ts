@@ -83,6 +83,8 @@ interface Draft {
   twin?: boolean;
   /** libblkid knows something on it, so that `--enable` has to refuse it. */
   known: boolean;
+  /** Its disk was an old data filesystem's, and another thing lies over it. */
+  covered?: boolean;
   make: (bench: Bench) => Promise<Verdict>;
 }
 
@@ -94,7 +96,11 @@ interface Made extends Draft, Verdict {
 
 const nothing: Range[] = [];
 const everything: Range[] = [{ from: 0, to: Number.MAX_SAFE_INTEGER }];
-const theHeader: Range = { from: 0, to: magic.length };
+/** With the line behind it, if that is the one that counts. */
+const theHeader: Range = {
+  from: 0,
+  to: `${magic}\nlightwhale-anyway\n`.length,
+};
 
 // How disks are made
 
@@ -123,7 +129,7 @@ class Bench implements Place {
   }
 
   /** Runs a script; `$DISK` is a device that has this range alone. */
-  async sh(script: string, { from, to } = this.all): Promise<void> {
+  async sh(script: string, { from, to } = this.all): Promise<string> {
     const loop = await command([
       ...["losetup", "--show", "--find", "--sector-size"],
       ...[String(this.sectorBytes), "--offset", String(from)],
@@ -131,8 +137,9 @@ class Bench implements Place {
     ]);
     const path = loop.trim();
     try {
-      await command(["sh", "-euc", script], { DISK: path });
+      const output = await command(["sh", "-euc", script], { DISK: path });
       await command(["blockdev", "--flushbufs", path]);
+      return output;
     } finally {
       await command(["losetup", "--detach", path]);
     }
@@ -382,6 +389,11 @@ function drawBystander(random: Random): Draft {
     make: async (bench) => {
       const { is, may } = await draft.make(bench);
       bench.loseFirstSector();
+      const seen = await bench.sh('wipefs --noheadings --output TYPE "$DISK"');
+      if (draft.covered && !/[a-z]/.test(seen.replaceAll(/btrfs|gpt/g, ""))) {
+        // What lay over it is gone: an old data filesystem is all that is left.
+        return { is: "unsure", may: everything };
+      }
       // Of a disk with a member, too, there is more than one thing to think.
       return { is: is === "innocent" ? is : "unsure", may };
     },
@@ -545,7 +557,9 @@ function drawCovered(random: Random): Draft {
   const above = random.pick(
     where === "disk"
       ? [...onDisk, ...tables, ...tables, ...tables]
-      : inPartition.filter((name) => name !== "nothing"),
+      : inPartition.filter((name) =>
+        name !== "nothing" && (where !== "swap partition" || fits(name, 256))
+      ),
   );
   const skipsZeros = random.chance(0.7) || /bcache/.test(above);
   const entries = random.pick(lengths);
@@ -556,6 +570,7 @@ function drawCovered(random: Random): Draft {
       above + (skipsZeros && !tables.includes(above) ? ", zeros skipped" : ""),
     ],
     known: false,
+    covered: where === "disk",
     make: async (bench) => {
       const at = await putOld(bench, old, rank);
       const isWhole = kind === "by hand";
