@@ -2890,7 +2890,7 @@ async function findTwin(
   const places = devices.map((device, i) => ({
     device,
     node: nodeOf(device.disk),
-    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i),
+    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i % 200),
     token: Buffer.alloc(bytes, `${crypto.randomUUID()}\n`),
   }));
   const before = await allOf(

@@ -17,10 +17,13 @@ interface Count {
 
 const deno = Deno.execPath();
 const config = ["--config", `${projectFolder}deno.npm.json`];
+const executable = [`${projectFolder}dist/persistence`];
 const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 
 /** Long lives, bad input, bad luck: once is enough, with the executable. */
 const rough = [
+  "testing/formats_test.ts",
+  "testing/cases_test.ts",
   "testing/decide_test.ts",
   "testing/life_test.ts",
   "testing/fuzz_test.ts",
@@ -40,10 +43,10 @@ const bootTests = [
 
 const groups: Record<string, () => Promise<Count>> = {
   check,
-  executable: () => testWith([`${projectFolder}dist/persistence`]),
-  script: () => testWith(script),
-  rough: () => testWith([`${projectFolder}dist/persistence`], rough),
-  boot: () => testWith([`${projectFolder}dist/persistence`], bootTests),
+  executable: () => denoTest("executable", usual(), executable),
+  script: () => denoTest("script", usual(), script),
+  rough: () => denoTest("rough", rough, executable),
+  boot: () => denoTest("boot", bootTests, executable),
 };
 
 const names = Deno.args.length > 0 ? Deno.args : Object.keys(groups);
@@ -55,15 +58,21 @@ if (unknown.length > 0) {
   Deno.exit(2);
 }
 
+// Two groups run side by side, one a processor; the longest is begun first.
 const total: Count = { passed: 0, failed: 0, skipped: 0 };
-for (const name of names) {
-  console.log(`\n# ${name}`);
-  const { passed, failed, skipped } = await groups[name]();
-  console.log(`# ${name}: ${passed} passed, ${failed} failed`);
-  total.passed += passed;
-  total.failed += failed;
-  total.skipped += skipped;
-}
+const built = await run(["npm", "run", "--silent", "build"]) === 0;
+const queue = built ? longestFirst(names) : [];
+await Promise.all([0, 1].map(async () => {
+  for (let name = queue.shift(); name; name = queue.shift()) {
+    console.log(`\n# ${name} begins`);
+    const { passed, failed, skipped } = await groups[name]();
+    console.log(`# ${name}: ${passed} passed, ${failed} failed`);
+    total.passed += passed;
+    total.failed += failed;
+    total.skipped += skipped;
+  }
+}));
+if (!built) total.failed++;
 const { passed, failed, skipped } = total;
 const tail = skipped > 0 ? `, ${skipped} skipped` : "";
 // In CI nobody reads what was skipped, so it must be nothing.
@@ -71,6 +80,11 @@ const skippedInCi = skipped > 0 && Deno.env.get("CI") !== undefined;
 if (skippedInCi) console.error("Skipped tests count as failures in CI");
 console.log(`\n${passed} passed, ${failed} failed${tail}`);
 Deno.exit(failed > 0 || passed === 0 || skippedInCi ? 1 : 0);
+
+function longestFirst(names: string[]): string[] {
+  const order = ["rough", "script", "boot", "executable", "check"];
+  return order.filter((name) => names.includes(name));
+}
 
 /** Formatting, linting, types. */
 async function check(): Promise<Count> {
@@ -97,26 +111,20 @@ function usual(): string[] {
 }
 
 /** These tests, with this command as the tool. */
-async function testWith(
-  tool: string[],
-  tests = usual(),
-): Promise<Count> {
-  if (tool !== script && await run(["npm", "run", "--silent", "build"]) !== 0) {
-    return { passed: 0, failed: 1, skipped: 0 };
-  }
-  return await denoTest(tests, { PERSISTENCE: tool.join(" ") });
-}
-
 async function denoTest(
+  group: string,
   paths: string[],
-  env: Record<string, string> = {},
+  tool: string[],
 ): Promise<Count> {
   const junit = await Deno.makeTempFile({ suffix: ".xml" });
+  // Another group prints at the same time: each line says whose it is.
+  const prefixed = 'set -o pipefail; "$@" 2>&1 | sed -u "s/^/$0| /"';
   const status = await run([
+    ...["bash", "-c", prefixed, group],
     ...[deno, "test", "-A", "--no-check", ...config],
     ...["--sanitize-ops", "--sanitize-resources", `--junit-path=${junit}`],
     ...paths,
-  ], env);
+  ], { PERSISTENCE: tool.join(" ") });
   const report = await Deno.readTextFile(junit);
   await Deno.remove(junit);
   const sum = (name: string) =>
