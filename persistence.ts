@@ -1605,10 +1605,14 @@ export function decide(facts: Facts, settings: Settings): Plan {
     return plan;
   }
   const found = sortOut(facts, settings, plan);
-  if (mounted) planMounted(found, facts, settings, plan);
-  else if (found.chosen) {
-    planExisting(found.chosen, found, facts, settings, plan);
-  } else planNew(found, facts, settings, plan);
+  if (mounted) plan.data = found.chosen;
+  else if (found.chosen) planExisting(found.chosen, found, settings, plan);
+  else planNew(found, facts, settings, plan);
+  if (mounted || plan.data) {
+    sayDoubts(found, "warning", plan);
+    planJoins(found, facts, settings, plan);
+  }
+  planRepairs(found.usable, plan);
   return plan;
 }
 
@@ -1684,25 +1688,11 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
 const warning = (text: string): Note => ({ level: "warning", text });
 const error = (text: string): Note => ({ level: "error", text });
 
-/** The system is set up already: only disks may join. */
-function planMounted(
-  found: Findings,
-  facts: Facts,
-  settings: Settings,
-  plan: Plan,
-): void {
-  plan.data = found.chosen;
-  planRepairs(found, facts, plan);
-  sayDoubts(found, "warning", plan);
-  planJoins(found, facts, settings, plan);
-}
-
 /** There is a data filesystem. */
 function planExisting(
   data: DataFilesystem,
-  found: Findings,
-  facts: Facts,
-  settings: Settings,
+  { usable }: Findings,
+  { noSwap }: Settings,
   plan: Plan,
 ): void {
   const paths = pathsOf(allDevices(data));
@@ -1728,10 +1718,7 @@ function planExisting(
   plan.data = data;
   plan.reason = `${pathsOf(data.members)} ` +
     `hold${data.members.length > 1 ? "" : "s"} the data filesystem`;
-  if (!settings.noSwap) plan.swap = findSwap(data, found.usable);
-  planRepairs(found, facts, plan);
-  sayDoubts(found, "warning", plan);
-  planJoins(found, facts, settings, plan);
+  if (!noSwap) plan.swap = findSwap(data, usable);
 }
 
 /** There is no data filesystem: one is made of magic devices, or none. */
@@ -1785,7 +1772,6 @@ function planNew(
   plan.mode = "persistent";
   plan.reason = `${pathsOf(devicesOf(members))} ` +
     `carr${members.length > 1 ? "y" : "ies"} the magic to be formatted`;
-  planRepairs(found, facts, plan);
 }
 
 /** Says what may be a damaged data disk, and what cannot be read. */
@@ -1824,29 +1810,27 @@ export interface Repair {
   device: BlockDevice;
 }
 
-/** Plans what makes the members usable: tables, nodes, sizes, swap. */
-function planRepairs(
-  { usable, chosen, candidates }: Findings,
-  facts: Facts,
-  plan: Plan,
-): void {
-  const used = [...chosen ? allDevices(chosen) : [], ...candidates];
+/**
+ * Plans what makes members usable: tables, nodes, sizes, swap. The kernel may
+ * see what must not be used, too; written to is only what is used.
+ */
+function planRepairs(devices: BlockDevice[], plan: Plan): void {
+  const { data, create, joins, mode } = plan;
+  const members: BlockDevice[] = data?.members ?? [];
+  const used = [...members, ...devicesOf([...create?.members ?? [], ...joins])];
+  const seen = [...used, ...data ? allDevices(data) : []];
   const repairs: Repair[] = [];
-  for (const disk of facts.devices.filter(({ kind }) => kind === "disk")) {
-    const parts = used.filter((part) =>
-      part !== disk && part.disk === disk.name
-    );
-    const { gpt } = disk.read;
-    if (parts.length === 0 || !gpt) continue;
-    const isOwnSize = gpt.sectorBytes === disk.sectorBytes;
-    if (gpt.lost && !disk.readOnly && isOwnSize) {
+  for (const disk of devices.filter(({ read }) => read.gpt)) {
+    const isPart = (device: BlockDevice) =>
+      device !== disk && device.disk === disk.name;
+    if (used.some(isPart) && isTableDamaged(disk)) {
       repairs.push({ do: "restore table", device: disk });
     }
-    if (parts.some(({ entry }) => entry)) {
+    if (seen.some((device) => isPart(device) && device.entry)) {
       repairs.push({ do: "show partitions", device: disk });
     }
-    const grown = chosen?.members.find((member) => isGrown(member, disk));
-    if (!grown || plan.mode === "mounted") continue;
+    const grown = members.find((member) => isGrown(member, disk));
+    if (!grown || mode === "mounted") continue;
     const others = othersOn(disk);
     if (others.length === 0) repairs.push({ do: "grow", device: grown });
     else {
@@ -1856,15 +1840,23 @@ function planRepairs(
       ));
     }
   }
-  const swap = usable.filter((device) =>
-    plan.mode === "persistent" && device.partitionName === SWAP &&
-    device.holds.kind === "nothing of ours" && !device.entry &&
-    device.signatures?.length === 0 &&
-    chosen?.members.some((member) => member.disk === device.disk)
-  );
-  repairs.push(...swap.map((device): Repair => ({ do: "make swap", device })));
+  const isSwapLost = (
+    { partitionName, holds, entry, signatures, disk }: BlockDevice,
+  ) =>
+    partitionName === SWAP && holds.kind === "nothing of ours" && !entry &&
+    signatures?.length === 0 && members.some((member) => member.disk === disk);
+  for (
+    const device of mode === "persistent" ? devices.filter(isSwapLost) : []
+  ) {
+    repairs.push({ do: "make swap", device });
+  }
   plan.repairs.unshift(...repairs);
 }
+
+/** Is there a table that sfdisk can restore? */
+const isTableDamaged = (
+  { read: { gpt }, readOnly, sectorBytes }: BlockDevice,
+) => gpt?.lost !== undefined && !readOnly && gpt.sectorBytes === sectorBytes;
 
 /**
  * A disk is larger than before when the backup table is not at its end; free
@@ -2401,29 +2393,28 @@ function planMembers(
       (other.kind === "disk" || other.sizeBytes > device.sizeBytes ||
         (other.sizeBytes === device.sizeBytes && other.number < device.number))
     );
-    const used = device.kind === "partition" &&
-      chosen?.members.find((member) => member.disk === device.disk);
-    const why = mute
-      ? `${mute.path} cannot be read`
-      : device.readOnly
-      ? "it is read-only"
-      : user
-      ? `${user.path} is ${user.inUse}`
-      : member.dataBytes < MINIMUM_DATA_BYTES
-      ? `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
-        `${inMiB(MINIMUM_DATA_BYTES)} for data)`
-      : facts.misfits.has(device.path)
-      ? facts.misfits.get(device.path)
-      : device.kind === "partition" && tableBytes !== device.sectorBytes
-      ? `the partition table of its disk was made for sectors of ` +
-        `${tableBytes} bytes`
-      : sibling?.kind === "disk"
-      ? "its whole disk carries the magic header too"
-      : sibling
-      ? `${sibling.path} on the same disk is used: a disk is no mirror of itself`
-      : used
-      ? `${used.path} on the same disk is a member: a disk is no mirror of itself`
-      : undefined;
+    const used = chosen?.members.find((member) =>
+      device.kind === "partition" && member.disk === device.disk
+    );
+    const size = inMiB(device.sizeBytes);
+    const isOtherTable = device.kind === "partition" &&
+      tableBytes !== device.sectorBytes;
+    const itself = "on the same disk is used: a disk is no mirror of itself";
+    const reasons: [applies: unknown, why: string | undefined][] = [
+      [mute, `${mute?.path} cannot be read`],
+      [device.readOnly, "it is read-only"],
+      [user, `${user?.path} is ${user?.inUse}`],
+      [
+        member.dataBytes < MINIMUM_DATA_BYTES,
+        `it is too small (${size}; Btrfs needs ${inMiB(MINIMUM_DATA_BYTES)} ` +
+        `for data)`,
+      ],
+      [facts.misfits.has(device.path), facts.misfits.get(device.path)],
+      [isOtherTable, `its table was made for sectors of ${tableBytes} bytes`],
+      [sibling?.kind === "disk", "its whole disk carries the magic header too"],
+      [sibling ?? used, `${(sibling ?? used)?.path} ${itself}`],
+    ];
+    const why = reasons.find(([applies]) => applies)?.[1];
     if (!why) members.push(member);
     else plan.notes.push(error(`Cannot format ${device.path}: ${why}`));
   }
