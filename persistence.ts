@@ -4804,9 +4804,9 @@ async function imageAt(path: string): Promise<Target> {
   if (header) start.fill(0, 0, MAGIC.length);
   const holds = describeSignatures(signatures) ||
     (isZero(start) ? undefined : "data of an unknown kind");
-  const writable = orUndefined(() =>
-    fs.closeSync(fs.openSync(path, "r+")) ?? true
-  );
+  const unwritable = await promisify<number>((done) =>
+    fs.open(path, "r+", done)
+  ).then(fs.closeSync, messageOf);
   const refusal = user
     ? `it is in use by ${nodeOf(user)}`
     : format
@@ -4815,9 +4815,7 @@ async function imageAt(path: string): Promise<Target> {
     : sizeBytes < MiB
     ? `it is too small for the image of a disk (truncate -s 20G makes it ` +
       `larger, and may do so again later)`
-    : !writable
-    ? "it cannot be written to"
-    : undefined;
+    : unwritable || undefined;
   const image = { path, kind: "disk", disk: "", number: 0 } as BlockDevice;
   return {
     path,
