@@ -1814,7 +1814,7 @@ export interface Repair {
 
 /** Plans what makes the members usable: tables, nodes, sizes, swap. */
 function planRepairs(
-  { usable, chosen, candidates }: Findings,
+  { chosen, candidates }: Findings,
   facts: Facts,
   plan: Plan,
 ): void {
@@ -1844,13 +1844,10 @@ function planRepairs(
       ));
     }
   }
-  const swap = usable.filter((device) =>
-    plan.mode === "persistent" && device.partitionName === SWAP &&
-    device.holds.kind === "nothing of ours" && !device.entry &&
-    device.signatures?.length === 0 &&
-    chosen?.members.some((member) => member.disk === device.disk)
+  const unmade = plan.swap.filter(({ holds }) => holds.kind !== "swap");
+  repairs.push(
+    ...unmade.map((device): Repair => ({ do: "make swap", device })),
   );
-  repairs.push(...swap.map((device): Repair => ({ do: "make swap", device })));
   plan.repairs.unshift(...repairs);
 }
 
@@ -2345,12 +2342,15 @@ function describeMissing(data: DataFilesystem): string {
         `persistence.ts --enable)`);
 }
 
+/** Swap on the disks of the members, also what a boot did not get to make. */
 function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
   const disks = new Set(
     data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
   );
-  return devices.filter((device) =>
-    disks.has(device.disk) && device.holds.kind === "swap" && !device.inUse
+  return devices.filter(({ disk, inUse, holds, signatures, partitionName }) =>
+    disks.has(disk) && !inUse && (holds.kind === "swap" ||
+      (holds.kind === "nothing of ours" && partitionName === SWAP &&
+        signatures?.length === 0))
   );
 }
 
