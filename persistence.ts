@@ -1840,16 +1840,10 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
       ));
     }
   }
-  const isSwapLost = (
-    { partitionName, holds, entry, signatures, disk }: BlockDevice,
-  ) =>
-    partitionName === SWAP && holds.kind === "nothing of ours" && !entry &&
-    signatures?.length === 0 && members.some((member) => member.disk === disk);
-  for (
-    const device of mode === "persistent" ? devices.filter(isSwapLost) : []
-  ) {
-    repairs.push({ do: "make swap", device });
-  }
+  const unmade = plan.swap.filter(({ holds }) => holds.kind !== "swap");
+  repairs.push(
+    ...unmade.map((device): Repair => ({ do: "make swap", device })),
+  );
   plan.repairs.unshift(...repairs);
 }
 
@@ -2349,12 +2343,15 @@ function describeMissing(data: DataFilesystem): string {
         `persistence.ts --enable)`);
 }
 
+/** Swap on the disks of the members, also what a boot did not get to make. */
 function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
   const disks = new Set(
     data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
   );
-  return devices.filter((device) =>
-    disks.has(device.disk) && device.holds.kind === "swap" && !device.inUse
+  return devices.filter(({ disk, inUse, holds, signatures, partitionName }) =>
+    disks.has(disk) && !inUse && (holds.kind === "swap" ||
+      (holds.kind === "nothing of ours" && partitionName === SWAP &&
+        signatures?.length === 0))
   );
 }
 
@@ -4807,9 +4804,9 @@ async function imageAt(path: string): Promise<Target> {
   if (header) start.fill(0, 0, MAGIC.length);
   const holds = describeSignatures(signatures) ||
     (isZero(start) ? undefined : "data of an unknown kind");
-  const writable = orUndefined(() =>
-    fs.closeSync(fs.openSync(path, "r+")) ?? true
-  );
+  const unwritable = await promisify<number>((done) =>
+    fs.open(path, "r+", done)
+  ).then(fs.closeSync, messageOf);
   const refusal = user
     ? `it is in use by ${nodeOf(user)}`
     : format
@@ -4818,9 +4815,7 @@ async function imageAt(path: string): Promise<Target> {
     : sizeBytes < MiB
     ? `it is too small for the image of a disk (truncate -s 20G makes it ` +
       `larger, and may do so again later)`
-    : !writable
-    ? "it cannot be written to"
-    : undefined;
+    : unwritable || undefined;
   const image = { path, kind: "disk", disk: "", number: 0 } as BlockDevice;
   return {
     path,

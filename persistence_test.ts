@@ -920,38 +920,81 @@ const failures: Record<string, string> = {
   "says that it worked but did nothing": "exit 0",
 };
 
-for (const program of ["sfdisk", "mkfs.btrfs", "mkswap"]) {
+for (const program of ["sfdisk", "mkfs.btrfs"]) {
   for (const [failure, script] of Object.entries(failures)) {
     onDisks(
       `${program} ${failure}: writable, status 1, and the next boot finishes`,
       { disks: [magicDisk] },
       async (system) => {
-        const folder = await Deno.makeTempDir({ prefix: "persistence-path-" });
-        try {
-          const file = `${folder}/${program}`;
-          await Deno.writeTextFile(file, `#!/bin/sh\n${script}\n`);
-          await Deno.chmod(file, 0o755);
-          const boot = await system.boot([], {
-            path: `${folder}:/usr/sbin:/usr/bin:/sbin:/bin`,
-          });
-          assertEquals(boot.status, 1, boot.stderr);
-          assertStringIncludes(boot.stderr, system.disks[0].path);
-          await assertWritable(system);
-        } finally {
-          await Deno.remove(folder, { recursive: true });
-        }
-        await system.reboot();
-        const boot = await system.boot();
-        const { mode, status, marked, swaps } = await look(system, boot);
-        assertEquals({ mode, status, marked, swaps }, {
-          mode: "persistent",
-          status: 0,
-          marked: [false],
-          swaps: 1,
-        }, boot.stderr);
+        const boot = await bootWith(system, program, script);
+        assertEquals(boot.status, 1, boot.stderr);
+        assertStringIncludes(boot.stderr, system.disks[0].path);
+        await assertWritable(system);
+        await assertFinishes(system);
       },
     );
   }
+}
+
+for (const [failure, script] of Object.entries(failures)) {
+  onDisks(
+    `mkswap ${failure}: persistent, status 1, and the next boot makes swap`,
+    { disks: [magicDisk] },
+    async (system) => {
+      const boot = await bootWith(system, "mkswap", script);
+      const { mode, status, marked, swaps } = await look(system, boot);
+      assertEquals({ mode, status, marked, swaps }, {
+        mode: "persistent",
+        status: 1,
+        marked: [false],
+        swaps: 0,
+      }, boot.stderr);
+      const [{ path }] = system.disks;
+      assertMatch(boot.stderr, new RegExp(`Cannot .* swap on ${path}p1\\b`));
+      await assertWritable(system);
+      await system.sh("echo kept > etc/kept");
+
+      const { stderr } = await assertFinishes(system);
+      assertMatch(stderr, /Repair: make swap on \S+p1\n/);
+      assertEquals(await system.sh("cat etc/kept"), "kept\n");
+      await system.reboot();
+      const again = await system.boot();
+      assert(!again.stderr.includes("make swap"), again.stderr);
+    },
+  );
+}
+
+/** A boot in which this program is that script. */
+async function bootWith(
+  system: System,
+  program: string,
+  script: string,
+): Promise<Boot> {
+  const folder = await Deno.makeTempDir({ prefix: "persistence-path-" });
+  try {
+    const file = `${folder}/${program}`;
+    await Deno.writeTextFile(file, `#!/bin/sh\n${script}\n`);
+    await Deno.chmod(file, 0o755);
+    return await system.boot([], {
+      path: `${folder}:/usr/sbin:/usr/bin:/sbin:/bin`,
+    });
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+/** The next boot makes what is not there yet. */
+async function assertFinishes(system: System): Promise<Boot> {
+  await system.reboot();
+  const boot = await system.boot();
+  const { mode, status, marked, swaps } = await look(system, boot);
+  assertEquals({ mode, status, marked, swaps }, {
+    mode: "persistent",
+    status: 0,
+    marked: [false],
+    swaps: 1,
+  }, boot.stderr);
+  return boot;
 }
 
 onDisks(

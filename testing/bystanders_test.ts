@@ -394,8 +394,13 @@ function drawBystander(random: Random): Draft {
         // What lay over it is gone: an old data filesystem is all that is left.
         return { is: "unsure", may: everything };
       }
-      // Of a disk with a member, too, there is more than one thing to think.
-      return { is: is === "innocent" ? is : "unsure", may };
+      // Of a disk with a member, too, there is more than one thing to think; of
+      // that disk the first sector may be restored.
+      const sector = { from: 0, to: draft.made };
+      return {
+        is: is === "innocent" ? is : "unsure",
+        may: may.length > 0 ? [...may, sector] : may,
+      };
     },
   };
 }

@@ -664,8 +664,8 @@ onDisks(
   { disks: [magicDisk] },
   async (system) => {
     await system.boot();
-    const [{ path }] = system.disks;
     await system.reboot();
+    const [{ path }] = system.disks;
     await system.sh( // the superblock: 64 KiB behind the first MiB
       `dd if=/dev/zero of=${path} bs=4k seek=272 count=1 conv=notrunc`,
     );
