@@ -467,9 +467,10 @@ export function parseGptHeader(
   if (crc32(checked) !== view.getUint32(GPT.headerCrc, true)) return undefined;
   const bytesAt = (field: number) =>
     Number(view.getBigUint64(field, true)) * sectorBytes;
-  const entryBytes = view.getUint32(GPT.entryBytes, true);
+  const entryBytes = view.getUint32(GPT.entryBytes, true); // 128 * 2^n
   const entriesBytes = entryBytes * view.getUint32(GPT.entryCount, true);
-  if (bytesAt(GPT.ownLba) !== at || entryBytes < 128) return undefined;
+  if (entryBytes < 128 || entryBytes & (entryBytes - 1)) return undefined;
+  if (bytesAt(GPT.ownLba) !== at) return undefined;
   if (entriesBytes > GPT.largestBytes) return undefined;
   return {
     sectorBytes,

@@ -6,22 +6,28 @@
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import { crc32 } from "node:zlib";
 import {
-  formatMark,
+  ANYWAY,
+  DATA,
+  formatRecord,
   MAGIC,
-  type Mark,
+  type MemberRecord,
   type Mount,
-  parseGpt,
+  parseGptEntries,
+  parseGptHeader,
   parseKernelCommandLine,
-  parseMark,
   parseMountinfo,
   parsePartname,
+  parseRecord,
+  parseStart,
   parseSuperblock,
   parseSwapLabel,
+  type Reading,
   type Settings,
 } from "../persistence.ts";
 import { repairSuperblock } from "./superblock.ts";
 
 const KiB = 1024;
+const MiB = 1024 * KiB;
 
 /** Bytes of a text, or of numbers. */
 const bytesOf = (text: string) => new TextEncoder().encode(text);
@@ -41,6 +47,8 @@ function viewOf(bytes: Uint8Array): DataView {
 // btrfs_super_block)
 
 interface SuperblockFields {
+  /** Where it says that it stands. */
+  ownPlace: bigint;
   generation: bigint;
   logRoot: bigint;
   usedBytes: bigint;
@@ -60,7 +68,7 @@ function superblock(fields: Partial<SuperblockFields> = {}): Uint8Array {
   const block = new Uint8Array(4 * KiB);
   const view = viewOf(block);
   const words: [at: number, value: bigint][] = [
-    [0x30, 0x10000n], // bytenr
+    [0x30, fields.ownPlace ?? 0x10000n], // bytenr
     [0x38, 1n], // flags
     [0x48, fields.generation ?? 0x1122334455n],
     [0x50, 0x1d00000n], // root
@@ -102,6 +110,8 @@ const plainSuperblock = {
 const superblocks: {
   name: string;
   block: Uint8Array;
+  /** Where it is read; default: in the first place. */
+  at?: number;
   found: Partial<typeof plainSuperblock> | undefined;
 }[] = [
   { name: "as mkfs makes it", block: superblock(), found: {} },
@@ -144,6 +154,38 @@ const superblocks: {
     name: "with a label that is not UTF-8",
     block: superblock({ label: Uint8Array.of(0x41, 0xff, 0x42, 0) }),
     found: { label: "A\ufffdB" },
+  },
+  {
+    name: "with a label that begins with a byte order mark",
+    block: superblock({ label: bytesOf("\ufeffa label\0") }),
+    found: { label: "\ufeffa label" },
+  },
+  {
+    name: "that was copied from the place of a backup",
+    block: superblock({ ownPlace: 0x4000000n }),
+    found: { intact: false },
+  },
+  {
+    name: "in the place of a backup",
+    block: superblock({ ownPlace: 0x4000000n }),
+    at: 64 * MiB,
+    found: {},
+  },
+  {
+    name: "that was copied to the place of a backup",
+    block: superblock(),
+    at: 64 * MiB,
+    found: { intact: false },
+  },
+  {
+    name: "that stands a byte further",
+    block: superblock({ ownPlace: 0x10001n }),
+    found: { intact: false },
+  },
+  {
+    name: "in a wrong place, whose checksum the kernel verifies",
+    block: superblock({ ownPlace: 0n, checksumType: 1 }),
+    found: { intact: false },
   },
   {
     name: "at the start of more bytes",
@@ -193,9 +235,9 @@ const superblocks: {
   })),
 ];
 
-for (const { name, block, found } of superblocks) {
+for (const { name, block, at, found } of superblocks) {
   Deno.test(`parseSuperblock(): a superblock ${name}`, () => {
-    const read = parseSuperblock(amidOthers(block));
+    const read = parseSuperblock(amidOthers(block), at);
     const expected = found && { ...plainSuperblock, ...found };
     assertEquals(read && pick(read, plainSuperblock), expected);
   });
@@ -217,6 +259,10 @@ interface TableOptions {
   sectors: bigint;
   entryCount: number;
   entryBytes: number;
+  /** Where it stands, and where it says so. */
+  ownLba: bigint;
+  /** Where its copy stands. */
+  otherLba: bigint;
   entriesLba: bigint;
   headerBytes: number;
   /** Entries by their number. */
@@ -255,9 +301,10 @@ function utf16(text: string): Uint8Array {
 const onlyByte = (at: number) =>
   Uint8Array.from({ length: 16 }, (_, i) => i === at ? 1 : 0);
 
-/** A header, its entries, and the sector size. */
+/** A header, its entries, where both are, and the sector size. */
 interface Table {
   header: Uint8Array;
+  at: number;
   entries: Uint8Array;
   entriesAt: number;
   sectorBytes: number;
@@ -270,6 +317,7 @@ function table(
 ): Table {
   const { sectorBytes = 512, sectors = 1n << 34n } = options;
   const { entryCount = 128, entryBytes = 128, entriesLba = 2n } = options;
+  const { ownLba = 1n, otherLba = sectors - 1n } = options;
   const { headerBytes = 92 } = options;
   const entries = new Uint8Array(entryCount * entryBytes);
   for (const [number, entry] of Object.entries(entriesByNumber)) {
@@ -288,8 +336,8 @@ function table(
   header.set(bytesOf("EFI PART"));
   view.setUint32(8, 0x10000, true);
   view.setUint32(12, headerBytes, true);
-  view.setBigUint64(24, 1n, true); // its own place
-  view.setBigUint64(32, sectors - 1n, true);
+  view.setBigUint64(24, ownLba, true);
+  view.setBigUint64(32, otherLba, true);
   view.setBigUint64(40, 34n, true);
   view.setBigUint64(48, sectors - 34n, true);
   header.set(fsidBytes, 56);
@@ -301,21 +349,20 @@ function table(
   view.setUint32(16, crc32(header.subarray(0, headerBytes)), true);
   return {
     header,
+    at: Number(ownLba) * sectorBytes,
     entries,
     entriesAt: Number(entriesLba) * sectorBytes,
     sectorBytes,
   };
 }
 
-function readTable({ header, entries, entriesAt, sectorBytes }: Table) {
-  return parseGpt(
-    amidOthers(header),
-    (at, length) => {
-      assertEquals(at, entriesAt);
-      return amidOthers(entries.slice(0, length));
-    },
-    sectorBytes,
-  );
+/** Reads the header, then the entries where it says that they are. */
+function readTable({ header, at, entries, entriesAt, sectorBytes }: Table) {
+  const found = parseGptHeader(amidOthers(header), at, sectorBytes);
+  if (!found) return undefined;
+  assertEquals(found.entriesAt, entriesAt);
+  const bytes = entries.slice(0, found.entriesBytes);
+  return parseGptEntries(found, amidOthers(bytes));
 }
 
 const partitionsOf = (table: Table) =>
@@ -394,15 +441,39 @@ const tables: {
     table: table({ 1: entry("") }),
     found: ["1  1048576 1048576"],
   },
+  ...[4, 56, 128, 240, 248, 480].flatMap((entryCount) => [
+    {
+      name: `of ${entryCount} entries`,
+      table: table(
+        { ...one, [entryCount]: entry("x", 34n, 34n) },
+        { entryCount },
+      ),
+      found: [...oneRead, `${entryCount} x 17408 512`],
+    },
+    {
+      name: `of ${entryCount} entries, with sectors of 4096 bytes`,
+      table: table(
+        { 1: entry(MAGIC, 256n, 511n), [entryCount]: entry("x", 6n, 6n) },
+        { entryCount, sectorBytes: 4096 },
+      ),
+      found: [...oneRead, `${entryCount} x 24576 4096`],
+    },
+  ]),
   {
-    name: "of 4 entries",
-    table: table(one, { entryCount: 4 }),
+    name: "of one entry",
+    table: table(one, { entryCount: 1 }),
     found: oneRead,
   },
+  { name: "of no entries", table: table({}, { entryCount: 0 }), found: [] },
   {
-    name: "of 248 entries",
-    table: table({ ...one, 248: entry("x", 34n, 34n) }, { entryCount: 248 }),
-    found: [...oneRead, "248 x 17408 512"],
+    name: "of as many entries as anybody can read",
+    table: table({ 8192: entry("x", 34n, 34n) }, { entryCount: 8192 }),
+    found: ["8192 x 17408 512"],
+  },
+  {
+    name: "of one entry more than anybody can read",
+    table: table(one, { entryCount: 8193 }),
+    found: undefined,
   },
   {
     name: "of 4096 entries",
@@ -429,7 +500,7 @@ const tables: {
   {
     name: "of entries of 8192 bytes",
     table: table(one, { entryBytes: 8192, entryCount: 8 }),
-    found: undefined,
+    found: oneRead,
   },
   {
     name: "of entries of a size that UEFI does not have",
@@ -442,6 +513,46 @@ const tables: {
       header.setUint32(84, 127, true);
       header.setUint32(88, crc32(entries.subarray(0, 127 * 128)), true);
     }),
+    found: undefined,
+  },
+  {
+    name: "with a byte order mark in a name",
+    table: table({ 1: entry(`\ufeff${MAGIC}`) }),
+    found: [`1 \ufeff${MAGIC} 1048576 1048576`],
+  },
+  {
+    name: "at the end of its disk",
+    table: table(one, {
+      sectors: 1n << 33n,
+      ownLba: (1n << 33n) - 1n,
+      otherLba: 1n,
+      entriesLba: (1n << 33n) - 33n,
+    }),
+    found: oneRead,
+  },
+  {
+    name: "that says that it stands elsewhere",
+    table: { ...table(one, { ownLba: 2n }), at: 512 },
+    found: undefined,
+  },
+  {
+    name: "that was copied to the end of another disk",
+    table: { ...table(one, { ownLba: 2047n }), at: 4095 * 512 },
+    found: undefined,
+  },
+  {
+    name: "for sectors of 512 bytes, where one for 4096 would stand",
+    table: { ...table(one), at: 4096, sectorBytes: 512 },
+    found: undefined,
+  },
+  {
+    name: "for sectors of 4096 bytes, where one for 512 would stand",
+    table: { ...table(one, { sectorBytes: 4096 }), at: 512 },
+    found: undefined,
+  },
+  {
+    name: "for sectors of 512 bytes, taken for one for 4096",
+    table: { ...table(one), sectorBytes: 4096 },
     found: undefined,
   },
   {
@@ -505,33 +616,44 @@ const tables: {
 ];
 
 for (const { name, table, found } of tables) {
-  Deno.test(`parseGpt(): a table ${name}`, () => {
+  Deno.test(`parseGptHeader(), parseGptEntries(): a table ${name}`, () => {
     assertEquals(partitionsOf(table), found);
   });
 }
 
-Deno.test("parseGpt(): where the table believes that the disk ends", () => {
+Deno.test("parseGptHeader(): where the table believes that the disk ends", () => {
   const sectors = 1n << 33n;
   const small = readTable(table(one, { sectors }));
-  assertEquals(small?.endBytes, 2 ** 42);
+  assertEquals([small?.endBytes, small?.sectorBytes], [2 ** 42, 512]);
   const large = readTable(table(one, { sectors, sectorBytes: 4096 }));
-  assertEquals(large?.endBytes, 2 ** 45);
+  assertEquals([large?.endBytes, large?.sectorBytes], [2 ** 45, 4096]);
+});
+
+Deno.test("parseGptHeader(): how many bytes of entries there are", () => {
+  const bytesOf = (options: Partial<TableOptions>) => {
+    const { header, at, sectorBytes } = table({}, options);
+    return parseGptHeader(header, at, sectorBytes)?.entriesBytes;
+  };
+  assertEquals(bytesOf({}), 16 * KiB);
+  assertEquals(bytesOf({ entryCount: 248 }), 31 * KiB);
+  assertEquals(bytesOf({ entryCount: 4, entryBytes: 256 }), KiB);
 });
 
 for (
-  const [name, length] of [["a byte less", -1], ["a byte more", 1]] as const
+  const [name, length] of [
+    ["a byte less", -1],
+    ["a byte more", 1],
+    ["nothing instead", -16 * KiB],
+  ] as const
 ) {
-  Deno.test(`parseGpt(): ${name} of entries than asked for`, () => {
+  Deno.test(`parseGptEntries(): ${name} of entries than asked for`, () => {
     const { header, entries } = table(one);
     const bytes = new Uint8Array(entries.length + length);
     bytes.set(entries.subarray(0, bytes.length));
-    assertEquals(parseGpt(header, () => bytes, 512), undefined);
+    const found = parseGptHeader(header, 512, 512)!;
+    assertEquals(parseGptEntries(found, bytes), undefined);
   });
 }
-
-Deno.test("parseGpt(): entries that cannot be read", () => {
-  assertEquals(parseGpt(table(one).header, () => undefined, 512), undefined);
-});
 
 // Swap areas (linux/swap.h, union swap_header)
 
@@ -574,6 +696,27 @@ const swapPages: {
     label: "swap",
   },
   {
+    name: "with a label that begins with a byte order mark",
+    page: swapPage(bytesOf("\ufeffswap\0")),
+    label: "\ufeffswap",
+  },
+  ...[4, 8, 16, 32, 64].map((size) => ({
+    name: `of ${size} KiB`,
+    page: swapPage(bytesOf("lightwhale-swap\0"), size * KiB),
+    label: "lightwhale-swap",
+  })),
+  ...[8, 16, 32, 64].map((size) => ({
+    name: `of ${size} KiB, cut short by a byte`,
+    page: swapPage(bytesOf("lightwhale-swap\0"), size * KiB)
+      .subarray(0, size * KiB - 1),
+    label: undefined,
+  })),
+  ...[2, 12, 128].map((size) => ({
+    name: `of ${size} KiB, which no machine has`,
+    page: swapPage(bytesOf("lightwhale-swap\0"), size * KiB),
+    label: undefined,
+  })),
+  {
     name: "and what follows it",
     page: concat(swapPage(bytesOf("swap\0")), bytesOf("more")),
     label: "swap",
@@ -599,12 +742,23 @@ for (const { name, page, label } of swapPages) {
 
 // What a member remembers
 
-const aMark: Mark = {
+/** One of version 1.0, which knew no more fields. */
+const aRecord: MemberRecord = {
   fsid: "01234567-89ab-cdef-efcd-ab8967452301",
   member: "2f1e",
   epoch: 7,
   present: ["2f1e", "77aa"],
   absent: { "0b0b": 41, "0c0c": 0 },
+};
+
+/** One with all that may be in it. */
+const fullRecord: MemberRecord = {
+  ...aRecord,
+  machine: "5af2c8",
+  seconds: 1_750_000_000,
+  hardware: "wwn-0x5000",
+  mounts: ["1a2b", "3c4d"],
+  lastSeen: { "0b0b": "1a2b" },
 };
 
 /** A slot, spelt by hand as version 1.0.0 (687ecd6) wrote it. */
@@ -620,22 +774,22 @@ const padded = (bytes: Uint8Array) => {
 };
 
 const empty = new Uint8Array(4 * KiB);
-const markJson = (changes: Record<string, unknown> = {}) =>
-  JSON.stringify({ ...aMark, ...changes });
-const older = slot(markJson({ epoch: 3, member: "older" }));
-const newer = slot(markJson({ epoch: 4, member: "newer" }));
+const recordJson = (changes: Record<string, unknown> = {}) =>
+  JSON.stringify({ ...aRecord, ...changes });
+const older = slot(recordJson({ epoch: 3, member: "older" }));
+const newer = slot(recordJson({ epoch: 4, member: "newer" }));
 const full = padded(bytesOf("x".repeat(4 * KiB)));
 
-const marks: { name: string; slots: Uint8Array; member?: string }[] = [
+const records: { name: string; slots: Uint8Array; member?: string }[] = [
   { name: "none", slots: concat(empty, empty) },
   {
     name: "in the first slot",
-    slots: concat(slot(markJson()), empty),
+    slots: concat(slot(recordJson()), empty),
     member: "2f1e",
   },
   {
     name: "in the second slot",
-    slots: concat(empty, slot(markJson())),
+    slots: concat(empty, slot(recordJson())),
     member: "2f1e",
   },
   {
@@ -670,18 +824,18 @@ const marks: { name: string; slots: Uint8Array; member?: string }[] = [
   },
   {
     name: "the newer is torn at its first sector",
-    slots: concat(torn(longMark(4), longMark(2), 512), older),
+    slots: concat(torn(longRecord(4), longRecord(2), 512), older),
     member: "older",
   },
   { name: "with a wrong sum", slots: changed(newer, 20) },
   { name: "with a wrong byte", slots: changed(newer, 40) },
   {
     name: "of another title",
-    slots: slot(markJson(), "lightwhale-mark 2"),
+    slots: slot(recordJson(), "lightwhale-mark 2"),
   },
   {
     name: "of a longer title",
-    slots: slot(markJson(), "lightwhale-mark 11"),
+    slots: slot(recordJson(), "lightwhale-mark 11"),
   },
   { name: "whose text ends with its sum", slots: padded(newer.slice(0, 27)) },
   { name: "whose text is empty", slots: slot("") },
@@ -706,84 +860,324 @@ const marks: { name: string; slots: Uint8Array; member?: string }[] = [
     { absent: undefined },
     { absent: { a: 1, b: "2" } },
     { absent: { a: 1.5, b: 2 } },
+    { machine: 1 },
+    { machine: null },
+    { seconds: "1750000000" },
+    { seconds: 1.5 },
+    { seconds: null },
+    { hardware: ["wwn"] },
+    { hardware: null },
+    { mounts: "1a2b" },
+    { mounts: { length: 1 } },
+    { mounts: ["1a2b", 1] },
+    { mounts: [1, "1a2b"] },
+    { mounts: null },
+    { lastSeen: "1a2b" },
+    { lastSeen: null },
+    { lastSeen: { a: "1", b: 2 } },
+    { lastSeen: { a: 1, b: "2" } },
   ].map((wrong) => ({
     name: `that has ${JSON.stringify(wrong, (_, value) => value ?? "nothing")}`,
-    slots: slot(markJson(wrong)),
+    slots: slot(recordJson(wrong)),
   })),
   {
     name: "of a later version, which knows more",
-    slots: slot(markJson({ epoch: 0, more: { a: [1] } })),
+    slots: slot(recordJson({ epoch: 0, more: { a: [1] } })),
     member: "2f1e",
   },
   {
     name: "without other members",
-    slots: slot(markJson({ present: [], absent: {} })),
+    slots: slot(recordJson({ present: [], absent: {} })),
     member: "2f1e",
   },
+  ...[
+    { machine: "" },
+    { seconds: 0 },
+    { hardware: "" },
+    { mounts: [] },
+    { lastSeen: {} },
+    { mounts: ["1"], lastSeen: { a: "1" } },
+  ].map((more) => ({
+    name: `that also has ${JSON.stringify(more)}`,
+    slots: slot(recordJson(more)),
+    member: "2f1e",
+  })),
 ];
 
-for (const { name, slots, member } of marks) {
-  Deno.test(`parseMark(): ${name}`, () => {
-    assertEquals(parseMark(amidOthers(slots))?.member, member);
+for (const { name, slots, member } of records) {
+  Deno.test(`parseRecord(): ${name}`, () => {
+    assertEquals(parseRecord(amidOthers(slots))?.member, member);
   });
 }
 
-Deno.test("parseMark() reads all that a mark says", () => {
-  assertEquals(
-    pick(parseMark(slot(markJson()))!, aMark),
-    aMark,
-  );
-});
+const versions = [["1.0.0", aRecord], ["1.1.0", fullRecord]] as const;
+for (const [version, record] of versions) {
+  Deno.test(`parseRecord() reads all that ${version} wrote`, () => {
+    assertEquals(parseRecord(slot(JSON.stringify(record))), record);
+  });
 
-Deno.test("formatMark() writes what parseMark() reads, and version 1.0.0 read", () => {
-  const block = formatMark(aMark);
-  assertEquals(block.length, 4 * KiB);
-  const written = new TextDecoder().decode(block);
-  const [title, sum, json, rest, ...more] = written.split("\n");
-  assertEquals(title, "lightwhale-mark 1");
-  assertEquals(sum, crc32(bytesOf(json)).toString(16).padStart(8, "0"));
-  assertEquals(pick(JSON.parse(json), aMark), aMark);
-  assertEquals(rest, "\0".repeat(rest.length));
-  assertEquals(more, []);
-  assertEquals(pick(parseMark(block)!, aMark), aMark);
-});
+  Deno.test(`formatRecord() writes what parseRecord() reads, and ${version} wrote`, () => {
+    const block = formatRecord(record);
+    assertEquals(block.length, 4 * KiB);
+    const written = new TextDecoder().decode(block);
+    const [title, sum, json, rest, ...more] = written.split("\n");
+    assertEquals(title, "lightwhale-mark 1");
+    assertEquals(sum, crc32(bytesOf(json)).toString(16).padStart(8, "0"));
+    assertEquals(JSON.parse(json), record);
+    assertEquals(rest, "\0".repeat(rest.length));
+    assertEquals(more, []);
+    assertEquals(parseRecord(block), record);
+  });
+}
 
-Deno.test("formatMark() pads its sum with zeros", () => {
+Deno.test("formatRecord() pads its sum with zeros", () => {
   // One in 16 of the sums begins with a zero.
   const sums = Array.from({ length: 200 }, (_, epoch) => {
-    const block = formatMark({ ...aMark, epoch });
-    assertEquals(parseMark(block)?.epoch, epoch);
+    const block = formatRecord({ ...aRecord, epoch });
+    assertEquals(parseRecord(block)?.epoch, epoch);
     return new TextDecoder().decode(block).split("\n")[1];
   });
   assert(sums.every((sum) => sum.length === 8), sums.join(" "));
   assert(sums.some((sum) => sum.startsWith("0")), sums.join(" "));
 });
 
-Deno.test("formatMark() of a member whose name is not ASCII", () => {
-  const mark = { ...aMark, member: "日本", absent: { "\u{1f433}": 1 } };
-  assertEquals(pick(parseMark(formatMark(mark))!, mark), mark);
+Deno.test("formatRecord() of a member whose name is not ASCII", () => {
+  const record = { ...aRecord, member: "日本", absent: { "\u{1f433}": 1 } };
+  assertEquals(pick(parseRecord(formatRecord(record))!, record), record);
 });
 
-Deno.test("formatMark() fills its block to the last byte, and no further", () => {
+Deno.test("formatRecord() fills its block to the last byte, and no further", () => {
   const withName = (length: number) =>
-    formatMark({ ...aMark, member: "m".repeat(length) });
+    formatRecord({ ...aRecord, member: "m".repeat(length) });
   const used = withName(0).findLastIndex((byte) => byte !== 0) + 1;
   const block = withName(4 * KiB - used);
   assertEquals(block.at(-1), "\n".charCodeAt(0));
-  assertEquals(parseMark(block)?.member.length, 4 * KiB - used);
+  assertEquals(parseRecord(block)?.member.length, 4 * KiB - used);
   assertThrows(() => withName(4 * KiB - used + 1), Error, "too long");
 });
 
 /** One that takes more than a sector. */
-function longMark(epoch: number): Uint8Array {
+function longRecord(epoch: number): Uint8Array {
   const present = Array.from({ length: 60 }, (_, i) => `member ${epoch} ${i}`);
-  return slot(markJson({ epoch, present }));
+  return slot(recordJson({ epoch, present }));
 }
 
 /** The first bytes of a write, and what was there before. */
 function torn(write: Uint8Array, before: Uint8Array, at: number) {
   return concat(write.subarray(0, at), before.subarray(at));
 }
+
+// The start of a device
+
+const recordAt = [56 * KiB, 60 * KiB];
+
+/** What a device begins with: pieces of it by their places. */
+function startWith(pieces: [at: number, bytes: Uint8Array | string][]) {
+  const start = new Uint8Array(68 * KiB);
+  for (const [at, bytes] of pieces) {
+    start.set(typeof bytes === "string" ? bytesOf(bytes) : bytes, at);
+  }
+  return start;
+}
+
+const nothingAtStart: Partial<Reading> = {
+  header: false,
+  anyway: false,
+  onlyHeader: false,
+  recordable: true,
+  plain: true,
+  swapLabel: undefined,
+};
+const onlyMagic = { header: true, onlyHeader: true };
+const onlyAnyway = { ...onlyMagic, anyway: true };
+const withoutRecord = { recordable: false };
+const ownRecord = slot(JSON.stringify(fullRecord));
+const foreignRecord = slot(recordJson({ fsid: "another" }));
+
+const starts: {
+  name: string;
+  pieces: [at: number, bytes: Uint8Array | string][];
+  found: Partial<Reading>;
+  /** Label of the Btrfs, and member of the record. */
+  btrfs?: string;
+  member?: string;
+}[] = [
+  { name: "zeros", pieces: [], found: {} },
+  { name: "the header", pieces: [[0, MAGIC]], found: onlyMagic },
+  { name: "the header, a line", pieces: [[0, `${MAGIC}\n`]], found: onlyMagic },
+  {
+    name: "the header, a line of DOS",
+    pieces: [[0, `${MAGIC}\r\n`]],
+    found: onlyMagic,
+  },
+  {
+    name: "the header and, on the next line, the word for anyway",
+    pieces: [[0, `${MAGIC}\n${ANYWAY}\n`]],
+    found: onlyAnyway,
+  },
+  {
+    name: "the same without a line's end",
+    pieces: [[0, `${MAGIC}\n${ANYWAY}`]],
+    found: onlyAnyway,
+  },
+  {
+    name: "the same, lines of DOS",
+    pieces: [[0, `${MAGIC}\r\n${ANYWAY}\r\n`]],
+    found: onlyAnyway,
+  },
+  {
+    name: "the word for anyway, and more on its line",
+    pieces: [[0, `${MAGIC}\n${ANYWAY} not\n`]],
+    found: { header: true },
+  },
+  {
+    name: "the word for anyway on the line of the header",
+    pieces: [[0, `${MAGIC} ${ANYWAY}\n`]],
+    found: { header: true },
+  },
+  {
+    name: "the word for anyway a line too late",
+    pieces: [[0, `${MAGIC}\n\n${ANYWAY}\n`]],
+    found: { header: true },
+  },
+  {
+    name: "the word for anyway without the header",
+    pieces: [[0, `x${MAGIC}\n${ANYWAY}\n`]],
+    found: {},
+  },
+  {
+    name: "the header and text behind it",
+    pieces: [[0, `${MAGIC}, and more`]],
+    found: { header: true },
+  },
+  {
+    name: "the header without its last letter",
+    pieces: [[0, MAGIC.slice(0, -1)]],
+    found: {},
+  },
+  { name: "the header a byte too late", pieces: [[1, MAGIC]], found: {} },
+  {
+    name: "a byte order mark and the header",
+    pieces: [[0, `\ufeff${MAGIC}`]],
+    found: {},
+  },
+  ...[27, 100, 511].map((at) => ({
+    name: `the header, and something at byte ${at}`,
+    pieces: [[0, MAGIC], [at, "x"]] as [number, string][],
+    found: { header: true },
+  })),
+  {
+    name: "the header, and something in the next sector",
+    pieces: [[0, MAGIC], [512, "EFI PART"]],
+    found: onlyMagic,
+  },
+  {
+    name: "a Btrfs",
+    pieces: [[64 * KiB, superblock()]],
+    found: {},
+    btrfs: "a label",
+  },
+  {
+    name: "a Btrfs in another place",
+    pieces: [[60 * KiB, superblock()]],
+    found: withoutRecord,
+  },
+  ...recordAt.map((at) => ({
+    name: `a Btrfs and its record at ${at / KiB} KiB`,
+    pieces: [[64 * KiB, superblock()], [at, ownRecord]] as [
+      number,
+      Uint8Array,
+    ][],
+    found: {},
+    btrfs: "a label",
+    member: aRecord.member,
+  })),
+  {
+    name: "a Btrfs and the record of another",
+    pieces: [[64 * KiB, superblock()], [recordAt[0], foreignRecord]],
+    found: {},
+    btrfs: "a label",
+  },
+  {
+    name: "a record and no Btrfs",
+    pieces: [[recordAt[0], ownRecord]],
+    found: {},
+  },
+  {
+    name: "swap and, behind it, a Btrfs",
+    pieces: [
+      [0, swapPage(bytesOf("lightwhale-swap\0"))],
+      [64 * KiB, superblock({ label: bytesOf(`${DATA}\0`) })],
+    ],
+    found: { swapLabel: "lightwhale-swap" },
+    btrfs: DATA,
+  },
+  {
+    name: "swap of 64 KiB, which ends in the place of a record",
+    pieces: [[0, swapPage(bytesOf("lightwhale-swap\0"), 64 * KiB)]],
+    found: { swapLabel: "lightwhale-swap" },
+  },
+
+  // May a record be written here?
+  ...recordAt.flatMap((at) => [
+    {
+      name: `something foreign at ${at / KiB} KiB`,
+      pieces: [[at, "GRUB"]] as [number, string][],
+      found: withoutRecord,
+    },
+    {
+      name: `something foreign at the end of the slot at ${at / KiB} KiB`,
+      pieces: [[at + 4 * KiB - 1, "\x7f"]] as [number, string][],
+      found: withoutRecord,
+    },
+    {
+      name: `a record at ${at / KiB} KiB that lost its first sector`,
+      pieces: [[at + 512, longRecord(4).subarray(512)]] as [
+        number,
+        Uint8Array,
+      ][],
+      found: {},
+    },
+    {
+      name: `a record at ${at / KiB} KiB that lost all but its first sector`,
+      pieces: [[at, longRecord(4).subarray(0, 512)]] as [number, Uint8Array][],
+      found: {},
+    },
+  ]),
+  {
+    name: "something before the records",
+    pieces: [[recordAt[0] - 1, "x"]],
+    found: {},
+  },
+  {
+    name: "text in the first sector of a slot",
+    pieces: [[recordAt[0] + 511, "x"]],
+    found: withoutRecord,
+  },
+  ...["\n", " ", "~"].map((character) => ({
+    name: `${JSON.stringify(character)} behind the first sector of a slot`,
+    pieces: [[recordAt[0] + 512, character]] as [number, string][],
+    found: {},
+  })),
+  ...["\x1f", "\x0b", "\x7f", "\u00e9"].map((character) => ({
+    name: `${JSON.stringify(character)} behind the first sector of a slot`,
+    pieces: [[recordAt[0] + 512, character]] as [number, string][],
+    found: withoutRecord,
+  })),
+];
+
+for (const { name, pieces, found, btrfs, member } of starts) {
+  Deno.test(`parseStart(): ${name}`, () => {
+    const read = parseStart(amidOthers(startWith(pieces)));
+    assertEquals(pick(read, nothingAtStart), { ...nothingAtStart, ...found });
+    assertEquals([read.btrfs?.label, read.record?.member], [btrfs, member]);
+  });
+}
+
+Deno.test("parseStart() of a device that ends at once", () => {
+  const read = parseStart(new Uint8Array());
+  assertEquals(pick(read, nothingAtStart), nothingAtStart);
+});
 
 // Files of the kernel
 
@@ -941,6 +1335,55 @@ const kernelLines: {
     line: "lightwhale.persistence=off lightwhale.persistence=on",
     settings: {},
   },
+  ...["off", "no", "false", "0", "OFF", "Off", "No", "FALSE"].flatMap(
+    (value) => [
+      { line: `lightwhale.persistence=${value}`, settings: { off: true } },
+      { line: `lightwhale.persistence="${value}"`, settings: { off: true } },
+      { line: `"lightwhale.persistence=${value}"`, settings: { off: true } },
+      { line: `lightwhale.swap=${value}`, settings: { noSwap: true } },
+    ],
+  ),
+  ...["on", "yes", "true", "1", "ON", "required", "Required"].flatMap(
+    (value) => [
+      { line: `lightwhale.persistence=${value}`, settings: {} },
+      { line: `lightwhale.persistence="${value}" quiet`, settings: {} },
+      { line: `lightwhale.swap=${value}`, settings: {} },
+    ],
+  ),
+  ...["", "offf", "of", "2", "none", "disabled", "on,off"].map((value) => ({
+    line: `lightwhale.persistence=${value}`,
+    settings: { off: true },
+    warnings: 1,
+  })),
+  {
+    line: "lightwhale.persistence",
+    settings: { off: true },
+    warnings: 1,
+  },
+  {
+    line: 'LightWhale.Persistence="off"',
+    settings: { off: true },
+  },
+  {
+    line: 'a="b lightwhale.persistence=off" lightwhale.wait=3',
+    settings: { waitMs: 3000 },
+  },
+  {
+    line: '"a=b lightwhale.persistence=off" lightwhale.wait=3',
+    settings: { waitMs: 3000 },
+  },
+  {
+    line: 'lightwhale.wait="4" lightwhale.persistence="off',
+    settings: { waitMs: 4000, off: true },
+  },
+  {
+    line: 'lightwhale.persistence=" off "',
+    settings: { off: true },
+  },
+  { line: 'lightwhale.data="ABC-def"', settings: { dataUuid: "abc-def" } },
+  { line: "lightwhale.data=UUID=ABC", settings: { dataUuid: "abc" } },
+  { line: "lightwhale.data=", settings: {} },
+  { line: 'lightwhale.data=""', settings: {} },
   { line: "xlightwhale.persistence=off", settings: {} },
   { line: "noswap", settings: { noSwap: true } },
   { line: "noswapx xnoswap", settings: {} },
