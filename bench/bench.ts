@@ -134,12 +134,12 @@ const scenes: Record<string, Scene> = {
 /** What is to hold: the issue's targets, as the highest allowed ratio. */
 const targets: Record<string, [Contender, number]> = {
   version: ["floor", 1.5],
-  volatile: ["shell", 1],
-  "existing 1": ["shell", 1],
-  "existing 32": ["shell", 0.5],
+  volatile: ["shell", 0.9],
+  "existing 1": ["shell", 0.75],
+  "existing 32": ["shell", 0.45],
   "existing 128": ["shell", 0.25],
-  "first single": ["floor", 1.1],
-  "first RAID1": ["floor", 1.1],
+  "first single": ["floor", 1.15],
+  "first RAID1": ["floor", 1.15],
 };
 
 function boots(
@@ -554,7 +554,7 @@ function printTable(): void {
     {};
   if (all && alone) { // pair by pair, for the machine's speed drifts
     const each = median(all.map((ms, i) => ms - alone[i])) / (manyDisks - 1);
-    console.log(`Each further disk: ${each.toFixed(2)} ms (target: 0.3)`);
+    console.log(`Each further disk: ${each.toFixed(2)} ms`);
   }
   const { executableBytes, runtimeBytes } = report.sizes;
   const more = (executableBytes - runtimeBytes) / MiB;
