@@ -3343,7 +3343,6 @@ async function recordMembers(
   }));
   const mount = crypto.randomUUID().slice(0, 8);
   const common = {
-    fsid,
     epoch: Math.max(...members.map(epochOf)) + 1,
     present: known.map(({ member }) => member),
     machine: readMachine(),
@@ -3366,7 +3365,7 @@ async function recordMembers(
     const mounts = [...holds.record?.mounts ?? [], mount]
       .slice(-RECORD.remembered);
     const absent = absentSince(device, common.present);
-    const record = { ...common, member, ...absent, hardware, mounts };
+    const record = { fsid, member, ...common, ...absent, hardware, mounts };
     const slot = RECORD.slotsAt[common.epoch % RECORD.slotsAt.length];
     try {
       await writeBytes(path, slot, formatRecord(record));

@@ -445,6 +445,8 @@ async function readState(
   scene: Scene,
 ): Promise<{ state: string; epoch: number | undefined }> {
   const magic = system.disks.slice(0, scene.magic).map(({ path }) => path);
+  // What a record has more than the shell script writes, as version 1.0 did.
+  const more = "machine|seconds|lastSeen|hardware|mounts";
   const all = await system.sh(`
     echo "# mounts"
     findmnt -R -r -n -o TARGET,SOURCE,FSTYPE,FSROOT,OPTIONS,PROPAGATION . |
@@ -468,7 +470,8 @@ async function readState(
         blkid -p -o export -s LABEL -s TYPE -s PARTLABEL -s SIZE $part
       done
       dd if=$part bs=4K skip=14 count=2 status=none | tr -d '\\0' |
-        grep fsid | sort -t : -k 4 -n | tail -n 1
+        grep fsid | sort -t : -k 4 -n | tail -n 1 |
+        sed -E 's/,"(${more})":("[^"]*"|[0-9]+|\\{[^}]*\\}|\\[[^]]*\\])//g'
     done
     if [ "${magic.length}" -gt 0 ]; then
       btrfs subvolume list -a mnt/lightwhale-data | awk '{ print $NF }' |
