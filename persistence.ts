@@ -1598,6 +1598,7 @@ export function decide(facts: Facts, settings: Settings): Plan {
   else if (found.chosen) {
     planExisting(found.chosen, found, facts, settings, plan);
   } else planNew(found, facts, settings, plan);
+  if (!settings.noSwap) planSwap(found.usable, plan);
   return plan;
 }
 
@@ -1717,7 +1718,6 @@ function planExisting(
   plan.data = data;
   plan.reason = `${pathsOf(data.members)} ` +
     `hold${data.members.length > 1 ? "" : "s"} the data filesystem`;
-  if (!settings.noSwap) plan.swap = findSwap(data, found.usable);
   planRepairs(found, facts, plan);
   sayDoubts(found, "warning", plan);
   planJoins(found, facts, settings, plan);
@@ -1813,9 +1813,9 @@ export interface Repair {
   device: BlockDevice;
 }
 
-/** Plans what makes the members usable: tables, nodes, sizes, swap. */
+/** Plans what makes the members usable: tables, nodes, sizes. */
 function planRepairs(
-  { usable, chosen, candidates }: Findings,
+  { chosen, candidates }: Findings,
   facts: Facts,
   plan: Plan,
 ): void {
@@ -1845,13 +1845,6 @@ function planRepairs(
       ));
     }
   }
-  const swap = usable.filter((device) =>
-    plan.mode === "persistent" && device.partitionName === SWAP &&
-    device.holds.kind === "nothing of ours" && !device.entry &&
-    device.signatures?.length === 0 &&
-    chosen?.members.some((member) => member.disk === device.disk)
-  );
-  repairs.push(...swap.map((device): Repair => ({ do: "make swap", device })));
   plan.repairs.unshift(...repairs);
 }
 
@@ -2346,12 +2339,19 @@ function describeMissing(data: DataFilesystem): string {
         `persistence.ts --enable)`);
 }
 
-function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
-  const disks = new Set(
-    data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
+/** Swap on the disks of the members; it is made where only its place is left. */
+function planSwap(devices: BlockDevice[], plan: Plan): void {
+  const disks = plan.data?.members.map(({ disk }) => disk) ?? [];
+  const free = devices.filter(({ disk, inUse, readOnly }) =>
+    disks.includes(disk) && !inUse && !readOnly
   );
-  return devices.filter((device) =>
-    disks.has(device.disk) && device.holds.kind === "swap" && !device.inUse
+  plan.swap = free.filter(({ holds }) => holds.kind === "swap");
+  const empty = free.filter(({ holds, partitionName, signatures, entry }) =>
+    plan.mode === "persistent" && partitionName === SWAP && !entry &&
+    holds.kind === "nothing of ours" && signatures?.length === 0
+  );
+  plan.repairs.push(
+    ...empty.map((device): Repair => ({ do: "make swap", device })),
   );
 }
 
