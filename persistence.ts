@@ -2108,7 +2108,11 @@ function wroteWithout(writer: Member, other: Member): boolean {
   const lastTogether = theirs.absent[record.member] ?? generationOf(other);
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
-  const together = record.absent[theirs.member] ?? -1;
+  // The power may have gone between the records of one mount: nobody wrote.
+  const isNext = record.present.includes(theirs.member) &&
+    record.mounts?.at(-2) === lastMountOf(other);
+  const together = record.absent[theirs.member] ??
+    (isNext ? generationOf(other) : -1);
   // A mount replays a log and commits: a log that both have is older than it.
   const logged = btrfs.hasLog && !other.holds.btrfs.hasLog;
   return btrfs.generation > together || logged;
