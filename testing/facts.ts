@@ -32,9 +32,7 @@ export function judged(devices: BlockDevice[][]): BlockDevice[] {
 export type Drawn = Partial<BlockDevice> & Partial<Reading>;
 
 export function device(name: string, properties: Drawn = {}): BlockDevice {
-  const { header, error, btrfs, record, backup, swapLabel, gpt, ...others } =
-    properties;
-  return {
+  return draw({
     name,
     path: `/dev/${name}`,
     kind: "disk",
@@ -45,18 +43,43 @@ export function device(name: string, properties: Drawn = {}): BlockDevice {
     sectorBytes: 512,
     readOnly: false,
     read: {
-      header: header ?? false,
-      anyway: properties.anyway ?? false,
-      onlyHeader: properties.onlyHeader ?? false,
+      header: false,
+      anyway: false,
+      onlyHeader: false,
       recordable: true,
-      plain: properties.plain ?? true,
-      table: properties.table ?? (gpt && "gpt"),
-      ...{ error, btrfs, record, backup, swapLabel, gpt },
+      plain: true,
     },
     magic: false,
     holds: { kind: "nothing of ours" },
-    ...others,
+  }, properties);
+}
+
+/** The same device with other properties. */
+export function draw(device: BlockDevice, properties: Drawn = {}): BlockDevice {
+  const { header, anyway, onlyHeader, recordable, plain, ...others } =
+    properties;
+  const { error, btrfs, record, backup, swapLabel, table, gpt, ...own } =
+    others;
+  const read = {
+    ...{ header, anyway, onlyHeader, recordable, plain },
+    ...{ error, btrfs, record, backup, swapLabel, gpt },
+    table: table ?? (gpt && "gpt"),
   };
+  const given = Object.fromEntries(
+    Object.entries(read).filter(([, value]) => value !== undefined),
+  );
+  return { ...device, ...own, read: { ...device.read, ...given } };
+}
+
+/** The same devices, one of them with other properties. */
+export function draws(
+  devices: BlockDevice[],
+  number: number,
+  properties: Drawn,
+): BlockDevice[] {
+  return devices.map((part) =>
+    part.number === number ? draw(part, properties) : part
+  );
 }
 
 /** A disk without partitions. */
@@ -90,8 +113,9 @@ export function record(
   epoch: number,
   present: string[],
   absent: MemberRecord["absent"] = {},
+  more: Partial<MemberRecord> = {},
 ): MemberRecord {
-  return { fsid: "data", member, epoch, present, absent };
+  return { fsid: "data", member, epoch, present, absent, ...more };
 }
 
 /** A data disk: the whole, the swap partition, the data partition. */
@@ -109,6 +133,10 @@ export function data(name: string, options: {
   /** Names of the two partitions. */
   names?: [string, string];
   disk?: Drawn;
+  swap?: Drawn;
+  main?: Drawn;
+  hardware?: string;
+  label?: string;
   /** The kernel has it mounted. */
   open?: boolean;
   usedBytes?: number;
@@ -116,7 +144,8 @@ export function data(name: string, options: {
   const { of = 1, record, swapLabel, lost, names = [SWAP, DATA] } = options;
   const { open = false, usedBytes = 10 * GiB } = options;
   const { fsid = "data", devid = 1, generation = 10 } = options;
-  const { hasLog = false, intact = true } = options;
+  const { hasLog = false, intact = true, label = DATA } = options;
+  const { hardware } = options;
   const sizes = [GiB, diskBytes - GiB - 2 * MiB];
   const partitions = sizes.map((sizeBytes, index) => ({
     number: index + 1,
@@ -140,6 +169,7 @@ export function data(name: string, options: {
     fsid,
     devid,
     generation,
+    label,
     hasLog,
     intact,
     numDevices: of,
@@ -147,11 +177,14 @@ export function data(name: string, options: {
   });
   const inUse = open ? `part of the mounted Btrfs ${fsid}` : undefined;
   return [
-    device(name, { gpt, ...options.disk }),
-    reading(swap, { swapLabel }),
-    reading({ ...main, inUse }, {
+    draw(device(name, { gpt, hardware }), options.disk),
+    draw(swap, { swapLabel, hardware, ...options.swap }),
+    draw(main, {
+      inUse,
       btrfs,
       record: record && { ...record, fsid },
+      hardware,
+      ...options.main,
     }),
   ];
 }
@@ -169,8 +202,8 @@ export function without(
 }
 
 /** A data disk whose data partition is gone from the table. */
-export function onlySwap(): BlockDevice[] {
-  const [whole, swap] = data("sda");
+export function onlySwap(name = "sda"): BlockDevice[] {
+  const [whole, swap] = data(name);
   const [entry] = whole.read.gpt!.partitions;
   const gpt = { ...whole.read.gpt!, partitions: [entry] };
   return [reading(whole, { gpt }), swap];
