@@ -2012,8 +2012,7 @@ function othersOn({ read, signatures = [], kind }: BlockDevice): string[] {
     // An empty MBR is what boot code looks like.
     if (type === "dos") return read.table !== "mbr";
     if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
-    return type === "btrfs" && read.btrfs?.intact &&
-      !(kind === "disk" && read.gpt);
+    return type === "btrfs" && read.btrfs && !(kind === "disk" && read.gpt);
   };
   const others = signatures.filter((signature) => !isExpected(signature));
   const table = read.btrfs && read.table
