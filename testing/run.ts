@@ -22,6 +22,9 @@ const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 /** Long lives, bad input, bad luck: once is enough, with the executable. */
 const rough = [
   "testing/decide_test.ts",
+  "testing/formats_test.ts",
+  "testing/holds_test.ts",
+  "testing/cases_test.ts",
   "testing/life_test.ts",
   "testing/fuzz_test.ts",
   "testing/hostile_names_test.ts",
