@@ -1607,13 +1607,14 @@ export function decide(facts: Facts, settings: Settings): Plan {
   }
   const found = sortOut(facts, settings, plan);
   if (mounted) plan.data = found.chosen;
-  else if (found.chosen) planExisting(found.chosen, found, settings, plan);
+  else if (found.chosen) planExisting(found.chosen, plan);
   else planNew(found, facts, settings, plan);
   if (mounted || plan.data) {
     sayDoubts(found, "warning", plan);
     planJoins(found, facts, settings, plan);
   }
   planRepairs(found.usable, plan);
+  if (!settings.noSwap) planSwap(found.usable, plan);
   return plan;
 }
 
@@ -1690,12 +1691,7 @@ const warning = (text: string): Note => ({ level: "warning", text });
 const error = (text: string): Note => ({ level: "error", text });
 
 /** There is a data filesystem. */
-function planExisting(
-  data: DataFilesystem,
-  { usable }: Findings,
-  { noSwap }: Settings,
-  plan: Plan,
-): void {
+function planExisting(data: DataFilesystem, plan: Plan): void {
   const paths = pathsOf(allDevices(data));
   if (data.members.length === 0) {
     plan.waitFor = `the other disks of ${paths}`;
@@ -1719,7 +1715,6 @@ function planExisting(
   plan.data = data;
   plan.reason = `${pathsOf(data.members)} ` +
     `hold${data.members.length > 1 ? "" : "s"} the data filesystem`;
-  if (!noSwap) plan.swap = findSwap(data, usable);
 }
 
 /** There is no data filesystem: one is made of magic devices, or none. */
@@ -1841,10 +1836,6 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
       ));
     }
   }
-  const unmade = plan.swap.filter(({ holds }) => holds.kind !== "swap");
-  repairs.push(
-    ...unmade.map((device): Repair => ({ do: "make swap", device })),
-  );
   plan.repairs.unshift(...repairs);
 }
 
@@ -2017,8 +2008,7 @@ function othersOn({ read, signatures = [], kind }: BlockDevice): string[] {
     // An empty MBR is what boot code looks like.
     if (type === "dos") return read.table !== "mbr";
     if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
-    return type === "btrfs" && read.btrfs?.intact &&
-      !(kind === "disk" && read.gpt);
+    return type === "btrfs" && read.btrfs && !(kind === "disk" && read.gpt);
   };
   const others = signatures.filter((signature) => !isExpected(signature));
   const table = read.btrfs && read.table
@@ -2113,7 +2103,11 @@ function wroteWithout(writer: Member, other: Member): boolean {
   const lastTogether = theirs.absent[record.member] ?? generationOf(other);
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
-  const together = record.absent[theirs.member] ?? -1;
+  // The power may have gone between the records of one mount: nobody wrote.
+  const isNext = record.present.includes(theirs.member) &&
+    record.mounts?.at(-2) === lastMountOf(other);
+  const together = record.absent[theirs.member] ??
+    (isNext ? generationOf(other) : -1);
   // A mount replays a log and commits: a log that both have is older than it.
   const logged = btrfs.hasLog && !other.holds.btrfs.hasLog;
   return btrfs.generation > together || logged;
@@ -2345,14 +2339,18 @@ function describeMissing(data: DataFilesystem): string {
 }
 
 /** Swap on the disks of the members, also what a boot did not get to make. */
-function findSwap(data: DataFilesystem, devices: BlockDevice[]): BlockDevice[] {
-  const disks = new Set(
-    data.members.filter((m) => m.kind === "partition").map((m) => m.disk),
-  );
-  return devices.filter(({ disk, inUse, holds, signatures, partitionName }) =>
-    disks.has(disk) && !inUse && (holds.kind === "swap" ||
-      (holds.kind === "nothing of ours" && partitionName === SWAP &&
-        signatures?.length === 0))
+function planSwap(devices: BlockDevice[], plan: Plan): void {
+  const disks = plan.data?.members.map(({ disk }) => disk) ?? [];
+  plan.swap = devices.filter(({ disk, inUse, readOnly, ...device }) => {
+    const { holds, partitionName, signatures } = device;
+    const isEmpty = plan.mode === "persistent" && partitionName === SWAP &&
+      holds.kind === "nothing of ours" && signatures?.length === 0;
+    return disks.includes(disk) && !inUse && !readOnly &&
+      (holds.kind === "swap" || isEmpty);
+  });
+  const empty = plan.swap.filter(({ holds }) => holds.kind !== "swap");
+  plan.repairs.push(
+    ...empty.map((device): Repair => ({ do: "make swap", device })),
   );
 }
 
