@@ -257,8 +257,8 @@ export interface Facts {
   machine?: string;
   /** What is mounted on the data filesystem's mount point. */
   mounted?: Mount & { fsid?: string };
-  /** Why devices do not fit, by their path: found out by {@linkcode tryOut}. */
-  misfits: Map<string, string>;
+  /** Devices that do not fit: found out by {@linkcode tryOut}. */
+  misfits: Misfit[];
 }
 
 /** A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). */
@@ -767,7 +767,7 @@ async function makePlan(
   forNextBoot = false,
 ): Promise<Plan> {
   const giveUpAt = performance.now() + waitMs;
-  const misfits = new Map<string, string>();
+  const misfits: Misfit[] = [];
   let saidWaiting = false;
   for (;;) {
     const facts = { ...await look(settings), misfits };
@@ -781,9 +781,9 @@ async function makePlan(
       continue;
     }
     const misfit = plan.create &&
-      await tryOut(plan.create, misfits.size > 0, settings.root, forNextBoot);
+      await tryOut(plan.create, misfits.length > 0, settings.root, forNextBoot);
     if (!misfit) return plan;
-    misfits.set(misfit.device.path, misfit.why); // and decide without it
+    misfits.push(misfit); // and decide without it
   }
 }
 
@@ -845,7 +845,7 @@ export async function look(
     memoryBytes: readMemoryBytes(),
     machine: readMachine(),
     mounted: mounted && { ...mounted, fsid: fsidOf(mounted) },
-    misfits: new Map(),
+    misfits: [],
   };
 }
 
@@ -2382,6 +2382,7 @@ function planMembers(
     const parts = partsOf(device, facts.devices);
     const user = parts.find((part) => part.inUse);
     const mute = parts.find((part) => part.read.error);
+    const misfit = facts.misfits.find((m) => m.device.path === device.path);
     const whole = usable.find(({ name }) => name === device.disk);
     const tableBytes = whole?.read.gpt?.sectorBytes;
     const sibling = magic.find((other) =>
@@ -2405,14 +2406,15 @@ function planMembers(
         `it is too small (${size}; Btrfs needs ${inMiB(MINIMUM_DATA_BYTES)} ` +
         `for data)`,
       ],
-      [facts.misfits.has(device.path), facts.misfits.get(device.path)],
+      [misfit, misfit?.why],
       [isOtherTable, `its table was made for sectors of ${tableBytes} bytes`],
       [sibling?.kind === "disk", "its whole disk carries the magic header too"],
       [sibling ?? used, `${(sibling ?? used)?.path} ${itself}`],
     ];
     const why = reasons.find(([applies]) => applies)?.[1];
+    const note = misfit?.isTwin ? warning : error;
     if (!why) members.push(member);
-    else plan.notes.push(error(`Cannot format ${device.path}: ${why}`));
+    else plan.notes.push(note(`Cannot format ${device.path}: ${why}`));
   }
   return members;
 }
@@ -2822,6 +2824,8 @@ async function claim(path: string): Promise<void> {
 interface Misfit {
   device: BlockDevice;
   why: string;
+  /** It is another device of the plan, and so nothing has failed. */
+  isTwin?: boolean;
 }
 
 /**
@@ -2893,7 +2897,7 @@ async function findTwin(
         const found = await readBytes(nodeOf(disk), at, bytes);
         if (!token.equals(found)) continue;
         const why = `it is the same disk as ${nodeOf(disk)}, on another path`;
-        return { device, why };
+        return { device, why, isTwin: true };
       }
     }
   } finally {

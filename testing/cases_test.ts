@@ -927,6 +927,7 @@ for (const [what, { disks, members }] of Object.entries(twice)) {
       await showTwice(system);
       const first = await bootPersistent(system);
       assertEquals(first.report.devices.length, members, first.stderr);
+      assertEquals(first.status, 0, first.stderr);
       await system.sh("echo precious > etc/precious");
       for (const _ of ["second", "third"]) {
         await system.reboot();

@@ -2984,7 +2984,7 @@ function plan(
       devices: judged(devices),
       diskPending: false,
       memoryBytes: 2 * GiB,
-      misfits: new Map(),
+      misfits: [],
       ...facts,
     },
     { root: "/", waitMs: 0, off: false, noSwap: false, ...settings },

@@ -618,10 +618,8 @@ function someMachine(random: Random): Machine {
     diskPending: random.chance(0.1),
     memoryBytes: random.pick([512 * MiB, 2 ** 34]),
     mounted: random.chance(0.1) ? mounted : undefined,
-    misfits: new Map(
-      devices.filter(() => random.chance(0.05))
-        .map(({ path }) => [path, "it is too small"]),
-    ),
+    misfits: devices.filter(() => random.chance(0.05))
+      .map((device) => ({ device, why: "it is too small" })),
   };
   return { facts, bytes };
 }

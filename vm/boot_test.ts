@@ -55,15 +55,13 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
 interface Step
   extends
     Expected,
-    Pick<BootOptions, "append" | "on" | "pullThePlug" | "uuid"> {
+    Pick<BootOptions, "append" | "before" | "on" | "pullThePlug" | "uuid"> {
   /** What is done to the disks before, while the machine is off. */
   whileOff?: (disks: VmDisk[]) => void;
   /** The disks that are there, in this order; default: all. */
   present?: number[];
   /** Of those that are there the one that is not until `on` plugs it. */
   late?: number;
-  /** A shell script that runs in the booted system before S11persistence. */
-  before?: string;
   /** The system image; default: the same for all. */
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
@@ -926,7 +924,6 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
     const { present = [...disks.keys()], unchanged = () => "" } = step;
     step.whileOff?.(disks);
     const before = unchanged(disks);
-    const { append = "", before: script } = step;
     const boot = await bootVm({
       ...situation,
       ...step,
@@ -934,8 +931,7 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
         ...disks[disk],
         late: step.late === i,
       })),
-      append: script ? `${append} vm.before=${btoa(script)}` : append,
-      image: script ? imageWithBefore() : step.image?.(),
+      image: step.image?.(),
       check: lookAndRun(step, kept),
     });
     assertBoot(boot, step, `boot ${i + 1}`);
@@ -1019,22 +1015,6 @@ function etcImage(version: "old" | "new"): string {
     Deno.writeTextFileSync(`${app}/${file}`, `${version}\n`);
   }
   return systemImage({ name: `etc-${version}`, changes: dir });
-}
-
-/** A system image that runs what `vm.before` on its command line says. */
-function imageWithBefore(): string {
-  const changes = `${here}cache/before`;
-  const script = `${changes}/etc/init.d/S05before`;
-  Deno.mkdirSync(`${changes}/etc/init.d`, { recursive: true });
-  Deno.writeTextFileSync(
-    script,
-    `#!/bin/sh
-sed -n 's/.*vm.before=\\([^ ]*\\).*/\\1/p' /proc/cmdline | base64 -d >/tmp/before
-PATH=/usr/sbin:/usr/bin dash -eux /tmp/before || echo "S05before failed"
-`,
-    { mode: 0o755 },
-  );
-  return systemImage({ name: "before", changes });
 }
 
 /** A system image whose S11persistence calls the tool and nothing else. */

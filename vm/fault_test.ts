@@ -10,24 +10,15 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { execFileSync } from "node:child_process";
-import { fileURLToPath } from "node:url";
 import { needPrograms } from "../testing/programs.ts";
 import type { Access } from "./recorded_disk.ts";
 import { all } from "./situation.ts";
-import {
-  type BootOptions,
-  bootVm,
-  makeDisk,
-  systemImage,
-  type VmDisk,
-} from "./vm.ts";
+import { type BootOptions, bootVm, makeDisk, type VmDisk } from "./vm.ts";
 
 needPrograms(
   ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
   "mkfs.btrfs",
 );
-
-const here = fileURLToPath(new URL(".", import.meta.url));
 
 /** A disk before the boot: magic, or a data filesystem over the whole of it. */
 interface FaultyDisk extends Omit<VmDisk, "file"> {
@@ -497,7 +488,8 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
   const data = disks.filter((_, i) => isData(fault.disks[i]))
     .map(({ file }) => file);
   if (data.length > 0) makeDataFilesystem(data);
-  const before = `size=$(cat /sys/block/vda/size)\n${fault.before ?? ""}`;
+  const before = `modprobe -a dm_flakey dm_delay
+    size=$(cat /sys/block/vda/size)\n${fault.before ?? ""}`;
   const boot = await bootVm({
     disks,
     on: {
@@ -507,14 +499,12 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
         await fault.on?.["start S11persistence"]?.(vm, words);
       },
     },
-    image: faultImage(),
-    append: `vm.before=${btoa(before)}`,
+    before,
     check,
     timeoutMs: 400_000,
     pullThePlug: true, // a stuck disk would keep it from shutting down
   });
   const seen = `${boot.console}\n${boot.checkOutput}`;
-  assert(!seen.includes("S05before failed"), seen);
   assert(!boot.checkOutput.includes("is not writable"), seen);
   const report = JSON.parse(boot.checkOutput);
   assertEquals([report.mode, boot.s11Status], [fault.mode, fault.status], seen);
@@ -558,21 +548,4 @@ function makeDataFilesystem(files: string[]): void {
     : [];
   const label = ["--label", "lightwhale-data", "--uuid", dataUuid];
   execFileSync("mkfs.btrfs", ["--quiet", ...label, ...profile, ...files]);
-}
-
-/** A system that runs what the kernel command line says before S11. */
-function faultImage(): string {
-  const changes = `${here}cache/fault`;
-  const script = `${changes}/etc/init.d/S05before`;
-  Deno.mkdirSync(`${changes}/etc/init.d`, { recursive: true });
-  Deno.writeTextFileSync(
-    script,
-    `#!/bin/sh
-modprobe dm_mod; modprobe dm_flakey; modprobe dm_delay
-sed -n 's/.*vm.before=\\([^ ]*\\).*/\\1/p' /proc/cmdline | base64 -d >/tmp/before
-PATH=/usr/sbin:/usr/bin dash -eux /tmp/before || echo "S05before failed"
-`,
-    { mode: 0o755 },
-  );
-  return systemImage({ name: "fault", changes });
 }

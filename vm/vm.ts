@@ -65,6 +65,8 @@ export interface VmDisk {
 export interface BootOptions {
   /** Default: none. */
   disks?: VmDisk[];
+  /** A shell script that runs before S11persistence and must succeed. */
+  before?: string;
   /** A shell script that runs as root after init. Without it: no power off. */
   check?: string;
   /** The system image; default: the cached one with dist/persistence. */
@@ -166,6 +168,7 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
     wasCut: false,
   };
   let timedOut = false;
+  let beforeStatus = "0";
   let started = false;
   let ended = false;
   let qemu: Deno.ChildProcess | undefined;
@@ -192,14 +195,18 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
   );
 
   try {
-    const check = options.check === undefined ? undefined : `${dir}/check`;
-    if (check) Deno.writeTextFileSync(check, options.check!);
+    const scripts = (["before", "check"] as const).flatMap((name) => {
+      const { [name]: script } = options;
+      if (script === undefined) return [];
+      Deno.writeTextFileSync(`${dir}/${name}`, script);
+      return ["-fw_cfg", `name=opt/vm/${name},file=${dir}/${name}`];
+    });
     qemu = new Deno.Command("qemu-system-x86_64", {
       args: [
         ...machineArguments({ ...options, image, sockets }),
         ...["-no-reboot", "-serial", `file:${dir}/console`],
         ...["-serial", "stdio", "-qmp", `unix:${dir}/qmp,server=on,wait=off`],
-        ...(check ? ["-fw_cfg", `name=opt/vm/check,file=${check}`] : []),
+        ...scripts,
       ],
       stdin: "null",
       stdout: "piped",
@@ -249,6 +256,7 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
       if (line.startsWith("@end S11persistence ")) {
         [boot.s11Status, boot.s11Ms] = words.slice(2).map(Number);
       }
+      if (line.startsWith("@end S05before ")) beforeStatus = words[2];
       if (line.startsWith("@status ")) {
         boot.checkStatus = Number(words[1]);
         if (options.pullThePlug) kill();
@@ -282,6 +290,9 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
     }
     if (problem && !boot.wasCut && boot.checkStatus === null) {
       throw new Error(`QEMU failed: ${problem}`);
+    }
+    if (beforeStatus !== "0") {
+      throw new Error(`The script "before" failed:\n${boot.console}`);
     }
   } finally {
     kill();
