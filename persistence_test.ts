@@ -177,7 +177,7 @@ const situations: {
       ...disk,
       contents: `printf 'label: gpt\nsize=1G, name=old\nsize=1G, name=older\n' |
           sfdisk -q --no-reread --no-tell-kernel "$DISK"
-        partx -a "$DISK"; mkfs.ext4 -q "$DISK"p2; partx -d "$DISK"
+        partx -a "$DISK"; mkfs.ext4 -q "$DISK"p2; sync "$DISK"p2
         ${header}`,
     }],
     after: { ...persistent, partitions: [dataDisk], marked: [false], swaps: 1 },
@@ -207,8 +207,7 @@ const situations: {
       ...disk,
       contents: `printf 'label: gpt\nname=other\n' |
           sfdisk -q --no-reread --no-tell-kernel "$DISK"
-        partx -a "$DISK"; printf ${magic} > "$DISK"p1; sync "$DISK"p1
-        partx -d "$DISK"`,
+        partx -a "$DISK"; printf ${magic} > "$DISK"p1; sync "$DISK"p1`,
     }],
     after: { ...volatile, partitions: [["other"]] },
     says: /loop\d+p1/,
@@ -532,7 +531,7 @@ onDisks(
 const magicPartition =
   `printf 'label: gpt\nsize=200M, name=system\nname=${magic}\n' |
     sfdisk -q --no-reread --no-tell-kernel "$DISK"
-  partx -a "$DISK"; mkfs.ext4 -q "$DISK"p1; sync "$DISK"p1; partx -d "$DISK"`;
+  partx -a "$DISK"; mkfs.ext4 -q "$DISK"p1; sync "$DISK"p1`;
 
 for (const sectorBytes of [512, 4096] as const) {
   onDisks(
@@ -635,7 +634,7 @@ for (const node of ["with", "without"]) {
         contents: `echo 'start=1MiB, name=other' | sfdisk -q --label gpt "$DISK"
           partx -a "$DISK"; mkfs.btrfs -q -L lightwhale-data "$DISK"p1 >/dev/null
           mkdir /tmp/$$; mount "$DISK"p1 /tmp/$$; echo kept > /tmp/$$/kept
-          umount /tmp/$$; rmdir /tmp/$$; partx -d "$DISK"`,
+          umount /tmp/$$; rmdir /tmp/$$`,
       }],
     },
     async (system) => {
