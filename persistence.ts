@@ -4521,7 +4521,7 @@ async function enable(
 ): Promise<void> {
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
-    const disk = wholeDisk(name) ?? name;
+    const disk = wholeDisk(name);
     if (disk !== name && names.includes(disk)) {
       throw new UsageError(
         `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
@@ -4531,7 +4531,7 @@ async function enable(
   const targets: Target[] = [];
   for (const path of paths) {
     const target = await targetAt(path, settings);
-    for (const line of target.listing) print(line);
+    for (const line of target.listing) console.log(line);
     const refusal = target.refusal ??
       (target.holds && !force && !await target.isMagic()
         ? `it holds ${target.holds}: use --force to give that up, for ever`
@@ -4543,7 +4543,7 @@ async function enable(
   try {
     for (const target of targets) {
       if (await target.isMagic() && !force) {
-        print(`${target.path} is enabled already`);
+        console.log(`${target.path} is enabled already`);
         continue;
       }
       done.push(target);
@@ -4554,7 +4554,7 @@ async function enable(
             `broken`,
         );
       }
-      print(`${target.path} is enabled`);
+      console.log(`${target.path} is enabled`);
     }
   } catch (error) { // half a mirror would become a single disk
     await attemptEach(done, (target) => target.setMagic(false, false));
@@ -4568,7 +4568,7 @@ async function disable(paths: string[], settings: Settings): Promise<void> {
   for (const path of paths) {
     const target = await targetAt(path, settings, "disable");
     if (!await target.isMagic()) {
-      print(`${path} is not enabled`);
+      console.log(`${path} is not enabled`);
       continue;
     }
     await target.setMagic(false, false);
@@ -4576,7 +4576,7 @@ async function disable(paths: string[], settings: Settings): Promise<void> {
       !await target.isMagic(),
       `Cannot take the magic away from ${path}: it is still there`,
     );
-    print(`${path} is disabled`);
+    console.log(`${path} is disabled`);
   }
 }
 
@@ -4596,7 +4596,7 @@ async function targetAt(
       `Cannot use "${path}": it is neither a block device nor an image file`,
     );
   }
-  const disk = wholeDisk(name) ?? name;
+  const disk = wholeDisk(name);
   const facts = await look({ ...settings, only: [disk] }, disk);
   const device = facts.devices.find((device) => device.name === name);
   if (!device) {
@@ -4834,9 +4834,9 @@ async function imageAt(path: string): Promise<Target> {
 /** Says what the next boot would do. */
 async function printNextBoot(settings: Settings): Promise<void> {
   const plan = await makePlan(settings, 0, true);
-  print("At the next boot:");
-  for (const line of describePlan(plan)) print(`  ${line}`);
-  for (const { text } of plan.notes) print(`  ${text}`);
+  console.log("At the next boot:");
+  for (const line of describePlan(plan)) console.log(`  ${line}`);
+  for (const { text } of plan.notes) console.log(`  ${text}`);
 }
 
 // ---------------------------------------------------------------------------
@@ -5099,22 +5099,22 @@ function describeStatus(status: Status): string {
 
 async function showStatus(settings: Settings, json: boolean): Promise<void> {
   let status = await readStatus(settings);
-  if (json) return print(JSON.stringify(status, null, 2));
-  print(describeStatus(status));
+  if (json) return console.log(JSON.stringify(status, null, 2));
+  console.log(describeStatus(status));
   // On a terminal the progress moves, until the work ends or ^C.
   while (process.stdout.isTTY && status.work.length > 0) {
     await sleep(1000);
     status = await readStatus(settings);
     process.stdout.write("\x1b[H\x1b[2J"); // home, clear the screen
-    print(describeStatus(status));
+    console.log(describeStatus(status));
   }
 }
 
 async function dryRun(settings: Settings, json: boolean): Promise<void> {
   const plan = await makePlan(settings, 0, true);
-  if (json) return print(JSON.stringify(plan, null, 2));
-  for (const line of describePlan(plan)) print(line);
-  for (const { level, text } of plan.notes) print(`${level}: ${text}`);
+  if (json) return console.log(JSON.stringify(plan, null, 2));
+  for (const line of describePlan(plan)) console.log(line);
+  for (const { level, text } of plan.notes) console.log(`${level}: ${text}`);
 }
 
 // ---------------------------------------------------------------------------
@@ -5428,11 +5428,6 @@ function sayPlan(plan: Plan): void {
   for (const { level, text } of plan.notes) say(level, text);
 }
 
-/** Results go to stdout. */
-function print(line: string): void {
-  console.log(line);
-}
-
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
@@ -5499,6 +5494,10 @@ function assert(condition: boolean, message: string): asserts condition {
 /** Bad input: exit status 2. */
 export class UsageError extends Error {}
 
+function refuse(message: string): never {
+  throw new UsageError(message);
+}
+
 const HELP = `Usage:
   persistence.ts                       set up persistence (done at every boot)
   persistence.ts --enable DEVICE...    mark whole disks, GPT partitions or
@@ -5532,77 +5531,70 @@ const defaultSettings: Settings = {
   noSwap: false,
 };
 
-const MODES = [
-  ...["enable", "disable", "status", "dry-run", "maintain", "help", "version"],
-];
+const MODES = "enable disable status dry-run maintain help version".split(" ");
 const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
 /** Reads the command line. What it gives counts more than the kernel's. */
 export function parseCommandLine(args: string[]) {
-  const options = args.slice(0, args.indexOf("--") >>> 0);
-  const valued = options
-    .find((arg) => FLAGS.includes(/^--(?:no-)?(.*?)=/.exec(arg)?.[1] ?? ""));
-  if (valued) {
-    throw new UsageError(`Option "${valued}" takes no value: see --help`);
-  }
-  const operandsItself = options.find((arg) => /^--(no-)?_(=|$)/.test(arg));
-  if (operandsItself) {
-    throw new UsageError(`Unknown option "${operandsItself}": see --help`);
+  const unknown = (arg: string, key?: string) => {
+    if (key) refuse(`Unknown option "${arg}": see --help`);
+  };
+  for (const arg of args.slice(0, args.indexOf("--") >>> 0)) {
+    const [, name, value] = /^--(?:no-)?(.*?)(=.*)?$/s.exec(arg) ?? [];
+    if (name === "_") unknown(arg, name); // parseArgs' own
+    if (value && FLAGS.includes(name)) {
+      refuse(`Option "${arg}" takes no value: see --help`);
+    }
   }
   const parsed = parseArgs(args, {
     boolean: FLAGS,
     string: ["wait", "devices", "root", "_"], // a file 007 is not 7
-    unknown: (arg: string, key?: string) => {
-      if (key) throw new UsageError(`Unknown option "${arg}": see --help`);
-    },
+    unknown,
   });
   const operands: string[] = parsed._.map(String);
-  const modes = MODES.filter((mode) => parsed[mode]);
-  const [mode = "boot"] = modes;
-  if (modes.length > 1) {
-    throw new UsageError(
-      `Options --${modes[0]} and --${modes[1]} exclude each other`,
-    );
-  }
+  const [mode = "boot", second] = MODES.filter((mode) => parsed[mode]);
   const takesDevices = mode === "enable" || mode === "disable";
-  if (takesDevices && operands.length === 0) {
-    throw new UsageError(`Option --${mode} needs a DEVICE: see --help`);
-  }
-  if (!takesDevices && operands.length > 0) {
-    throw new UsageError(`Unexpected argument "${operands[0]}": see --help`);
-  }
-  if (parsed.force && mode !== "enable") {
-    throw new UsageError("Option --force goes with --enable only");
-  }
-  if (parsed.json && mode !== "status" && mode !== "dry-run") {
-    throw new UsageError("Option --json goes with --status or --dry-run only");
-  }
+  const { force, json, root, devices, wait } = parsed;
+  const mistake = second
+    ? `Options --${mode} and --${second} exclude each other`
+    : takesDevices && operands.length === 0
+    ? `Option --${mode} needs a DEVICE: see --help`
+    : !takesDevices && operands.length > 0
+    ? `Unexpected argument "${operands[0]}": see --help`
+    : force && mode !== "enable"
+    ? "Option --force goes with --enable only"
+    : json && mode !== "status" && mode !== "dry-run"
+    ? "Option --json goes with --status or --dry-run only"
+    : undefined;
+  if (mistake) refuse(mistake);
   const given: Partial<Settings> = {};
-  if (parsed.root !== undefined) {
-    if (!orUndefined(() => fs.statSync(parsed.root).isDirectory())) {
-      throw new UsageError(`Cannot use --root "${parsed.root}": no directory`);
-    }
-    given.root = fs.realpathSync(parsed.root);
+  if (root !== undefined) {
+    const isThere = orUndefined(() => fs.statSync(root).isDirectory());
+    given.root = isThere
+      ? fs.realpathSync(root)
+      : refuse(`Cannot use --root "${root}": no directory`);
     if (/[\s\\,:]/.test(given.root)) {
-      throw new UsageError(
-        `Cannot use --root "${parsed.root}": mount options cannot hold ` +
-          `spaces, commas, colons and backslashes`,
+      refuse(
+        `Cannot use --root "${root}": mount options cannot hold spaces, ` +
+          `commas, colons and backslashes`,
       );
     }
   }
-  if (parsed.devices !== undefined) {
-    given.only = parsed.devices.split(",").filter(Boolean).map(nameOfDisk);
+  if (devices !== undefined) {
+    // `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk.
+    given.only = devices.split(",").filter(Boolean).map((path: string) =>
+      wholeDisk(
+        nameAt(path) ??
+          refuse(`Cannot find "${path}" (--devices): no such device`),
+      )
+    );
     if (given.only?.length === 0) {
-      throw new UsageError("Option --devices needs a list of devices");
+      refuse("Option --devices needs a list of devices");
     }
   }
-  if (parsed.wait !== undefined) {
-    given.waitMs = parseSeconds(parsed.wait);
-    if (given.waitMs === undefined) {
-      throw new UsageError(
-        `Cannot use --wait "${parsed.wait}": not a number of seconds`,
-      );
-    }
+  if (wait !== undefined) {
+    given.waitMs = parseSeconds(wait) ??
+      refuse(`Cannot use --wait "${wait}": not a number of seconds`);
   }
   return { mode, operands, given, parsed };
 }
@@ -5614,9 +5606,8 @@ export function parseCommandLine(args: string[]) {
 function splitKernelCommandLine(kernel: string): Map<string, string> {
   const options = new Map<string, string>(); // of one name the last counts
   for (const [word] of kernel.matchAll(/(?:"[^"]*"?|[^\s"])+/g)) {
-    const [, name, value = ""] = /^([^=]*)=?(.*)$/s
-      .exec(word.replaceAll('"', "")) ?? [];
-    options.set(name.toLowerCase().replaceAll("-", "_"), value.trim());
+    const [name, ...value] = word.replaceAll('"', "").toLowerCase().split("=");
+    options.set(name.replaceAll("-", "_"), value.join("=").trim());
   }
   return options;
 }
@@ -5628,9 +5619,8 @@ const OFF = ["off", "no", "false", "0"];
 export function parseKernelCommandLine(kernel: string) {
   const options = splitKernelCommandLine(kernel);
   const warnings: string[] = [];
-  const persistence = options.get("lightwhale.persistence")?.toLowerCase();
-  const isKnown = persistence === undefined || persistence === "required" ||
-    [...ON, ...OFF].includes(persistence);
+  const persistence = options.get("lightwhale.persistence") ?? "on";
+  const isKnown = [...ON, ...OFF, "required"].includes(persistence);
   if (!isKnown) {
     warnings.push(
       `Cannot use lightwhale.persistence="${persistence}" on the kernel ` +
@@ -5639,21 +5629,22 @@ export function parseKernelCommandLine(kernel: string) {
         } or required)`,
     );
   }
-  const settings: Settings = {
-    ...defaultSettings,
-    off: !isKnown || OFF.includes(persistence ?? ""),
-    noSwap: options.has("noswap") ||
-      OFF.includes(options.get("lightwhale.swap")?.toLowerCase() ?? ""),
-    dataUuid: options.get("lightwhale.data")?.toLowerCase()
-      .replace(/^uuid=/, "") || undefined,
-  };
   const wait = options.get("lightwhale.wait");
-  const waitMs = wait === undefined ? settings.waitMs : parseSeconds(wait);
-  if (waitMs === undefined) {
+  const ms = wait === undefined ? defaultSettings.waitMs : parseSeconds(wait);
+  if (ms === undefined) {
     warnings.push(
       `Cannot use lightwhale.wait="${wait}": not a number of seconds`,
     );
-  } else settings.waitMs = waitMs;
+  }
+  const settings: Settings = {
+    ...defaultSettings,
+    waitMs: ms ?? defaultSettings.waitMs,
+    off: !isKnown || OFF.includes(persistence),
+    noSwap: options.has("noswap") ||
+      OFF.includes(options.get("lightwhale.swap") ?? ""),
+    dataUuid: options.get("lightwhale.data")?.replace(/^uuid=/, "") ||
+      undefined,
+  };
   return { settings, warnings };
 }
 
@@ -5662,21 +5653,11 @@ function parseSeconds(seconds: string): number | undefined {
   return /^\d{1,5}(\.\d+)?$/.test(seconds) ? 1000 * Number(seconds) : undefined;
 }
 
-/** `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk. */
-function nameOfDisk(path: string): string {
-  const name = nameAt(path);
-  const disk = name && wholeDisk(name);
-  if (disk) return disk;
-  throw new UsageError(`Cannot find "${path}" (--devices): no such device`);
-}
-
 /** Name of the whole disk that a device is part of, or its own. */
-function wholeDisk(name: string): string | undefined {
-  if (fs.existsSync(`/sys/block/${name}`)) return name;
-  const partition = orUndefined(() =>
-    fs.realpathSync(`/sys/class/block/${name}`)
-  );
-  return partition && basename(dirname(partition));
+function wholeDisk(name: string): string {
+  const path = orUndefined(() => fs.realpathSync(`/sys/class/block/${name}`));
+  const isWhole = !path || fs.existsSync(`/sys/block/${name}`);
+  return isWhole ? name : basename(dirname(path));
 }
 
 /** Runs what the command line asks for. Returns the exit status. */
@@ -5684,7 +5665,7 @@ async function main(args: string[]): Promise<number> {
   try {
     const { mode, operands, given, parsed } = parseCommandLine(args);
     if (mode === "help" || mode === "version") {
-      print(mode === "help" ? HELP : `persistence.ts ${VERSION}`);
+      console.log(mode === "help" ? HELP : `persistence.ts ${VERSION}`);
       return 0;
     }
     const kernel = parseKernelCommandLine(readText("/proc/cmdline") ?? "");
@@ -5692,9 +5673,8 @@ async function main(args: string[]): Promise<number> {
     if (parsed.quiet) speech.level = "warning";
     if (parsed.verbose) speech.level = "debug";
     // What init gives may lack the places of mkfs.btrfs and sfdisk.
-    process.env.PATH = `${
-      process.env.PATH ?? ""
-    }:/usr/sbin:/usr/bin:/sbin:/bin`;
+    const { PATH = "" } = process.env;
+    process.env.PATH = `${PATH}:/usr/sbin:/usr/bin:/sbin:/bin`;
     process.env.LC_ALL = "C"; // what programs say is read, and quoted
     if (mode === "boot" || mode === "maintain") {
       speech.kernelLog = orUndefined(() => fs.openSync("/dev/kmsg", "r+"));
@@ -5703,28 +5683,17 @@ async function main(args: string[]): Promise<number> {
     if (process.getuid?.() !== 0) {
       throw new Error(`Cannot look at disks: only root may, log in as root`);
     }
-    switch (mode) {
-      case "status":
-        await showStatus(settings, parsed.json);
-        return 0;
-      case "dry-run":
-        await dryRun(settings, parsed.json);
-        return 0;
-      case "enable":
-      case "disable": {
-        const lock = await takeLock(
-          join(pathsBelow(settings.root).run, "lock"),
-        );
-        if (mode === "disable") await disable(operands, settings);
-        else await enable(operands, parsed.force, settings);
-        lock.release();
-        return 0;
-      }
-      case "maintain":
-        return await maintain(settings);
-      default:
-        return await boot(settings);
+    if (mode === "boot") return await boot(settings);
+    if (mode === "maintain") return await maintain(settings);
+    if (mode === "status") await showStatus(settings, parsed.json);
+    else if (mode === "dry-run") await dryRun(settings, parsed.json);
+    else {
+      const lock = await takeLock(join(pathsBelow(settings.root).run, "lock"));
+      if (mode === "disable") await disable(operands, settings);
+      else await enable(operands, parsed.force, settings);
+      lock.release();
     }
+    return 0;
   } catch (error) {
     sayError(error);
     return error instanceof UsageError ? 2 : 1;
