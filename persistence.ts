@@ -2396,7 +2396,7 @@ function planMembers(
     const size = inMiB(device.sizeBytes);
     const isOtherTable = device.kind === "partition" &&
       tableBytes !== device.sectorBytes;
-    const itself = "on the same disk is used: a disk is no mirror of itself";
+    const itself = "a disk is no mirror of itself";
     const reasons: [applies: unknown, why: string | undefined][] = [
       [mute, `${mute?.path} cannot be read`],
       [device.readOnly, "it is read-only"],
@@ -2409,7 +2409,8 @@ function planMembers(
       [misfit, misfit?.why],
       [isOtherTable, `its table was made for sectors of ${tableBytes} bytes`],
       [sibling?.kind === "disk", "its whole disk carries the magic header too"],
-      [sibling ?? used, `${(sibling ?? used)?.path} ${itself}`],
+      [sibling, `${sibling?.path} on the same disk is used: ${itself}`],
+      [used, `${used?.path} on the same disk is a member: ${itself}`],
     ];
     const why = reasons.find(([applies]) => applies)?.[1];
     const note = misfit?.isTwin ? warning : error;

@@ -1105,7 +1105,10 @@ const situations: {
     name: "a magic disk that was found too small beside the others",
     devices: [magic("sda"), magic("sdb")],
     facts: {
-      misfits: new Map([["/dev/sdb", "it is too small beside the others"]]),
+      misfits: [{
+        device: magic("sdb")[0],
+        why: "it is too small beside the others",
+      }],
     },
     decides: { mode: "persistent", create: ["sda"], errors: 1 },
     says: /Cannot format \/dev\/sdb: it is too small beside the others/,
@@ -2380,7 +2383,7 @@ const situations: {
       ),
     ],
     decides: { errors: 1 },
-    says: /sda2: the partition table of its disk was made for .* of 512 bytes/,
+    says: /sda2: its table was made for sectors of 512 bytes/,
   },
   {
     name: "a disk that lost its first sector",
@@ -2531,7 +2534,7 @@ const situations: {
   {
     name: "an empty swap partition on a member's disk",
     devices: [data("sda", { swap: { signatures: [] } })],
-    decides: { ...single, makesSwap: ["sda1"] },
+    decides: { ...single, swap: ["sda1"], makesSwap: ["sda1"] },
     says: "",
   },
   {
@@ -2549,7 +2552,7 @@ const situations: {
   {
     name: "an empty swap partition that the kernel does not show",
     devices: [withoutNodes(data("sda", { swap: { signatures: [] } }))],
-    decides: { ...single, shows: ["sda"] },
+    decides: { ...single, shows: ["sda"], swap: ["sda1"], makesSwap: ["sda1"] },
   },
   {
     name: "a swap partition that nobody asked about",
