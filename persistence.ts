@@ -818,9 +818,13 @@ export async function look(
   const found = await readDevices(listDevices(settings));
   found.push(...await readPartitionsWithoutNode(found));
 
+  const startedOver = found.filter(({ read }) => read.onlyHeader && read.gpt)
+    .map(({ node }) => node.disk);
   const isFirst =
     found.some(({ read }) => read.header || namesIn(read).includes(MAGIC)) &&
-    !found.some(({ read }) => read.btrfs?.label === DATA);
+    !found.some(({ node, read }) =>
+      read.btrfs?.label === DATA && !startedOver.includes(node.disk)
+    );
   const close = new Set(
     found.filter(({ read }) => isFirst || mayMatter(read))
       .map(({ node }) => node.disk).concat(always ?? []),

@@ -389,9 +389,7 @@ function drawBystander(random: Random): Draft {
     make: async (bench) => {
       const { is, may } = await draft.make(bench);
       bench.loseFirstSector();
-      const seen = await bench.sh('wipefs --noheadings --output TYPE "$DISK"');
-      if (draft.covered && !/[a-z]/.test(seen.replaceAll(/btrfs|gpt/g, ""))) {
-        // What lay over it is gone: an old data filesystem is all that is left.
+      if (draft.covered && await isUncovered(bench)) {
         return { is: "unsure", may: everything };
       }
       // Of a disk with a member, too, there is more than one thing to think; of
@@ -403,6 +401,12 @@ function drawBystander(random: Random): Draft {
       };
     },
   };
+}
+
+/** Is an old data filesystem all that libblkid sees, now that a sector changed? */
+async function isUncovered(bench: Bench): Promise<boolean> {
+  const seen = await bench.sh('wipefs --noheadings --output TYPE "$DISK"');
+  return !/[a-z]/.test(seen.replaceAll(/btrfs|gpt/g, ""));
 }
 
 /** Whether its label makes it data of ours, whatever else asks for it. */
@@ -664,6 +668,7 @@ function drawMagicDisk(random: Random): Draft {
       make: async (bench) => {
         const { is, may } = await draft.make(bench);
         bench.write(0, magic + text);
+        if (await isUncovered(bench)) return { is: "unsure", may: everything };
         // It counts for something only where nothing else does.
         if (is === "doubt") return { is, may: [...may, theHeader] };
         return { is: "unsure", may: everything };
