@@ -2009,8 +2009,8 @@ function whyTableIsDoubted(
 /** What libblkid sees beside our filesystem or the GPT of a disk. */
 function othersOn({ read, signatures = [], kind }: BlockDevice): string[] {
   const isExpected = ({ type }: Signature) => {
-    // An empty MBR is what boot code looks like.
-    if (type === "dos") return read.table !== "mbr";
+    // An empty MBR is what boot code looks like, where there is nothing else.
+    if (type === "dos") return read.table !== "mbr" && !read.btrfs;
     if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
     return type === "btrfs" && read.btrfs && !(kind === "disk" && read.gpt);
   };

@@ -121,7 +121,7 @@ const cases: {
       btrfs: superblock({}),
       signatures: [ours, { type: "dos" }],
     }),
-    holds: "member",
+    holds: "suspect",
   },
   {
     name: "a member that fills its partition to the last byte",

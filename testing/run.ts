@@ -22,8 +22,6 @@ const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 
 /** Long lives, bad input, bad luck: once is enough, with the executable. */
 const rough = [
-  "testing/formats_test.ts",
-  "testing/cases_test.ts",
   "testing/decide_test.ts",
   "testing/formats_test.ts",
   "testing/holds_test.ts",
