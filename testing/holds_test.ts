@@ -122,6 +122,9 @@ const cases: {
       signatures: [ours, { type: "dos" }],
     }),
     holds: "suspect",
+    why: /^it holds dos as well as a Btrfs$/,
+    labelled: true,
+    fsid: "data",
   },
   {
     name: "a member that fills its partition to the last byte",
