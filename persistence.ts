@@ -512,7 +512,7 @@ export function parseGptEntries(
 }
 
 /** Partition types in the MBR of a disk, if LBA 0 is one. */
-function mbrTypes(start: Uint8Array): number[] {
+export function mbrTypes(start: Uint8Array): number[] {
   if (start[510] !== 0x55 || start[511] !== 0xaa) return [];
   return MBR.entriesAt.map((at) => start[at + MBR.type])
     .filter((type) => type > 0);
@@ -526,7 +526,7 @@ const MBR = {
 };
 
 /** Does LBA 0 announce a GPT (UEFI Specification 2.10, 5.2.3)? */
-const isProtectiveMbr = (start: Uint8Array) =>
+export const isProtectiveMbr = (start: Uint8Array) =>
   mbrTypes(start).includes(MBR.protective);
 
 /** `SWAPSPACE2` ends the first page, whose size is the machine's that made it. */

@@ -9,7 +9,9 @@ import {
   ANYWAY,
   DATA,
   formatRecord,
+  isProtectiveMbr,
   MAGIC,
+  mbrTypes,
   type MemberRecord,
   type Mount,
   parseGptEntries,
@@ -652,6 +654,62 @@ for (
     bytes.set(entries.subarray(0, bytes.length));
     const found = parseGptHeader(header, 512, 512)!;
     assertEquals(parseGptEntries(found, bytes), undefined);
+  });
+}
+
+// LBA 0 (UEFI Specification 2.10, 5.2)
+
+/** One with these types in its four entries, in other bytes. */
+function mbr(...types: number[]): Uint8Array {
+  const start = new Uint8Array(4 * KiB).fill(0xa5, 0, 446).fill(0x5a, 512);
+  types.forEach((type, i) => start[446 + 16 * i + 4] = type);
+  start.set([0x55, 0xaa], 510);
+  return start;
+}
+
+const mbrs: {
+  name: string;
+  start: Uint8Array;
+  types: number[];
+  announcesGpt?: boolean;
+}[] = [
+  { name: "zeros", start: new Uint8Array(512), types: [] },
+  { name: "nothing at all", start: new Uint8Array(), types: [] },
+  { name: "boot code alone", start: mbr(), types: [] },
+  {
+    name: "four partitions",
+    start: mbr(0x83, 0x82, 0x05, 0x01),
+    types: [0x83, 0x82, 0x05, 0x01],
+  },
+  {
+    name: "unused entries between",
+    start: mbr(0, 0x83, 0, 0x82),
+    types: [0x83, 0x82],
+  },
+  {
+    name: "a protective entry",
+    start: mbr(0xee),
+    types: [0xee],
+    announcesGpt: true,
+  },
+  {
+    name: "a protective entry among others",
+    start: mbr(0x83, 0xef, 0, 0xee),
+    types: [0x83, 0xef, 0xee],
+    announcesGpt: true,
+  },
+  { name: "neighbours of 0xee", start: mbr(0xed, 0xef), types: [0xed, 0xef] },
+  ...[510, 511].map((at) => ({
+    name: `a wrong byte ${at} of the signature`,
+    start: changed(mbr(0xee), at),
+    types: [],
+  })),
+];
+
+for (const { name, start, types, announcesGpt = false } of mbrs) {
+  Deno.test(`mbrTypes(), isProtectiveMbr(): ${name}`, () => {
+    assertEquals(mbrTypes(amidOthers(start)), types);
+    assertEquals(isProtectiveMbr(amidOthers(start)), announcesGpt);
   });
 }
 

@@ -24,22 +24,33 @@ const sections = ["On-disk formats", "Decide"];
 const functions = [
   "balanceFilters",
   "byName",
+  "convertProfiles",
   "decideJob",
+  "joinMagic",
   "nameOf",
   "nodeOf",
   "parseKernelCommandLine",
   "parseMountinfo",
   "parsePartname",
   "parseSeconds",
+  "parseStart",
   "partitionNumber",
   "partitionPath",
   "partitionPrefix",
+  "rebuildStale",
+  "releaseTarget",
+  "removeMissing",
+  "replaceMissing",
+  "scrub",
+  "splitKernelCommandLine",
   "unescapeOctal",
+  "waitForKernel",
 ];
 
 /** The pure tests: those that fail soonest come first. */
 const tests = [
   "testing/formats_test.ts",
+  "testing/holds_test.ts",
   "testing/decide_test.ts",
   "testing/fuzz_test.ts",
 ];
@@ -175,10 +186,17 @@ function declarations(statement: ts.Statement): [string, ts.Node][] {
 }
 
 function visit(node: ts.Node, use: (node: ts.Node) => void): void {
-  // What is said is another matter than what is decided.
-  if (ts.isTypeNode(node) || ts.isTemplateSpan(node)) return;
+  // What is said, or done, is another matter than what is decided.
+  if (ts.isTypeNode(node) || ts.isTemplateSpan(node) || isAsync(node)) return;
   use(node);
   ts.forEachChild(node, (child) => visit(child, use));
+}
+
+function isAsync(node: ts.Node): boolean {
+  return ts.canHaveModifiers(node) &&
+    ts.getModifiers(node)?.some(({ kind }) =>
+        kind === ts.SyntaxKind.AsyncKeyword
+      ) === true;
 }
 
 /** What is put in the place of a node, or of a part of the file. */
