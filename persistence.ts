@@ -1662,8 +1662,8 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     if (data.some((part) => part === chosen?.replaceTarget)) continue;
     if (!device.readOnly) plan.repairs.push({ do: "clear magic", device });
     const end = device.readOnly
-      ? "it stays magic, for it is read-only"
-      : `is not magic any more`;
+      ? "stays magic, for it is read-only"
+      : "is not magic any more";
     plan.notes.push(warning(
       `${device.path} carries the magic to be formatted, but ${
         pathsOf(data)
