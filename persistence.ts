@@ -4412,13 +4412,16 @@ async function startReplace(
       timeoutMs: TIMEOUT.mkfsMs,
     },
   );
-  // The command returns before the kernel has begun.
+  // The command returns before the kernel has begun, which may also have given
+  // up by now: finishReplace() sees that.
   const giveUpAt = performance.now() + TIMEOUT.nodeMs;
   while (performance.now() < giveUpAt) {
-    if ((await superblockOf(device.path))?.fsid === data.fsid) break;
+    if ((await superblockOf(device.path))?.fsid === data.fsid) {
+      const members = [...data.members, await newMember(device)];
+      return void await recordMembers(members, data.fsid);
+    }
     await sleep(50);
   }
-  await recordMembers([...data.members, await newMember(device)], data.fsid);
 }
 
 /**
