@@ -4607,12 +4607,10 @@ async function targetAt(
       `Cannot use "${path}": it has no medium, or is no disk or partition`,
     );
   }
-  if (to === "disable") {
-    const { read: { error }, readOnly } = device;
-    if (error) throw new Error(`Cannot disable ${path}: ${error}`);
-    if (readOnly && device.magic) {
-      throw new UsageError(`Cannot disable ${path}: it is read-only`);
-    }
+  const { read: { error }, readOnly, magic } = device;
+  if (error) throw new Error(`Cannot ${to} ${path}: ${error}`);
+  if (to === "disable" && readOnly && magic) {
+    throw new UsageError(`Cannot disable ${path}: it is read-only`);
   }
   return await deviceTarget(path, device, facts);
 }
@@ -4687,7 +4685,6 @@ async function refuseToEnable(
   const whole = facts.devices.find((other) => other.name === device.disk);
   if (user) return `${user.path} is ${user.inUse}`;
   if (whole?.inUse) return `${whole.path} is ${whole.inUse}`;
-  if (device.read.error) return device.read.error;
   if (device.readOnly) return "it is read-only";
   if (device.kind === "volume") {
     return "the magic header counts on whole disks only, not on md or " +
