@@ -1666,8 +1666,8 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     if (data.some((part) => part === chosen?.replaceTarget)) continue;
     if (!device.readOnly) plan.repairs.push({ do: "clear magic", device });
     const end = device.readOnly
-      ? "it stays magic, for it is read-only"
-      : `is not magic any more`;
+      ? "stays magic, for it is read-only"
+      : "is not magic any more";
     plan.notes.push(warning(
       `${device.path} carries the magic to be formatted, but ${
         pathsOf(data)
@@ -4417,13 +4417,16 @@ async function startReplace(
       timeoutMs: TIMEOUT.mkfsMs,
     },
   );
-  // The command returns before the kernel has begun.
+  // The command returns before the kernel has begun, which may also have given
+  // up by now: finishReplace() sees that.
   const giveUpAt = performance.now() + TIMEOUT.nodeMs;
   while (performance.now() < giveUpAt) {
-    if ((await superblockOf(device.path))?.fsid === data.fsid) break;
+    if ((await superblockOf(device.path))?.fsid === data.fsid) {
+      const members = [...data.members, await newMember(device)];
+      return void await recordMembers(members, data.fsid);
+    }
     await sleep(50);
   }
-  await recordMembers([...data.members, await newMember(device)], data.fsid);
 }
 
 /**
@@ -4609,12 +4612,10 @@ async function targetAt(
       `Cannot use "${path}": it has no medium, or is no disk or partition`,
     );
   }
-  if (to === "disable") {
-    const { read: { error }, readOnly } = device;
-    if (error) throw new Error(`Cannot disable ${path}: ${error}`);
-    if (readOnly && device.magic) {
-      throw new UsageError(`Cannot disable ${path}: it is read-only`);
-    }
+  const { read: { error }, readOnly, magic } = device;
+  if (error) throw new Error(`Cannot ${to} ${path}: ${error}`);
+  if (to === "disable" && readOnly && magic) {
+    throw new UsageError(`Cannot disable ${path}: it is read-only`);
   }
   return await deviceTarget(path, device, facts);
 }
@@ -4689,7 +4690,6 @@ async function refuseToEnable(
   const whole = facts.devices.find((other) => other.name === device.disk);
   if (user) return `${user.path} is ${user.inUse}`;
   if (whole?.inUse) return `${whole.path} is ${whole.inUse}`;
-  if (device.read.error) return device.read.error;
   if (device.readOnly) return "it is read-only";
   if (device.kind === "volume") {
     return "the magic header counts on whole disks only, not on md or " +
