@@ -3900,27 +3900,31 @@ export interface FilesystemState {
   errors: Record<number, Record<string, number>>;
 }
 
+/** A mounted Btrfs, as far as its superblocks tell. */
+interface Mounted {
+  fsid: string;
+  members: { path: string; holds: { btrfs: Superblock } }[];
+}
+
 /**
  * Reads sysfs only for devices that are present: after `btrfs device remove
  * missing` the kernel leaves `devinfo/N` behind, and to read a file in it is a
  * use after free (fs/btrfs/volumes.c, btrfs_rm_device(), as of Linux 6.18).
  */
-function readFilesystemState(
-  fsid: string,
-  members: Superblock[],
-): FilesystemState | undefined {
+function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
   const directory = `/sys/fs/btrfs/${fsid}`;
   if (!fs.existsSync(directory)) return undefined;
   const profiles = (type: string) =>
     listDirectory(`${directory}/allocation/${type}`)
-      .filter((name) => name === "single" || /^(dup|raid)/.test(name));
-  const present = members.map((member) => member.devid);
-  const numDevices = Math.max(0, ...members.map((m) => m.numDevices));
+      .filter((name) => /^(single|dup|raid)/.test(name));
+  const superblocks = members.map(({ holds }) => holds.btrfs);
+  const present = superblocks.map(({ devid }) => devid);
+  const numDevices = Math.max(0, ...superblocks.map((s) => s.numDevices));
   const errors: FilesystemState["errors"] = {};
   for (const devid of present) {
     const stats = readText(`${directory}/devinfo/${devid}/error_stats`) ?? "";
-    for (const [, name, count] of stats.matchAll(/^(\w+) (\d+)$/gm)) {
-      if (count !== "0") (errors[devid] ??= {})[name] = Number(count);
+    for (const [, name, count] of stats.matchAll(/^(\w+) ([1-9]\d*)$/gm)) {
+      (errors[devid] ??= {})[name] = Number(count);
     }
   }
   const missing = listDirectory(`${directory}/devinfo`).map(Number)
@@ -3937,14 +3941,6 @@ function readFilesystemState(
     },
     errors,
   };
-}
-
-/** The state of the filesystem that a plan mounts or has found mounted. */
-function stateOf(data: DataFilesystem): FilesystemState | undefined {
-  return readFilesystemState(
-    data.fsid,
-    data.members.map(({ holds }) => holds.btrfs),
-  );
 }
 
 /** A piece of long work: what it is, and what it does. */
@@ -4568,7 +4564,9 @@ async function enable(
     await attemptEach(done, (target) => target.setMagic(false, false));
     throw error;
   }
-  if (names.some(Boolean)) await printNextBoot(settings);
+  if (!names.some(Boolean)) return;
+  console.log("At the next boot:");
+  await dryRun(settings);
 }
 
 /** Takes the magic away again. */
@@ -4836,120 +4834,71 @@ async function imageAt(path: string): Promise<Target> {
   };
 }
 
-/** Says what the next boot would do. */
-async function printNextBoot(settings: Settings): Promise<void> {
-  const plan = await makePlan(settings, 0, true);
-  console.log("At the next boot:");
-  for (const line of describePlan(plan)) console.log(`  ${line}`);
-  for (const { text } of plan.notes) console.log(`  ${text}`);
-}
-
 // ---------------------------------------------------------------------------
 // --status and --dry-run.
 // ---------------------------------------------------------------------------
 
-/** What `--status --json` prints. */
-export interface Status {
-  mode: "persistent" | "volatile" | "none";
-  uuid: string | null;
-  label: string | null;
-  profiles: FilesystemState["profiles"] | null;
-  devices: {
-    path: string | null;
-    devid: number;
-    sizeBytes: number | null;
-    missing: boolean;
-    errors: Record<string, number>;
-  }[];
-  mounts: { target: string; source: string; type: string }[];
-  space: Space | null;
-  /** For metadata, which may be full while there is room for data. */
-  metadataSpace: Space | null;
-  swap: string[];
-  /** `since`: when it began, or went on after a boot (ISO 8601). */
-  work: { kind: string; progress: string; since: string | null }[];
-  /** Sentences on what is wrong; empty when all is well. */
-  health: string[];
-  lastBoot: unknown;
-}
-
-/** Room on a filesystem. */
-interface Space {
-  sizeBytes: number;
-  freeBytes: number;
-}
+/** What `--status --json` prints; what is wrong are sentences in `health`. */
+type Status = Awaited<ReturnType<typeof readStatus>>;
 
 /** Collects what is mounted where, from what, and how healthy it is. */
-async function readStatus(settings: Settings): Promise<Status> {
-  const paths = pathsBelow(settings.root);
+async function readStatus({ root }: Settings) {
+  const paths = pathsBelow(root);
   const base = mountedOn(paths.data);
   const fsid = base && fsidOf(base);
-  const members = fsid ? await readMembers(fsid) : [];
-  const state = fsid
-    ? readFilesystemState(fsid, members.map((member) => member.btrfs))
-    : undefined;
-  const targets = [
-    paths.data,
-    paths.state,
-    paths.snapshots,
-    ...OVERLAYS.map((name) => join(paths.root, name)),
-  ];
-  const mounts = readMounts().filter(({ target }) => targets.includes(target));
-  const report = readText(paths.report);
-  const status: Status = {
+  const open = fsid ? { fsid, members: await readMembers(fsid) } : undefined;
+  const state = open && stateOf(open);
+  const targets = [paths.data, paths.state, paths.snapshots]
+    .concat(OVERLAYS.map((name) => join(root, name)));
+  const status = {
     mode: !base ? "none" : base.type === "btrfs" ? "persistent" : "volatile",
     uuid: fsid ?? null,
     label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
     profiles: state?.profiles ?? null,
     devices: state?.devids.map((devid) => {
-      const member = members.find((member) => member.btrfs.devid === devid);
+      const member = open?.members
+        .find(({ holds }) => holds.btrfs.devid === devid);
       return {
         path: member?.path ?? null,
         devid,
-        sizeBytes: member?.btrfs.deviceBytes ?? null,
+        sizeBytes: member?.holds.btrfs.deviceBytes ?? null,
         missing: state.missing.includes(devid),
         errors: state.errors[devid] ?? {},
       };
     }) ?? [],
-    mounts: mounts.map(({ target, source, type }) => ({
-      target,
-      source,
-      type,
-    })),
+    mounts: readMounts().filter(({ target }) => targets.includes(target))
+      .map(({ target, source, type }) => ({ target, source, type })),
     space: base ? readSpace(paths.data) : null,
-    metadataSpace: fsid && members.length > 0
-      ? readMetadataSpace(fsid, members.map((member) => member.btrfs))
-      : null,
+    metadataSpace: open?.members.length ? readMetadataSpace(open) : null,
     swap: readSwaps(),
     work: state ? await readWork(state, paths) : [],
-    health: [],
-    lastBoot: orUndefined(() => JSON.parse(report ?? "null")) ?? null,
+    health: [] as string[],
+    lastBoot: orUndefined(() => JSON.parse(readText(paths.report) ?? "null")) ??
+      null,
   };
-  status.health = judgeHealth(status, state);
+  status.health.push(...judgeHealth(status, state));
   return status;
 }
 
-function readSpace(directory: string): Space | null {
-  const found = orUndefined(() => fs.statfsSync(directory));
-  return found
-    ? {
-      sizeBytes: found.blocks * found.bsize,
-      freeBytes: found.bavail * found.bsize,
-    }
-    : null;
+function readSpace(directory: string) {
+  return orUndefined(() => {
+    const { blocks, bavail, bsize } = fs.statfsSync(directory);
+    return { sizeBytes: blocks * bsize, freeBytes: bavail * bsize };
+  }) ?? null;
 }
 
 /**
- * Metadata chunks, and what they may still grow by. Of what is free in them the
- * kernel keeps a reserve for itself (btrfs-filesystem(8), df, GlobalReserve).
+ * Metadata chunks, and what they may still grow by: they may be full while there
+ * is room for data. Of what is free in them the kernel keeps a reserve for
+ * itself (btrfs-filesystem(8), df, GlobalReserve).
  */
-function readMetadataSpace(fsid: string, members: Superblock[]): Space {
+function readMetadataSpace({ fsid, members }: Mounted) {
   const value = (name: string) =>
     Number(readText(`/sys/fs/btrfs/${fsid}/allocation/${name}`) ?? 0);
   const allocatedBytes = sum(
     ["data", "metadata", "system"].map((type) => value(`${type}/disk_total`)),
   );
-  const deviceBytes = sum(members.map((member) => member.deviceBytes));
+  const deviceBytes = sum(members.map(({ holds }) => holds.btrfs.deviceBytes));
   const sizeBytes = value("metadata/total_bytes");
   const copies = value("metadata/disk_total") / sizeBytes || 1;
   const freeBytes = sizeBytes - value("metadata/bytes_used") -
@@ -4958,51 +4907,38 @@ function readMetadataSpace(fsid: string, members: Superblock[]): Space {
 }
 
 /** The devices in use: sysfs knows their names, superblocks the devids. */
-async function readMembers(
-  fsid: string,
-): Promise<{ path: string; btrfs: Superblock }[]> {
-  const members: { path: string; btrfs: Superblock }[] = [];
-  for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
-    const path = nodeOf(name);
-    await attempt(async () => {
-      const btrfs = await superblockOf(path);
-      if (btrfs && btrfs.devid > 0) members.push({ path, btrfs });
-    });
-  }
+async function readMembers(fsid: string): Promise<Mounted["members"]> {
+  const members: Mounted["members"] = [];
+  const names = listDirectory(`/sys/fs/btrfs/${fsid}/devices`);
+  await attemptEach(names.map(nodeOf), async (path) => {
+    const btrfs = await superblockOf(path);
+    if (btrfs && btrfs.devid > 0) members.push({ path, holds: { btrfs } });
+  });
   return members;
 }
 
 /** What runs in the background, in the words of btrfs(8). */
-async function readWork(
-  state: FilesystemState,
-  paths: Paths,
-): Promise<Status["work"]> {
+async function readWork({ operation }: FilesystemState, paths: Paths) {
   const note: JobNote | undefined = orUndefined(() =>
     JSON.parse(readText(paths.job) ?? "")
   );
   const since = note?.since ?? null;
-  const askBtrfs = async (kind: string, command: string[]) => {
+  const work: { kind: string; progress: string; since: string | null }[] = [];
+  const askBtrfs = async (...command: string[]) => {
+    const [kind] = command;
     const output = await ask(words`btrfs ${command} ${paths.data}`, {
       to: `ask how far the ${kind} is`,
       accept: [0, 1], // 1: a balance runs
     });
-    return {
-      kind,
-      since,
-      progress: output.trim().replaceAll(/\s*\n\s*/g, ", "),
-    };
+    const progress = output.trim().replaceAll(/\s*\n\s*/g, ", ");
+    work.push({ kind, since, progress });
   };
-  const work: Status["work"] = [];
-  if (state.operation === "device replace") {
-    work.push(await askBtrfs("replace", ["replace", "status", "-1"]));
-  } else if (state.operation.startsWith("balance")) {
-    work.push(await askBtrfs("balance", ["balance", "status"]));
-  } else if (state.operation !== "none") {
-    work.push({ kind: state.operation, progress: "running", since });
+  if (operation === "device replace") await askBtrfs("replace", "status", "-1");
+  else if (operation.startsWith("balance")) await askBtrfs("balance", "status");
+  else if (operation !== "none") {
+    work.push({ kind: operation, progress: "running", since });
   }
-  if (readPending(paths).scrub) {
-    work.push(await askBtrfs("scrub", ["scrub", "status"]));
-  }
+  if (readPending(paths).scrub) await askBtrfs("scrub", "status");
   // Between two of these, or while a disk is wiped and partitioned.
   if (note && work.length === 0 && fs.existsSync(`/proc/${note.pid}`)) {
     work.push({ kind: "maintenance", progress: note.what, since });
@@ -5010,112 +4946,91 @@ async function readWork(
   return work;
 }
 
-function isNearlyFull(space: Space | null, atLeastBytes = 0): space is Space {
-  if (space === null) return false;
-  return space.freeBytes < Math.max(space.sizeBytes / 20, atLeastBytes);
-}
-
 /** Says what is wrong, in sentences with a remedy. */
-function judgeHealth(
-  status: Status,
-  state: FilesystemState | undefined,
-): string[] {
-  const last = status.lastBoot as { errors?: string[] } | null;
-  const health = (last?.errors ?? [])
-    .map((error) => `The last boot said: ${error}`);
-  for (const device of status.devices) {
-    const name = device.path ?? `device ${device.devid}`;
-    if (device.missing) {
-      health.push(
-        `Device ${device.devid} is missing: there is no redundancy until it ` +
-          `is back, or a new disk is marked with persistence.ts --enable`,
-      );
+function* judgeHealth(
+  { devices, space, metadataSpace, lastBoot }: Status,
+  state?: FilesystemState,
+): Generator<string> {
+  for (const error of lastBoot?.errors ?? []) {
+    yield `The last boot said: ${error}`;
+  }
+  for (const { path, devid, missing, errors } of devices) {
+    if (missing) {
+      yield `Device ${devid} is missing: there is no redundancy until it is ` +
+        `back, or a new disk is marked with persistence.ts --enable`;
     }
-    const errors = Object.entries(device.errors)
+    const counts = Object.entries(errors)
       .map(([kind, count]) => `${count} ${kind.replace("_errs", "")}`);
-    if (errors.length > 0) {
-      health.push(
-        `${name} had errors (${errors.join(", ")}): replace the disk; if it ` +
-          `was the cable, "btrfs device stats --reset" forgets them`,
-      );
+    if (counts.length > 0) {
+      yield `${path ?? `device ${devid}`} had errors (${counts.join(", ")}): ` +
+        `replace the disk; if it was the cable, "btrfs device stats --reset" ` +
+        `forgets them`;
     }
   }
   if (state && balanceFilters(state).length > 0) {
-    health.push("Not all chunks are mirrored yet");
+    yield "Not all chunks are mirrored yet";
   }
-  const { space, metadataSpace } = status;
-  if (isNearlyFull(space)) {
-    health.push(
-      `"/${DATA_MOUNT}" is nearly full: ${inMiB(space.freeBytes)} of ` +
-        `${inMiB(space.sizeBytes)} are free: delete something, or enlarge ` +
-        `or add a disk`,
-    );
+  if (space && space.freeBytes < space.sizeBytes / 20) {
+    yield `"/${DATA_MOUNT}" is nearly full: ${inMiB(space.freeBytes)} of ` +
+      `${inMiB(space.sizeBytes)} are free: delete something, or enlarge or ` +
+      `add a disk`;
   }
-  if (isNearlyFull(metadataSpace, LARGEST_METADATA_RESERVATION_BYTES)) {
-    health.push(
-      `The metadata of "/${DATA_MOUNT}" are nearly full: ` +
-        `${inMiB(metadataSpace.freeBytes)} are free: delete files or ` +
-        `snapshots, or enlarge or add a disk`,
-    );
+  const leastBytes = Math.max(
+    (metadataSpace?.sizeBytes ?? 0) / 20,
+    LARGEST_METADATA_RESERVATION_BYTES,
+  );
+  if (metadataSpace && metadataSpace.freeBytes < leastBytes) {
+    yield `The metadata of "/${DATA_MOUNT}" are nearly full: ` +
+      `${inMiB(metadataSpace.freeBytes)} are free: delete files or ` +
+      `snapshots, or enlarge or add a disk`;
   }
-  return health;
 }
 
-/** The status for people. */
-function describeStatus(status: Status): string {
-  const lines = [
-    status.mode === "persistent"
-      ? `Persistent: "${status.label}" ${status.uuid}`
-      : status.mode === "volatile"
-      ? "Volatile: what is written is lost at shutdown"
-      : "Not set up: persistence.ts has not run in this system",
-  ];
-  for (const device of status.devices) {
-    const state = device.missing
-      ? "missing"
-      : `${device.path}, ${inMiB(device.sizeBytes ?? 0)}`;
-    lines.push(`  device ${device.devid}: ${state}`);
+/** The status for people, line by line. */
+function* describeStatus(status: Status): Generator<string> {
+  const { mode, label, uuid, profiles, space, swap, health } = status;
+  yield mode === "persistent"
+    ? `Persistent: "${label}" ${uuid}`
+    : mode === "volatile"
+    ? "Volatile: what is written is lost at shutdown"
+    : "Not set up: persistence.ts has not run in this system";
+  for (const { devid, missing, path, sizeBytes } of status.devices) {
+    const what = missing ? "missing" : `${path}, ${inMiB(sizeBytes ?? 0)}`;
+    yield `  device ${devid}: ${what}`;
   }
-  if (status.profiles) {
-    const { data, metadata, system } = status.profiles;
-    lines.push(
-      `  profiles: data ${data.join("+")}, metadata ${metadata.join("+")}, ` +
-        `system ${system.join("+")}`,
-    );
+  if (profiles) {
+    const all = Object.entries(profiles)
+      .map(([type, names]) => `${type} ${names.join("+")}`);
+    yield `  profiles: ${all.join(", ")}`;
   }
-  if (status.space) {
-    const { freeBytes, sizeBytes } = status.space;
-    lines.push(`  space: ${inMiB(freeBytes)} of ${inMiB(sizeBytes)} free`);
+  if (space) {
+    yield `  space: ${inMiB(space.freeBytes)} of ` +
+      `${inMiB(space.sizeBytes)} free`;
   }
-  for (const mount of status.mounts) {
-    lines.push(`  ${mount.target}: ${mount.type} from ${mount.source}`);
+  for (const { target, type, source } of status.mounts) {
+    yield `  ${target}: ${type} from ${source}`;
   }
-  if (status.swap.length > 0) lines.push(`  swap: ${status.swap.join(", ")}`);
-  for (const work of status.work) {
-    const since = work.since ? ` since ${work.since}` : "";
-    lines.push(`In the background${since}: ${work.kind}: ${work.progress}`);
+  if (swap.length > 0) yield `  swap: ${swap.join(", ")}`;
+  for (const { kind, progress, since } of status.work) {
+    const when = since ? ` since ${since}` : "";
+    yield `In the background${when}: ${kind}: ${progress}`;
   }
-  for (const problem of status.health) lines.push(`Attention: ${problem}`);
-  if (status.mode !== "none" && status.health.length === 0) {
-    lines.push("Healthy");
-  }
-  return lines.join("\n");
+  for (const problem of health) yield `Attention: ${problem}`;
+  if (mode !== "none" && health.length === 0) yield "Healthy";
 }
 
 async function showStatus(settings: Settings, json: boolean): Promise<void> {
-  let status = await readStatus(settings);
-  if (json) return console.log(JSON.stringify(status, null, 2));
-  console.log(describeStatus(status));
-  // On a terminal the progress moves, until the work ends or ^C.
-  while (process.stdout.isTTY && status.work.length > 0) {
+  for (let clear = "";; clear = "\x1b[H\x1b[2J") { // home, clear the screen
+    const status = await readStatus(settings);
+    if (json) return console.log(JSON.stringify(status, null, 2));
+    console.log(clear + [...describeStatus(status)].join("\n"));
+    // On a terminal the progress moves, until the work ends or ^C.
+    if (!process.stdout.isTTY || status.work.length === 0) return;
     await sleep(1000);
-    status = await readStatus(settings);
-    process.stdout.write("\x1b[H\x1b[2J"); // home, clear the screen
-    console.log(describeStatus(status));
   }
 }
 
-async function dryRun(settings: Settings, json: boolean): Promise<void> {
+async function dryRun(settings: Settings, json = false): Promise<void> {
   const plan = await makePlan(settings, 0, true);
   if (json) return console.log(JSON.stringify(plan, null, 2));
   for (const line of describePlan(plan)) console.log(line);
