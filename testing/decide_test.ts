@@ -709,7 +709,7 @@ const situations: {
       data("sdb", { fsid: "other", disk: { header: true, readOnly: true } }),
     ],
     decides: single,
-    says: /sdb carries the magic .* it stays magic/,
+    says: /sdb carries the magic .*sdb stays magic/,
   },
   {
     name: "another data filesystem is mounted elsewhere, and lacks a member",
