@@ -4957,7 +4957,7 @@ function* judgeHealth(
   for (const { path, devid, missing, errors } of devices) {
     if (missing) {
       yield `Device ${devid} is missing: there is no redundancy until it is ` +
-        `back, or a new disk is marked with persistence.ts --enable`;
+        `back, or a new disk is enabled with persistence.ts --enable`;
     }
     const counts = Object.entries(errors)
       .map(([kind, count]) => `${count} ${kind.replace("_errs", "")}`);
@@ -5420,14 +5420,15 @@ function refuse(message: string): never {
 
 const HELP = `Usage:
   persistence.ts                       set up persistence (done at every boot)
-  persistence.ts --enable DEVICE...    mark whole disks, GPT partitions or
-                                       image files: the next boot formats them
-  persistence.ts --disable DEVICE...   take the mark away again
+  persistence.ts --enable DEVICE...    make disks, GPT partitions or raw image
+                                       files magic: the next boot formats them
+  persistence.ts --disable DEVICE...   take the magic away again
   persistence.ts --status [--json]     what is mounted, from what, how healthy
   persistence.ts --dry-run [--json]    what the next boot would do
 
 Options:
-  --force           with --enable: also a device that holds data
+  --force           with --enable: also a device that holds data, and although
+                    other disks are in doubt
   --wait SECONDS    how long to wait for missing devices (default: 10)
   --devices LIST    look at these devices only, comma separated; loop devices
                     are looked at only when they are listed
