@@ -1978,6 +1978,34 @@ const situations: {
     says: /sda2 is a copy of \/dev\/sdb2, or was replaced by it/,
   },
   {
+    name: "two thirds moved to other hardware, before a third that did not",
+    devices: [
+      data("sda", {
+        ...three,
+        generation: 40,
+        hardware: "wwn-a",
+        record: record("a", 9, ["a"], { b: 10, c: 10 }, { hardware: "wwn-a" }),
+      }),
+      ...["b", "c"].map((member, i) =>
+        data(`sd${member}`, {
+          ...three,
+          devid: 2 + i,
+          generation: 12,
+          hardware: `wwn-${member}`,
+          record: record(member, 6, ["b", "c"], { a: 10 }, {
+            hardware: `old-${member}`,
+          }),
+        })
+      ),
+    ],
+    decides: {
+      ...mirrored,
+      members: ["sdb2", "sdc2"],
+      missing: 1,
+      excluded: ["sda2"],
+    },
+  },
+  {
     name: "what came back is older than what was there last",
     devices: [
       data("sda", {
