@@ -2156,8 +2156,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   // Of devices that exclude each other the first is used.
   const ranked = [...devices].sort((a, b) =>
     Number(isOpen(b)) - Number(isOpen(a)) ||
-    Number(isOnOtherHardware(a)) - Number(isOnOtherHardware(b)) ||
     together(b) - together(a) ||
+    Number(isOnOtherHardware(a)) - Number(isOnOtherHardware(b)) ||
     machineRank(b, machine) - machineRank(a, machine) ||
     epochOf(b) - epochOf(a) || generationOf(b) - generationOf(a) ||
     devidOf(a) - devidOf(b) || byName(a, b)

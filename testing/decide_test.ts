@@ -190,7 +190,7 @@ const situations: {
     name: "a header at the start of an md array",
     devices: [[device("md0", { kind: "volume", header: true })]],
     decides: {},
-    says: /\/dev\/md0 .*not obeyed/,
+    says: /\/dev\/md0 .*not obeyed \(volumes are never formatted\)$/,
   },
   {
     name: "a data filesystem on an md array",
@@ -1290,7 +1290,7 @@ const situations: {
       })],
     ],
     decides: {},
-    says: /\/dev\/sda1 .*not obeyed/,
+    says: /\/dev\/sda1 .*not obeyed \(a partition .* --enable \/dev\/sda1\)$/,
   },
   {
     name: "a tmpfs is mounted and a disk is enabled",
@@ -1981,6 +1981,34 @@ const situations: {
     says: /sda2 is a copy of \/dev\/sdb2, or was replaced by it/,
   },
   {
+    name: "two thirds moved to other hardware, before a third that did not",
+    devices: [
+      data("sda", {
+        ...three,
+        generation: 40,
+        hardware: "wwn-a",
+        record: record("a", 9, ["a"], { b: 10, c: 10 }, { hardware: "wwn-a" }),
+      }),
+      ...["b", "c"].map((member, i) =>
+        data(`sd${member}`, {
+          ...three,
+          devid: 2 + i,
+          generation: 12,
+          hardware: `wwn-${member}`,
+          record: record(member, 6, ["b", "c"], { a: 10 }, {
+            hardware: `old-${member}`,
+          }),
+        })
+      ),
+    ],
+    decides: {
+      ...mirrored,
+      members: ["sdb2", "sdc2"],
+      missing: 1,
+      excluded: ["sda2"],
+    },
+  },
+  {
     name: "what came back is older than what was there last",
     devices: [
       data("sda", {
@@ -2612,6 +2640,102 @@ const situations: {
     facts: { mounted },
     decides: { ...single, mode: "mounted" },
   },
+  // What a person is told to run (A4)
+  {
+    name: "a damaged data partition on a disk that others share",
+    devices: [without(data("sda", { names: ["EFI", DATA] }), "btrfs")],
+    decides: { errors: 1 },
+    says: /to give up all that is on \/dev\/sda2, .*--force \/dev\/sda2\)$/,
+  },
+  {
+    name: "a damaged data partition on a disk of ours",
+    devices: [without(data("sda"), "btrfs")],
+    decides: { errors: 1 },
+    says: /to give up all that is on \/dev\/sda, .*--force \/dev\/sda\)$/,
+  },
+  {
+    name: "a damaged data partition beside one that is magic",
+    devices: [without(data("sda", { names: [MAGIC, DATA] }), "btrfs")],
+    decides: { errors: 2 },
+    says: /--force \/dev\/sda1\n.*--force \/dev\/sda\)$/,
+  },
+  {
+    name: "a damaged data partition of a disk that is not looked at",
+    devices: [without(data("sda"), "btrfs").slice(2)],
+    decides: { errors: 1 },
+    says: /--force \/dev\/sda2\)$/,
+  },
+  {
+    name: "each half of a mirror on shared disks was written alone",
+    devices: ["sda", "sdb"].map((name, i) =>
+      data(name, {
+        ...two,
+        devid: i + 1,
+        generation: 12,
+        names: ["EFI", DATA],
+        record: record(name, 6, [name], { [["sdb", "sda"][i]]: 10 }),
+      })
+    ),
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /unplug \/dev\/sda2; to give up .*--force \/dev\/sdb2\)/,
+  },
+  {
+    name: "a magic partition that begins with the header as well",
+    devices: [draws(magicPartition("sda"), 2, { header: true })],
+    decides: { mode: "persistent", create: ["sda2"] },
+    says: "",
+  },
+  {
+    name: "a magic partition behind a bystander that grew",
+    devices: [
+      draws(magicPartition("sda"), 0, { sizeBytes: 2 * diskBytes }),
+    ],
+    decides: { mode: "persistent", create: ["sda2"] },
+    says: "",
+  },
+  {
+    name: "what is below an md array, and a magic disk",
+    devices: [
+      data("sda", { main: { inUse: "held by /dev/md0" }, intact: false }),
+      magic("sdb"),
+    ],
+    decides: { mode: "persistent", create: ["sdb"] },
+    says: "",
+  },
+  {
+    name: "an unreadable disk below an md array, and a magic disk",
+    devices: [
+      disk("sda", { inUse: "held by /dev/md0", error: "Cannot read it" }),
+      magic("sdb"),
+    ],
+    decides: { mode: "persistent", create: ["sdb"] },
+    says: "",
+  },
+  {
+    name: "a mirror of three that lacks one runs with less redundancy",
+    devices: [
+      data("sda", { ...three, record: record("a", 5, abc) }),
+      data("sdb", { ...three, devid: 2, record: record("b", 5, abc) }),
+    ],
+    decides: { ...mirrored, missing: 1 },
+    says: /lacks 1 of 3 devices: it runs with less redundancy, degraded/,
+  },
+  {
+    name: "a data disk that grew, on a disk of which another part is ours",
+    devices: [
+      [
+        ...data("sda", { disk: { sizeBytes: 2 * diskBytes } }),
+        device("sda3", {
+          kind: "partition",
+          disk: "sda",
+          number: 3,
+          startBytes: 90 * GiB,
+          btrfs: superblock({ label: "other", fsid: "other" }),
+        }),
+      ],
+    ],
+    decides: { ...single, grow: ["sda2"] },
+  },
   {
     name: "noswap",
     devices: [data("sda", { swapLabel: SWAP })],
@@ -3216,6 +3340,37 @@ const descriptions: {
       /^mount .* from \/dev\/sda2, degraded: 1 missing$/,
       /^wipe \/dev\/sdb2, which missed writes, and rebuild it$/,
       /^let \/dev\/sdc join the data filesystem$/,
+    ],
+  },
+  {
+    name: "a magic disk and a magic partition that hold something",
+    devices: [
+      magic("sda", {
+        signatures: [{ type: "ext4", label: "old" }, { type: "dos" }],
+      }),
+      draws(magicPartition("sdb"), 2, { signatures: [{ type: "xfs" }] }),
+    ],
+    lines: [
+      /^persistent: /,
+      /^partition \/dev\/sda \(102400 MiB, which holds ext4 "old", dos\): swap/,
+      /^format \/dev\/sdb2 \(101374 MiB, which holds xfs\)$/,
+      /^create /,
+    ],
+  },
+  {
+    name: "a lost first sector, hidden partitions, and no swap",
+    devices: [
+      data("sda", { lost: "first sector", swap: { signatures: [] } })
+        .map((part, i, [whole]) =>
+          i === 2 ? { ...part, entry: whole.read.gpt!.partitions[1] } : part
+        ),
+    ],
+    lines: [
+      /^persistent: /,
+      /^restore the first sector of \/dev\/sda from its partition table$/,
+      /^show the partitions of \/dev\/sda to the kernel$/,
+      /^make swap on \/dev\/sda1$/,
+      /^mount /,
     ],
   },
   {
