@@ -565,7 +565,10 @@ const situations: Situation[] = [
           ...single,
           swaps: 0,
           boots: boots(2),
-          warnings: besideOthers({ used: "vda1", copy: "vdb1", other: "vdc" }),
+          warnings: besideOthers({
+            ...{ used: "vda1", copy: "vdb1", other: "vdc" },
+            isSame: true,
+          }),
         },
         unchanged: ([, copy]) => checksum(copy.file),
         run: "keep second 4",
@@ -981,11 +984,20 @@ function copyDisk(from: string, to: string): void {
 
 /** What is said of the data filesystems that are not used. */
 function besideOthers(
-  { used, copy, other }: { used: string; copy: string; other: string },
+  { used, copy, other, isSame = false }: {
+    used: string;
+    copy: string;
+    other: string;
+    /** Nothing was written to either since the copy was made. */
+    isSame?: boolean;
+  },
 ): RegExp {
+  const is = isSame
+    ? `is /dev/${used} on another path, or holds exactly the same:`
+    : `is a copy of /dev/${used},`;
   return new RegExp(
     `on /dev/${used} is used, \\S+ on /dev/${other} is not touched.*\n` +
-      `/dev/${copy} is a copy of /dev/${used},.*/dev/${copy} is not touched`,
+      `/dev/${copy} ${is}.*/dev/${copy} is not touched`,
   );
 }
 

@@ -78,7 +78,7 @@ const faults: Fault[] = [
     before: allErrors,
     mode: "fallback",
     status: 1,
-    says: /\/dev\/dm-0: EIO[^]*\/dev\/dm-0 cannot be read.*unplug/,
+    says: /\/dev\/dm-0 cannot be read.*unplug[^]*Cannot read \/dev\/dm-0: EIO/,
   },
   {
     name: "a data disk answers every read with an error beside a magic disk",
@@ -158,7 +158,7 @@ const faults: Fault[] = [
     disks: [{ holds: "data", trouble: neverAnswers }],
     mode: "fallback",
     status: 1,
-    says: /\/dev\/vda: no answer in 20 s[^]*vda cannot be read.*unplug/,
+    says: /\/dev\/vda cannot be read.*unplug[^]*vda: no answer in 20 s/,
     withinMs: 60_000,
   },
   {
@@ -289,7 +289,7 @@ const faults: Fault[] = [
     }],
     mode: "fallback",
     status: 1,
-    says: /\/dev\/vda: EIO[^]*\/dev\/vda cannot be read.*unplug/,
+    says: /\/dev\/vda cannot be read.*unplug[^]*Cannot read \/dev\/vda: EIO/,
     marked: [0],
   },
   {
