@@ -4031,31 +4031,37 @@ function releaseTarget({ data, state, paths }: Situation): Job | undefined {
   };
 }
 
-/** A member that missed writes: the very same disk is wiped and rebuilt. */
+/**
+ * A member that missed writes: the very same disk is wiped and rebuilt. Before
+ * it is wiped it gets the magic back, so that the next boot takes it again if
+ * power fails in between. A partition gets the magic *name*: a header would
+ * claim its whole disk.
+ */
 function rebuildStale({ data, state, paths }: Situation): Job | undefined {
   const [device] = data.stale;
   if (!device || !state.missing.includes(devidOf(device))) return undefined;
-  const devid = devidOf(device);
-  let armed = device;
+  const isPartition = device.kind === "partition";
+  const named = isPartition ? { ...device, partitionName: MAGIC } : device;
+  const { start, finish } = replacement(devidOf(device), named, data, paths);
   return {
     kind: "rebuild",
     device,
     what: `${device.path} is wiped and rebuilt`,
     async change() {
       await confirm(device);
-      armed = await restoreMagic(device);
-      await wipe(armed);
-      await startReplace(devid, armed, data, paths);
+      if (device.kind === "disk") await setMagic(device, MAGIC);
+      // An MBR has no names, and a volume is never formatted by a boot.
+      if (isPartition) await attempt(() => setMagic(device, MAGIC));
+      await wipe(device);
+      await start();
     },
-    work: () => finishReplace(devid, armed, data, paths),
+    work: finish,
   };
 }
 
 /** A device was added for the missing one, which was larger. */
 function removeMissing({ state, pending, paths }: Situation): Job | undefined {
-  if (!pending["remove missing"] || state.missing.length === 0) {
-    return undefined;
-  }
+  if (!pending["remove missing"] || !state.missing.length) return undefined;
   const remove = () =>
     run(words`btrfs device remove missing ${paths.data}`, {
       to: `mirror the data of the missing device anew`,
@@ -4067,7 +4073,7 @@ function removeMissing({ state, pending, paths }: Situation): Job | undefined {
     async work() {
       await packChunks(paths);
       await firstThatWorks([remove, () => packChunks(paths).then(remove)]);
-      settle("remove missing", paths);
+      setPending("remove missing", false, paths);
     },
   };
 }
@@ -4098,6 +4104,7 @@ function replaceMissing(
   paths: Paths,
 ): Job {
   const device = { ...member.device, path: member.dataPath };
+  const { start, finish } = replacement(devid, device, data, paths);
   let isReplacing = true;
   return {
     kind: "replace",
@@ -4109,19 +4116,19 @@ function replaceMissing(
       // To btrfs-progs it is mounted, whether or not the kernel knows it.
       if (data.replaceTarget) await wipe(device);
       try {
-        await startReplace(devid, device, data, paths);
+        await start();
       } catch (error) {
         // The words of btrfs-progs (cmds/replace.c) for a smaller target.
         if (!/smaller than source/.test(messageOf(error))) throw error;
         say("info", `${messageOf(error)}; it is added instead`);
         isReplacing = false;
         await addDevice(member, data, paths);
-        fs.writeFileSync(pendingFile("remove missing", paths), "");
+        setPending("remove missing", true, paths);
         await clearMagic(deviceWithMagic(device));
       }
     },
     async work() {
-      if (isReplacing) await finishReplace(devid, device, data, paths);
+      if (isReplacing) await finish();
     },
   };
 }
@@ -4162,7 +4169,7 @@ function scrub({ pending, paths }: Situation): Job | undefined {
         to: `verify the checksums on "${paths.data}"`,
         timeoutMs: Infinity,
       });
-      settle("scrub", paths);
+      setPending("scrub", false, paths);
     },
   };
 }
@@ -4181,12 +4188,10 @@ export function balanceFilters(state: FilesystemState): string[] {
   const all = [...data, ...metadata, ...system];
   if (present < 2 || all.some((profile) => !RANK.includes(profile))) return [];
   const { dataProfile, metadataProfile } = profilesFor(present);
-  // While a member is missing nothing but what has no mirror is touched.
-  const below = (profile: string, target: string) =>
-    RANK.indexOf(profile) <
-      RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
-  const filter = (type: "d" | "m", present: string[], target: string) => {
-    const old = [...new Set(present)].filter((p) => below(p, target));
+  const filter = (type: "d" | "m", profiles: string[], target: string) => {
+    // While a member is missing nothing but what has no mirror is touched.
+    const least = RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
+    const old = [...new Set(profiles)].filter((p) => RANK.indexOf(p) < least);
     if (old.length === 0) return [];
     return [`-${type}profiles=${old.join("|")},convert=${target},soft`];
   };
@@ -4196,28 +4201,24 @@ export function balanceFilters(state: FilesystemState): string[] {
   ];
 }
 
-/** The file that keeps a pending job over a power cut. */
-const pendingFile = (job: keyof Pending, paths: Paths) =>
-  join(paths.state, `.pending-${job.replace(" ", "-")}`);
-
-/** As version 1.0 called it. */
-const oldPendingFile = (job: keyof Pending, paths: Paths) =>
-  join(paths.state, `.wanted: ${job}`);
+/** The file that keeps a pending job over a power cut; 1.0 had another name. */
+const pendingFiles = (job: keyof Pending, paths: Paths) =>
+  [`.pending-${job.replace(" ", "-")}`, `.wanted: ${job}`]
+    .map((name) => join(paths.state, name));
 
 function readPending(paths: Paths): Pending {
   const isPending = (job: keyof Pending) =>
-    fs.existsSync(pendingFile(job, paths)) ||
-    fs.existsSync(oldPendingFile(job, paths));
+    pendingFiles(job, paths).some(fs.existsSync);
   return {
     scrub: isPending("scrub"),
     "remove missing": isPending("remove missing"),
   };
 }
 
-function settle(job: keyof Pending, paths: Paths): void {
-  for (const file of [pendingFile(job, paths), oldPendingFile(job, paths)]) {
-    fs.rmSync(file, { force: true });
-  }
+function setPending(job: keyof Pending, isPending: boolean, paths: Paths) {
+  const [file, ...old] = pendingFiles(job, paths);
+  if (isPending) return fs.writeFileSync(file, "");
+  for (const name of [file, ...old]) fs.rmSync(name, { force: true });
 }
 
 /**
@@ -4231,7 +4232,7 @@ function startMaintenance(
   paths: Paths,
 ): void {
   if (!plan.data) return;
-  if (plan.data.needsScrub) fs.writeFileSync(pendingFile("scrub", paths), "");
+  if (plan.data.needsScrub) setPending("scrub", true, paths);
   const state = stateOf(plan.data);
   const job = state && decideJob(plan, state, readPending(paths));
   if (!job) return;
@@ -4272,14 +4273,6 @@ export async function maintain(settings: Settings): Promise<number> {
   return messages.errors.length > 0 ? 1 : 0;
 }
 
-/** What `--status` gets to know of the job that runs. */
-interface JobNote {
-  what: string;
-  /** When it began (ISO 8601). */
-  since: string;
-  pid: number;
-}
-
 /** Does one job; each only once, so that one that fails is not repeated. */
 async function doNextJob(
   done: Set<string>,
@@ -4287,32 +4280,29 @@ async function doNextJob(
   paths: Paths,
 ): Promise<boolean> {
   const lock = await takeLock(join(paths.run, "lock"));
-  let job: Job | undefined;
+  let work: Job["work"];
   try {
     const plan = decide(await look(settings), settings);
     await attemptEach(plan.repairs, carryOut); // what has taken its place
     const state = plan.data && stateOf(plan.data);
-    const next = state && decideJob(plan, state, readPending(paths), paths);
-    if (!next || done.has(next.what)) return false;
-    if (next.kind !== "wait") {
-      done.add(next.what);
-      say("info", `Now ${next.what}`);
+    const job = state && decideJob(plan, state, readPending(paths), paths);
+    if (!job || done.has(job.what)) return false;
+    const { kind, what } = job;
+    if (kind !== "wait") {
+      done.add(what);
+      say("info", `Now ${what}`);
     }
-    const note: JobNote = {
-      what: next.what,
-      since: new Date().toISOString(),
-      pid: process.pid,
-    };
-    replaceFile(paths.job, JSON.stringify(note) + "\n");
-    await next.change?.();
-    job = next;
+    const note = { what, since: new Date().toISOString(), pid: process.pid };
+    replaceFile(paths.job, JSON.stringify(note) + "\n"); // for --status
+    await job.change?.();
+    work = job.work;
   } catch (error) {
     sayError(error);
   } finally {
     lock.release();
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
-  if (job?.work) await attempt(job.work);
+  if (work) await attempt(work);
   return true;
 }
 
@@ -4356,21 +4346,6 @@ async function addDevice(
   await recordMembers([...data.members, added], data.fsid);
 }
 
-/**
- * Puts the magic back before a member is wiped, so that the next boot takes it
- * again if power fails in between. A partition gets the magic *name*: a header
- * would claim its whole disk.
- */
-async function restoreMagic(device: Member): Promise<Member> {
-  if (device.kind === "volume") return device; // never formatted by a boot
-  if (device.kind === "disk") {
-    await setMagic(device, MAGIC);
-    return device;
-  }
-  await attempt(() => setMagic(device, MAGIC)); // an MBR has no names
-  return { ...device, partitionName: MAGIC };
-}
-
 /** The disk that has the header, or the partition that has the name. */
 function deviceWithMagic(device: BlockDevice): BlockDevice {
   if (device.partitionName === MAGIC) return device;
@@ -4393,62 +4368,54 @@ async function cancelReplace(paths: Paths): Promise<void> {
   });
 }
 
-async function startReplace(
+/** Lets a device take the place of a missing one: its begin, and the rest. */
+function replacement(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
   paths: Paths,
-): Promise<void> {
-  await run(
-    words`btrfs replace start -f ${devid} ${device.path} ${paths.data}`,
-    {
-      to: `let ${device.path} take the place of device ${devid}`,
+) {
+  const { path } = device;
+  const to = `let ${path} take the place of device ${devid}`;
+  const start = async () => {
+    await run(words`btrfs replace start -f ${devid} ${path} ${paths.data}`, {
+      to,
       timeoutMs: TIMEOUT.mkfsMs,
-    },
-  );
-  // The command returns before the kernel has begun.
-  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
-  while (performance.now() < giveUpAt) {
-    if ((await superblockOf(device.path))?.fsid === data.fsid) break;
-    await sleep(50);
-  }
-  await recordMembers([...data.members, await newMember(device)], data.fsid);
-}
-
-/**
- * Waits for a replace. It fails where the kernel finds no room to set a block
- * group read-only; chunks that are packed more tightly leave room.
- */
-async function finishReplace(
-  devid: number,
-  device: BlockDevice,
-  data: DataFilesystem,
-  paths: Paths,
-): Promise<void> {
-  for (let packed = false;; packed = true) {
-    await waitForOperation(data);
-    const found = await superblockOf(device.path);
-    if (found?.fsid === data.fsid && found.devid === devid) {
-      await growFilesystem([await newMember(device)], paths);
-      return await clearMagic(deviceWithMagic(device));
+    });
+    // The command returns before the kernel has begun.
+    const giveUpAt = performance.now() + TIMEOUT.nodeMs;
+    while (performance.now() < giveUpAt) {
+      if ((await superblockOf(path))?.fsid === data.fsid) break;
+      await sleep(50);
     }
-    const cannot =
-      `Cannot let ${device.path} take the place of device ${devid}`;
-    if (packed) {
-      throw new Error(
-        `${cannot}: the kernel gave up (see dmesg): replace the disk if it ` +
-          `has errors, delete something if there is too little free space, ` +
-          `then reboot`,
+    await recordMembers([...data.members, await newMember(device)], data.fsid);
+  };
+  // It fails where the kernel finds no room to set a block group read-only;
+  // chunks that are packed more tightly leave room.
+  const finish = async () => {
+    for (let packed = false;; packed = true) {
+      await waitForOperation(data);
+      const found = await superblockOf(path);
+      if (found?.fsid === data.fsid && found.devid === devid) {
+        await growFilesystem([await newMember(device)], paths);
+        return await clearMagic(deviceWithMagic(device));
+      }
+      assert(
+        !packed,
+        `Cannot ${to}: the kernel gave up (see dmesg): replace the disk if ` +
+          `it has errors, delete something if there is too little free ` +
+          `space, then reboot`,
       );
+      await cancelReplace(paths);
+      await packChunks(paths); // may take hours, and nothing holds the disk
+      assert(
+        readIdentity(device.disk).sequence === device.sequence,
+        `Cannot ${to}: it is not the disk any more that it was`,
+      );
+      await start();
     }
-    await cancelReplace(paths);
-    await packChunks(paths); // may take hours, and nothing holds the disk
-    assert(
-      readIdentity(device.disk).sequence === device.sequence,
-      `${cannot}: it is not the disk any more that it was`,
-    );
-    await startReplace(devid, device, data, paths);
-  }
+  };
+  return { start, finish };
 }
 
 /**
@@ -4844,9 +4811,7 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
 
 /** What runs in the background, in the words of btrfs(8). */
 async function readWork({ operation }: FilesystemState, paths: Paths) {
-  const note: JobNote | undefined = orUndefined(() =>
-    JSON.parse(readText(paths.job) ?? "")
-  );
+  const note = orUndefined(() => JSON.parse(readText(paths.job) ?? ""));
   const since = note?.since ?? null;
   const work: { kind: string; progress: string; since: string | null }[] = [];
   const askBtrfs = async (...command: string[]) => {
