@@ -4038,31 +4038,37 @@ function releaseTarget({ data, state, paths }: Situation): Job | undefined {
   };
 }
 
-/** A member that missed writes: the very same disk is wiped and rebuilt. */
+/**
+ * A member that missed writes: the very same disk is wiped and rebuilt. Before
+ * it is wiped it gets the magic back, so that the next boot takes it again if
+ * power fails in between. A partition gets the magic *name*: a header would
+ * claim its whole disk.
+ */
 function rebuildStale({ data, state, paths }: Situation): Job | undefined {
   const [device] = data.stale;
   if (!device || !state.missing.includes(devidOf(device))) return undefined;
-  const devid = devidOf(device);
-  let armed = device;
+  const isPartition = device.kind === "partition";
+  const named = isPartition ? { ...device, partitionName: MAGIC } : device;
+  const { start, finish } = replacement(devidOf(device), named, data, paths);
   return {
     kind: "rebuild",
     device,
     what: `${device.path} is wiped and rebuilt`,
     async change() {
       await confirm(device);
-      armed = await restoreMagic(device);
-      await wipe(armed);
-      await startReplace(devid, armed, data, paths);
+      if (device.kind === "disk") await setMagic(device, MAGIC);
+      // An MBR has no names, and a volume is never formatted by a boot.
+      if (isPartition) await attempt(() => setMagic(device, MAGIC));
+      await wipe(device);
+      await start();
     },
-    work: () => finishReplace(devid, armed, data, paths),
+    work: finish,
   };
 }
 
 /** A device was added for the missing one, which was larger. */
 function removeMissing({ state, pending, paths }: Situation): Job | undefined {
-  if (!pending["remove missing"] || state.missing.length === 0) {
-    return undefined;
-  }
+  if (!pending["remove missing"] || !state.missing.length) return undefined;
   const remove = () =>
     run(words`btrfs device remove missing ${paths.data}`, {
       to: `mirror the data of the missing device anew`,
@@ -4074,7 +4080,7 @@ function removeMissing({ state, pending, paths }: Situation): Job | undefined {
     async work() {
       await packChunks(paths);
       await firstThatWorks([remove, () => packChunks(paths).then(remove)]);
-      settle("remove missing", paths);
+      setPending("remove missing", false, paths);
     },
   };
 }
@@ -4105,6 +4111,7 @@ function replaceMissing(
   paths: Paths,
 ): Job {
   const device = { ...member.device, path: member.dataPath };
+  const { start, finish } = replacement(devid, device, data, paths);
   let isReplacing = true;
   return {
     kind: "replace",
@@ -4116,19 +4123,19 @@ function replaceMissing(
       // To btrfs-progs it is mounted, whether or not the kernel knows it.
       if (data.replaceTarget) await wipe(device);
       try {
-        await startReplace(devid, device, data, paths);
+        await start();
       } catch (error) {
         // The words of btrfs-progs (cmds/replace.c) for a smaller target.
         if (!/smaller than source/.test(messageOf(error))) throw error;
         say("info", `${messageOf(error)}; it is added instead`);
         isReplacing = false;
         await addDevice(member, data, paths);
-        fs.writeFileSync(pendingFile("remove missing", paths), "");
+        setPending("remove missing", true, paths);
         await clearMagic(deviceWithMagic(device));
       }
     },
     async work() {
-      if (isReplacing) await finishReplace(devid, device, data, paths);
+      if (isReplacing) await finish();
     },
   };
 }
@@ -4169,7 +4176,7 @@ function scrub({ pending, paths }: Situation): Job | undefined {
         to: `verify the checksums on "${paths.data}"`,
         timeoutMs: Infinity,
       });
-      settle("scrub", paths);
+      setPending("scrub", false, paths);
     },
   };
 }
@@ -4188,12 +4195,10 @@ export function balanceFilters(state: FilesystemState): string[] {
   const all = [...data, ...metadata, ...system];
   if (present < 2 || all.some((profile) => !RANK.includes(profile))) return [];
   const { dataProfile, metadataProfile } = profilesFor(present);
-  // While a member is missing nothing but what has no mirror is touched.
-  const below = (profile: string, target: string) =>
-    RANK.indexOf(profile) <
-      RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
-  const filter = (type: "d" | "m", present: string[], target: string) => {
-    const old = [...new Set(present)].filter((p) => below(p, target));
+  const filter = (type: "d" | "m", profiles: string[], target: string) => {
+    // While a member is missing nothing but what has no mirror is touched.
+    const least = RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
+    const old = [...new Set(profiles)].filter((p) => RANK.indexOf(p) < least);
     if (old.length === 0) return [];
     return [`-${type}profiles=${old.join("|")},convert=${target},soft`];
   };
@@ -4203,28 +4208,24 @@ export function balanceFilters(state: FilesystemState): string[] {
   ];
 }
 
-/** The file that keeps a pending job over a power cut. */
-const pendingFile = (job: keyof Pending, paths: Paths) =>
-  join(paths.state, `.pending-${job.replace(" ", "-")}`);
-
-/** As version 1.0 called it. */
-const oldPendingFile = (job: keyof Pending, paths: Paths) =>
-  join(paths.state, `.wanted: ${job}`);
+/** The file that keeps a pending job over a power cut; 1.0 had another name. */
+const pendingFiles = (job: keyof Pending, paths: Paths) =>
+  [`.pending-${job.replace(" ", "-")}`, `.wanted: ${job}`]
+    .map((name) => join(paths.state, name));
 
 function readPending(paths: Paths): Pending {
   const isPending = (job: keyof Pending) =>
-    fs.existsSync(pendingFile(job, paths)) ||
-    fs.existsSync(oldPendingFile(job, paths));
+    pendingFiles(job, paths).some(fs.existsSync);
   return {
     scrub: isPending("scrub"),
     "remove missing": isPending("remove missing"),
   };
 }
 
-function settle(job: keyof Pending, paths: Paths): void {
-  for (const file of [pendingFile(job, paths), oldPendingFile(job, paths)]) {
-    fs.rmSync(file, { force: true });
-  }
+function setPending(job: keyof Pending, isPending: boolean, paths: Paths) {
+  const [file, ...old] = pendingFiles(job, paths);
+  if (isPending) return fs.writeFileSync(file, "");
+  for (const name of [file, ...old]) fs.rmSync(name, { force: true });
 }
 
 /**
@@ -4238,7 +4239,7 @@ function startMaintenance(
   paths: Paths,
 ): void {
   if (!plan.data) return;
-  if (plan.data.needsScrub) fs.writeFileSync(pendingFile("scrub", paths), "");
+  if (plan.data.needsScrub) setPending("scrub", true, paths);
   const state = stateOf(plan.data);
   const job = state && decideJob(plan, state, readPending(paths));
   if (!job) return;
@@ -4279,14 +4280,6 @@ export async function maintain(settings: Settings): Promise<number> {
   return messages.errors.length > 0 ? 1 : 0;
 }
 
-/** What `--status` gets to know of the job that runs. */
-interface JobNote {
-  what: string;
-  /** When it began (ISO 8601). */
-  since: string;
-  pid: number;
-}
-
 /** Does one job; each only once, so that one that fails is not repeated. */
 async function doNextJob(
   done: Set<string>,
@@ -4294,32 +4287,29 @@ async function doNextJob(
   paths: Paths,
 ): Promise<boolean> {
   const lock = await takeLock(join(paths.run, "lock"));
-  let job: Job | undefined;
+  let work: Job["work"];
   try {
     const plan = decide(await look(settings), settings);
     await attemptEach(plan.repairs, carryOut); // what has taken its place
     const state = plan.data && stateOf(plan.data);
-    const next = state && decideJob(plan, state, readPending(paths), paths);
-    if (!next || done.has(next.what)) return false;
-    if (next.kind !== "wait") {
-      done.add(next.what);
-      say("info", `Now ${next.what}`);
+    const job = state && decideJob(plan, state, readPending(paths), paths);
+    if (!job || done.has(job.what)) return false;
+    const { kind, what } = job;
+    if (kind !== "wait") {
+      done.add(what);
+      say("info", `Now ${what}`);
     }
-    const note: JobNote = {
-      what: next.what,
-      since: new Date().toISOString(),
-      pid: process.pid,
-    };
-    replaceFile(paths.job, JSON.stringify(note) + "\n");
-    await next.change?.();
-    job = next;
+    const note = { what, since: new Date().toISOString(), pid: process.pid };
+    replaceFile(paths.job, JSON.stringify(note) + "\n"); // for --status
+    await job.change?.();
+    work = job.work;
   } catch (error) {
     sayError(error);
   } finally {
     lock.release();
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
-  if (job?.work) await attempt(job.work);
+  if (work) await attempt(work);
   return true;
 }
 
@@ -4363,21 +4353,6 @@ async function addDevice(
   await recordMembers([...data.members, added], data.fsid);
 }
 
-/**
- * Puts the magic back before a member is wiped, so that the next boot takes it
- * again if power fails in between. A partition gets the magic *name*: a header
- * would claim its whole disk.
- */
-async function restoreMagic(device: Member): Promise<Member> {
-  if (device.kind === "volume") return device; // never formatted by a boot
-  if (device.kind === "disk") {
-    await setMagic(device, MAGIC);
-    return device;
-  }
-  await attempt(() => setMagic(device, MAGIC)); // an MBR has no names
-  return { ...device, partitionName: MAGIC };
-}
-
 /** The disk that has the header, or the partition that has the name. */
 function deviceWithMagic(device: BlockDevice): BlockDevice {
   if (device.partitionName === MAGIC) return device;
@@ -4400,65 +4375,57 @@ async function cancelReplace(paths: Paths): Promise<void> {
   });
 }
 
-async function startReplace(
+/** Lets a device take the place of a missing one: its begin, and the rest. */
+function replacement(
   devid: number,
   device: BlockDevice,
   data: DataFilesystem,
   paths: Paths,
-): Promise<void> {
-  await run(
-    words`btrfs replace start -f ${devid} ${device.path} ${paths.data}`,
-    {
-      to: `let ${device.path} take the place of device ${devid}`,
+) {
+  const { path } = device;
+  const to = `let ${path} take the place of device ${devid}`;
+  const start = async () => {
+    await run(words`btrfs replace start -f ${devid} ${path} ${paths.data}`, {
+      to,
       timeoutMs: TIMEOUT.mkfsMs,
-    },
-  );
-  // The command returns before the kernel has begun, which may also have given
-  // up by now: finishReplace() sees that.
-  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
-  while (performance.now() < giveUpAt) {
-    if ((await superblockOf(device.path))?.fsid === data.fsid) {
-      const members = [...data.members, await newMember(device)];
-      return void await recordMembers(members, data.fsid);
+    });
+    // The command returns before the kernel has begun, which may also have
+    // given up by now: the rest sees that.
+    const giveUpAt = performance.now() + TIMEOUT.nodeMs;
+    while (performance.now() < giveUpAt) {
+      if ((await superblockOf(path))?.fsid === data.fsid) {
+        const members = [...data.members, await newMember(device)];
+        return void await recordMembers(members, data.fsid);
+      }
+      await sleep(50);
     }
-    await sleep(50);
-  }
-}
-
-/**
- * Waits for a replace. It fails where the kernel finds no room to set a block
- * group read-only; chunks that are packed more tightly leave room.
- */
-async function finishReplace(
-  devid: number,
-  device: BlockDevice,
-  data: DataFilesystem,
-  paths: Paths,
-): Promise<void> {
-  for (let packed = false;; packed = true) {
-    await waitForOperation(data);
-    const found = await superblockOf(device.path);
-    if (found?.fsid === data.fsid && found.devid === devid) {
-      await growFilesystem([await newMember(device)], paths);
-      return await clearMagic(deviceWithMagic(device));
-    }
-    const cannot =
-      `Cannot let ${device.path} take the place of device ${devid}`;
-    if (packed) {
-      throw new Error(
-        `${cannot}: the kernel gave up (see dmesg): replace the disk if it ` +
-          `has errors, delete something if there is too little free space, ` +
-          `then reboot`,
+  };
+  // It fails where the kernel finds no room to set a block group read-only;
+  // chunks that are packed more tightly leave room.
+  const finish = async () => {
+    for (let packed = false;; packed = true) {
+      await waitForOperation(data);
+      const found = await superblockOf(path);
+      if (found?.fsid === data.fsid && found.devid === devid) {
+        await growFilesystem([await newMember(device)], paths);
+        return await clearMagic(deviceWithMagic(device));
+      }
+      assert(
+        !packed,
+        `Cannot ${to}: the kernel gave up (see dmesg): replace the disk if ` +
+          `it has errors, delete something if there is too little free ` +
+          `space, then reboot`,
       );
+      await cancelReplace(paths);
+      await packChunks(paths); // may take hours, and nothing holds the disk
+      assert(
+        readIdentity(device.disk).sequence === device.sequence,
+        `Cannot ${to}: it is not the disk any more that it was`,
+      );
+      await start();
     }
-    await cancelReplace(paths);
-    await packChunks(paths); // may take hours, and nothing holds the disk
-    assert(
-      readIdentity(device.disk).sequence === device.sequence,
-      `${cannot}: it is not the disk any more that it was`,
-    );
-    await startReplace(devid, device, data, paths);
-  }
+  };
+  return { start, finish };
 }
 
 /**
@@ -4503,18 +4470,11 @@ async function packChunks(paths: Paths): Promise<void> {
 // --enable and --disable.
 // ---------------------------------------------------------------------------
 
-/** A device or an image file that a person names. */
+/** A device that a person names, and all that is on its disk. */
 interface Target {
-  /** As it was typed. */
-  path: string;
-  /** What it is and what it holds, a line each. */
-  listing: string[];
-  /** What would be lost, if anything. */
-  holds?: string;
-  /** Why it must not become magic, whatever is forced. */
-  refusal?: string;
-  isMagic: () => Promise<boolean>;
-  setMagic: (magic: boolean, anyway: boolean) => Promise<void>;
+  /** An image file is a disk whose name is empty. */
+  device: BlockDevice;
+  devices: BlockDevice[];
 }
 
 /** Makes devices magic, to be formatted at the next boot: all of them or none. */
@@ -4526,42 +4486,40 @@ async function enable(
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
     const disk = wholeDisk(name);
-    if (disk !== name && names.includes(disk)) {
-      throw new UsageError(
-        `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
-      );
-    }
+    if (disk === name || !names.includes(disk)) continue;
+    refuse(
+      `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
+    );
   }
   const targets: Target[] = [];
   for (const path of paths) {
-    const target = await targetAt(path, settings);
-    for (const line of target.listing) console.log(line);
-    const refusal = target.refusal ??
-      (target.holds && !force && !await target.isMagic()
-        ? `it holds ${target.holds}: use --force to give that up, for ever`
+    const target = await targetAt(path);
+    const held = await listContents(target);
+    const refusal = await whyNotEnabled(target) ??
+      (held && !force && !isEnabled(target)
+        ? `it holds ${held}: use --force to give that up, for ever`
         : undefined);
-    if (refusal) throw new UsageError(`Cannot enable ${path}: ${refusal}`);
+    if (refusal) refuse(`Cannot enable ${path}: ${refusal}`);
     targets.push(target);
   }
   const done: Target[] = [];
   try {
-    for (const target of targets) {
-      if (await target.isMagic() && !force) {
-        console.log(`${target.path} is enabled already`);
+    for (const [i, target] of targets.entries()) {
+      const path = paths[i];
+      if (isEnabled(target) && !force) {
+        console.log(`${path} is enabled already`);
         continue;
       }
       done.push(target);
-      await target.setMagic(true, force);
-      if (!await target.isMagic()) {
-        throw new Error(
-          `Cannot read the magic back from ${target.path}: the disk may be ` +
-            `broken`,
-        );
-      }
-      console.log(`${target.path} is enabled`);
+      await makeMagic(target, force);
+      assert(
+        isEnabled(await targetAt(path)),
+        `Cannot read the magic back from ${path}: the disk may be broken`,
+      );
+      console.log(`${path} is enabled`);
     }
   } catch (error) { // half a mirror would become a single disk
-    await attemptEach(done, (target) => target.setMagic(false, false));
+    await attemptEach(done, takeMagic);
     throw error;
   }
   if (!names.some(Boolean)) return;
@@ -4570,98 +4528,57 @@ async function enable(
 }
 
 /** Takes the magic away again. */
-async function disable(paths: string[], settings: Settings): Promise<void> {
+async function disable(paths: string[]): Promise<void> {
   for (const path of paths) {
-    const target = await targetAt(path, settings, "disable");
-    if (!await target.isMagic()) {
+    const target = await targetAt(path);
+    const { readOnly, magic } = target.device;
+    if (!magic) {
       console.log(`${path} is not enabled`);
       continue;
     }
-    await target.setMagic(false, false);
+    if (readOnly) refuse(`Cannot disable ${path}: it is read-only`);
+    await takeMagic(target);
     assert(
-      !await target.isMagic(),
+      !(await targetAt(path)).device.magic,
       `Cannot take the magic away from ${path}: it is still there`,
     );
     console.log(`${path} is disabled`);
   }
 }
 
-async function targetAt(
-  path: string,
-  settings: Settings,
-  to: "enable" | "disable" = "enable",
-): Promise<Target> {
-  const stat = fs.statSync(path, { throwIfNoEntry: false });
-  if (!stat) {
-    throw new UsageError(`Cannot find "${path}": there is no such device`);
+async function targetAt(path: string): Promise<Target> {
+  const stat = fs.statSync(path, { throwIfNoEntry: false }) ??
+    refuse(`Cannot find "${path}": there is no such device`);
+  if (stat.isFile()) {
+    const read = parseStart(await readBytes(path, 0, START_BYTES));
+    const image = {
+      path,
+      kind: "disk",
+      disk: "",
+      sizeBytes: stat.size,
+      read,
+      signatures: await listSignatures({ path }),
+      magic: read.header,
+      holds: { kind: "nothing of ours" },
+    } as BlockDevice;
+    return { device: image, devices: [image] };
   }
-  if (stat.isFile()) return await imageAt(path);
-  const name = nameAt(path);
-  if (!stat.isBlockDevice() || !name) {
-    throw new UsageError(
-      `Cannot use "${path}": it is neither a block device nor an image file`,
-    );
-  }
+  const name = nameAt(path) ?? refuse(
+    `Cannot use "${path}": it is neither a block device nor an image file`,
+  );
   const disk = wholeDisk(name);
-  const facts = await look({ ...settings, only: [disk] }, disk);
-  const device = facts.devices.find((device) => device.name === name);
-  if (!device) {
-    throw new UsageError(
-      `Cannot use "${path}": it has no medium, or is no disk or partition`,
-    );
-  }
-  const { read: { error }, readOnly, magic } = device;
-  if (error) throw new Error(`Cannot ${to} ${path}: ${error}`);
-  if (to === "disable" && readOnly && magic) {
-    throw new UsageError(`Cannot disable ${path}: it is read-only`);
-  }
-  return await deviceTarget(path, device, facts);
+  const { devices } = await look({ ...defaultSettings, only: [disk] }, disk);
+  const device = devices.find((device) => device.name === name) ?? refuse(
+    `Cannot use "${path}": it has no medium, or is no disk or partition`,
+  );
+  const { error } = device.read;
+  assert(!error, `Cannot enable or disable ${path}: ${error}`);
+  return { device, devices };
 }
 
-async function deviceTarget(
-  path: string,
-  device: BlockDevice,
-  facts: Facts,
-): Promise<Target> {
-  const parts = partsOf(device, facts.devices);
-  const labelled = parts.filter(holdsData);
-  const listing: string[] = [];
-  const held: string[] = [];
-  for (const part of parts) {
-    const holds = part.read.error ?? await describeContents(part);
-    const own = part === device ? describeDevice(part) : inMiB(part.sizeBytes);
-    listing.push(
-      `${part === device ? "" : "  "}${part.path}: ${own}, ` +
-        (holds ?? (part === device ? "seems empty" : "empty")),
-    );
-    if (holds) held.push(part === device ? holds : `${part.path} (${holds})`);
-  }
-  return {
-    path,
-    listing,
-    holds: held.join(", ") || undefined,
-    refusal: await refuseToEnable(device, facts),
-    isMagic: async () => {
-      // The data would win over the magic.
-      const again = await look(
-        { ...defaultSettings, only: [device.disk] },
-        device.disk,
-      );
-      const found = again.devices.find(({ name }) => name === device.name);
-      return found !== undefined && found.magic &&
-        !partsOf(found, again.devices).some(holdsData);
-    },
-    async setMagic(magic, anyway) {
-      const isData = device.read.btrfs?.label === DATA;
-      await setMagic(device, magic ? MAGIC : isData ? DATA : "", anyway);
-      if (!magic) return;
-      const disk = facts.devices.find(({ name }) => name === device.disk);
-      if (disk && labelled.some(({ entry }) => entry)) {
-        await showPartitions(disk);
-      }
-      for (const part of labelled) await giveUp(part);
-    },
-  };
+/** It is magic, and no data will win over that. */
+function isEnabled({ device, devices }: Target): boolean {
+  return device.magic && !partsOf(device, devices).some(holdsData);
 }
 
 /** Data that would win over the magic at the next boot. */
@@ -4670,40 +4587,46 @@ function holdsData({ holds }: BlockDevice): boolean {
     (holds.kind === "suspect" && holds.labelled);
 }
 
-/** Wipes data on purpose; libblkid does not see a damaged superblock. */
-async function giveUp(part: BlockDevice): Promise<void> {
-  await wipe(part);
-  const { path, read: { btrfs } } = part;
-  if (btrfs?.intact !== false) return;
-  await writeBytes(path, BTRFS.superblockAt, new Uint8Array(BTRFS.bytes));
+/** Makes a target magic, and wipes data that would win over that. */
+async function makeMagic({ device, devices }: Target, anyway: boolean) {
+  await setMagic(device, MAGIC, anyway);
+  const parts = partsOf(device, devices).filter(holdsData);
+  const disk = devices.find(({ name }) => name === device.disk);
+  if (disk && parts.some(({ entry }) => entry)) await showPartitions(disk);
+  for (const part of parts) {
+    await wipe(part);
+    // libblkid does not see a damaged superblock.
+    if (part.read.btrfs?.intact !== false) continue;
+    const zeros = new Uint8Array(BTRFS.bytes);
+    await writeBytes(part.path, BTRFS.superblockAt, zeros);
+  }
 }
 
-/** Why a device must not become magic, whatever is forced. */
-async function refuseToEnable(
-  device: BlockDevice,
-  facts: Facts,
-): Promise<string | undefined> {
-  const parts = partsOf(device, facts.devices);
-  const user = parts.find((part) => part.inUse);
-  const whole = facts.devices.find((other) => other.name === device.disk);
+async function takeMagic({ device }: Target): Promise<void> {
+  await setMagic(device, device.read.btrfs?.label === DATA ? DATA : "");
+}
+
+/** Why a target must not become magic, whatever is forced. */
+async function whyNotEnabled({ device, devices }: Target) {
+  if (!device.disk) return await whyImageNotEnabled(device);
+  const parts = partsOf(device, devices);
+  const whole = devices.find(({ name }) => name === device.disk);
+  const all = whole ? [...parts, whole] : parts;
+  const user = all.find(({ inUse }) => inUse);
   if (user) return `${user.path} is ${user.inUse}`;
-  if (whole?.inUse) return `${whole.path} is ${whole.inUse}`;
   if (device.readOnly) return "it is read-only";
   if (device.kind === "volume") {
     return "the magic header counts on whole disks only, not on md or " +
       "device-mapper volumes";
   }
-  if (isSystemSource(device, facts)) {
+  const root = /(?:^|\s)root=(\S+)/.exec(readText("/proc/cmdline") ?? "")?.[1];
+  const source = root && nameAt(root);
+  if (parts.some(({ name }) => name === source)) {
     return "the running system came from it";
   }
-  const other = device.kind === "partition"
-    ? whole
-    : parts.find((part) => part !== device);
-  if (other && other !== device && other.magic) {
-    return `${other.path} is enabled (--disable it first)`;
-  }
-  const { dataBytes } = layOut(device, facts.memoryBytes, true);
-  if (dataBytes < MINIMUM_DATA_BYTES) {
+  const other = all.find((other) => other.magic && other !== device);
+  if (other) return `${other.path} is enabled (--disable it first)`;
+  if (layOut(device, 0, true).dataBytes < MINIMUM_DATA_BYTES) {
     return `it is too small (${inMiB(device.sizeBytes)}; Btrfs needs ` +
       `${inMiB(MINIMUM_DATA_BYTES)} for data)`;
   }
@@ -4715,10 +4638,10 @@ async function refuseToEnable(
   if (device.kind === "partition" && gpt?.sectorBytes !== device.sectorBytes) {
     return `the partition table of ${whole?.path} was made for other sectors`;
   }
-  if (!device.entry) {
-    const busy = await claim(device.path).then(() => undefined, messageOf);
-    if (busy) return busy;
-  }
+  const busy = device.entry
+    ? undefined
+    : await claim(device.path).then(() => undefined, messageOf);
+  if (busy) return busy;
   for (const part of parts) {
     const path = await findOpenTwin(part);
     if (path) return `it is the same disk as ${path}, or a fresh copy of it`;
@@ -4726,32 +4649,74 @@ async function refuseToEnable(
 }
 
 /** An open member with the same superblock: perhaps another path to it. */
-async function findOpenTwin(
-  { disk, read }: BlockDevice,
-): Promise<string | undefined> {
-  if (!read.btrfs) return undefined;
-  const { fsid, devid, generation } = read.btrfs;
-  for (const name of listDirectory(`/sys/fs/btrfs/${fsid}/devices`)) {
+async function findOpenTwin({ disk, read: { btrfs } }: BlockDevice) {
+  for (const name of listDirectory(`/sys/fs/btrfs/${btrfs?.fsid}/devices`)) {
     const found = await superblockOf(nodeOf(name));
-    const isSame = found?.devid === devid && found.generation === generation;
+    const isSame = found?.devid === btrfs?.devid &&
+      found?.generation === btrfs?.generation;
     if (isSame && wholeDisk(name) !== disk) return nodeOf(name);
   }
 }
 
-/** Does the kernel command line (`root=`) name this device? */
-function isSystemSource(device: BlockDevice, facts: Facts): boolean {
-  const root = /(?:^|\s)root=(\S+)/.exec(readText("/proc/cmdline") ?? "")?.[1];
-  const name = root && nameAt(root);
-  return partsOf(device, facts.devices).some((part) => part.name === name);
+/** Formats of files that are no raw images, by their first and last sectors. */
+const FILE_FORMATS = {
+  qcow2: "^QFI\xfb",
+  VMDK: "^(KDMV|COWD|# Disk DescriptorFile)",
+  VDI: "^.{64}\x7f\x10\xda\xbe",
+  VHDX: "^vhdxfile",
+  VHD: "^(.{512})?conectix",
+  QED: "^QED\0",
+  Parallels: "^(WithoutFreeSpace|WithouFreSpacExt)",
+  gzip: "^\x1f\x8b",
+  xz: "^\xfd7zXZ\0",
+  zstd: "^[(]\xb5/\xfd",
+  bzip2: "^BZh",
+  zip: "^PK\x03\x04",
+};
+
+async function whyImageNotEnabled({ path, sizeBytes }: BlockDevice) {
+  const real = fs.realpathSync(path);
+  const user = listDirectory("/sys/class/block")
+    .find((name) => readSysfs(name, "loop/backing_file") === real);
+  if (user) return `it is in use by ${nodeOf(user)}`;
+  const first = await readBytes(path, 0, 512);
+  const last = await readBytes(path, Math.max(0, sizeBytes - 512), 512);
+  const sectors = Buffer.concat([first, last]).toString("latin1");
+  for (const [format, pattern] of Object.entries(FILE_FORMATS)) {
+    if (!new RegExp(pattern, "s").test(sectors)) continue;
+    return `it is a ${format} file, and only a raw image can begin with the ` +
+      `header (qemu-img convert -O raw makes one)`;
+  }
+  if (sizeBytes < MiB) {
+    return `it is too small for the image of a disk (truncate -s 20G makes ` +
+      `it larger, and may do so again later)`;
+  }
+  try {
+    fs.closeSync(fs.openSync(path, "r+"));
+  } catch (error) {
+    return messageOf(error);
+  }
+}
+
+/** Prints what is on a target; returns what would be lost, if anything. */
+async function listContents({ device, devices }: Target): Promise<string> {
+  const held: string[] = [];
+  for (const part of partsOf(device, devices)) {
+    const holds = part.read.error ?? await describeContents(part);
+    const [indent, what] = part === device
+      ? ["", describeDevice(part)]
+      : ["  ", inMiB(part.sizeBytes)];
+    console.log(`${indent}${part.path}: ${what}, ${holds ?? "seems empty"}`);
+    if (holds) held.push(part === device ? holds : `${part.path} (${holds})`);
+  }
+  return held.join(", ");
 }
 
 /**
  * What a device holds, in words. An encrypted disk has no signature: it shows
  * by what is in its first MiB.
  */
-async function describeContents(
-  device: BlockDevice,
-): Promise<string | undefined> {
+async function describeContents(device: BlockDevice) {
   const { signatures = [], read, path, entry, holds } = device;
   if (holds.kind === "member" && holds.btrfs.label === DATA) {
     return `the data filesystem "${DATA}" ${holds.btrfs.fsid}`;
@@ -4764,74 +4729,11 @@ async function describeContents(
   return isZero(start) ? undefined : "data of an unknown kind";
 }
 
-function describeDevice(device: BlockDevice): string {
-  const directory = `/sys/class/block/${device.disk}/device`;
+function describeDevice({ kind, disk, sizeBytes }: BlockDevice): string {
   const model = ["vendor", "model"]
-    .map((name) => readText(`${directory}/${name}`)?.trim()).filter(Boolean);
-  return [device.kind, ...model].join(" ") + `, ${inMiB(device.sizeBytes)}`;
-}
-
-/** Formats of files that are no raw images, by the bytes that tell them. */
-const FILE_FORMATS: [name: string, at: number, magic: string][] = [
-  ["qcow2", 0, "QFI\xfb"],
-  ["VMDK", 0, "KDMV"],
-  ["VMDK", 0, "COWD"],
-  ["VMDK", 0, "# Disk DescriptorFile"],
-  ["VDI", 64, "\x7f\x10\xda\xbe"],
-  ["VHDX", 0, "vhdxfile"],
-  ["VHD", 0, "conectix"],
-  ["VHD", -512, "conectix"],
-  ["QED", 0, "QED\0"],
-  ["Parallels", 0, "WithoutFreeSpace"],
-  ["Parallels", 0, "WithouFreSpacExt"],
-  ["gzip", 0, "\x1f\x8b"],
-  ["xz", 0, "\xfd7zXZ\0"],
-  ["zstd", 0, "\x28\xb5\x2f\xfd"],
-  ["bzip2", 0, "BZh"],
-  ["zip", 0, "PK\x03\x04"],
-];
-
-async function imageAt(path: string): Promise<Target> {
-  const real = fs.realpathSync(path);
-  const sizeBytes = fs.statSync(path).size;
-  const user = fs.readdirSync("/sys/class/block").find((name) =>
-    readText(`/sys/class/block/${name}/loop/backing_file`) === real
-  );
-  const start = await readBytes(path, 0, MiB);
-  const end = await readBytes(path, Math.max(0, sizeBytes - 512), 512);
-  const [format] =
-    FILE_FORMATS.find(([, at, magic]) =>
-      Buffer.from(at < 0 ? end : start.subarray(at))
-        .subarray(0, magic.length).equals(Buffer.from(magic, "latin1"))
-    ) ?? [];
-  const signatures = await listSignatures({ path });
-  const { header } = parseStart(start);
-  if (header) start.fill(0, 0, MAGIC.length);
-  const holds = describeSignatures(signatures) ||
-    (isZero(start) ? undefined : "data of an unknown kind");
-  const unwritable = await promisify<number>((done) =>
-    fs.open(path, "r+", done)
-  ).then(fs.closeSync, messageOf);
-  const refusal = user
-    ? `it is in use by ${nodeOf(user)}`
-    : format
-    ? `it is a ${format} file, and only a raw image can begin with the header ` +
-      `(qemu-img convert -O raw makes one)`
-    : sizeBytes < MiB
-    ? `it is too small for the image of a disk (truncate -s 20G makes it ` +
-      `larger, and may do so again later)`
-    : unwritable || undefined;
-  const image = { path, kind: "disk", disk: "", number: 0 } as BlockDevice;
-  return {
-    path,
-    listing: [
-      `${path}: image file, ${inMiB(sizeBytes)}, ${holds ?? "seems empty"}`,
-    ],
-    holds,
-    refusal,
-    isMagic: async () => parseStart(await readBytes(path, 0, 512)).header,
-    setMagic: (magic, anyway) => setMagic(image, magic ? MAGIC : "", anyway),
-  };
+    .map((name) => readSysfs(disk, `device/${name}`)?.trim()).filter(Boolean);
+  const what = disk ? [kind, ...model].join(" ") : "image file";
+  return `${what}, ${inMiB(sizeBytes)}`;
 }
 
 // ---------------------------------------------------------------------------
@@ -4919,9 +4821,7 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
 
 /** What runs in the background, in the words of btrfs(8). */
 async function readWork({ operation }: FilesystemState, paths: Paths) {
-  const note: JobNote | undefined = orUndefined(() =>
-    JSON.parse(readText(paths.job) ?? "")
-  );
+  const note = orUndefined(() => JSON.parse(readText(paths.job) ?? ""));
   const since = note?.since ?? null;
   const work: { kind: string; progress: string; since: string | null }[] = [];
   const askBtrfs = async (...command: string[]) => {
@@ -5610,7 +5510,7 @@ async function main(args: string[]): Promise<number> {
     else if (mode === "dry-run") await dryRun(settings, parsed.json);
     else {
       const lock = await takeLock(join(pathsBelow(settings.root).run, "lock"));
-      if (mode === "disable") await disable(operands, settings);
+      if (mode === "disable") await disable(operands);
       else await enable(operands, parsed.force, settings);
       lock.release();
     }
