@@ -957,7 +957,6 @@ export function partitionNumber(
   disk: string,
   name: string,
 ): number | undefined {
-  if (!name.startsWith(disk)) return undefined;
   const prefix = partitionPrefix(disk);
   const digits = name.startsWith(prefix) ? name.slice(prefix.length) : "";
   return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
@@ -1821,7 +1820,7 @@ function planRepairs(
 ): void {
   const used = [...chosen ? allDevices(chosen) : [], ...candidates];
   const repairs: Repair[] = [];
-  for (const disk of facts.devices.filter(({ kind }) => kind === "disk")) {
+  for (const disk of facts.devices) {
     const parts = used.filter((part) =>
       part !== disk && part.disk === disk.name
     );
@@ -2053,7 +2052,7 @@ function isMember(device: BlockDevice): device is Member {
  */
 function withoutJoining(group: Member[], devices: BlockDevice[]): Member[] {
   const only = findOnlyMember(group);
-  if (!only || group.length === 1) return group;
+  if (!only) return group;
   const magic = devices.filter((device) => device.magic)
     .flatMap((device) => partsOf(device, devices));
   return group.filter((device) =>
