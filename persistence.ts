@@ -961,7 +961,6 @@ export function partitionNumber(
   disk: string,
   name: string,
 ): number | undefined {
-  if (!name.startsWith(disk)) return undefined;
   const prefix = partitionPrefix(disk);
   const digits = name.startsWith(prefix) ? name.slice(prefix.length) : "";
   return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
@@ -1088,12 +1087,18 @@ async function readFormats(
     const end = await read(base + sizeBytes - MiB, MiB);
     reading.plain = isZero(start.subarray(0, RECORD.slotsAt[0])) &&
       reading.recordable && isZero(end);
-  } else if (!reading.btrfs && !reading.gpt && isZero(start)) {
+  } else if (!reading.btrfs && !reading.gpt && isBlank(start, reading)) {
     const block = await read(base + BTRFS.backupAt, BTRFS.bytes);
     const backup = parseSuperblock(block, BTRFS.backupAt);
     if (backup?.intact) reading.backup = backup;
   }
   return reading;
+}
+
+/** Are there only zeros, but for records of ours? */
+function isBlank(start: Uint8Array, { recordable }: Reading): boolean {
+  return recordable && isZero(start.subarray(0, RECORD.slotsAt[0])) &&
+    isZero(start.subarray(BTRFS.superblockAt));
 }
 
 /** Is there nothing around the table that would be a whole disk's filesystem? */
@@ -1132,8 +1137,9 @@ export function parseStart(start: Uint8Array): Reading {
 
 /**
  * Finds the GPT of a disk, at the place for its own sectors or for those of
- * another disk. The backup at the end counts where LBA 0 announces a GPT or the
- * start was zeroed: anything else may have been put there after the table.
+ * another disk. The backup at the end counts where LBA 0 announces a GPT, the
+ * start was zeroed, or the primary entries are still the same: anything else
+ * may have been put there after the table.
  */
 async function readGpt(
   disk: DeviceNode,
@@ -1143,28 +1149,35 @@ async function readGpt(
 ): Promise<Gpt | undefined> {
   const isAnnounced = isProtectiveMbr(start);
   const sizes = disk.sectorBytes === 512 ? [512, 4 * KiB] : [4 * KiB, 512];
-  const readTable = async (header: Uint8Array, at: number, size: number) => {
-    const found = parseGptHeader(header, at, size);
-    if (!found) return undefined;
-    const { entriesAt, entriesBytes } = found;
-    const end = entriesAt + entriesBytes;
-    const entries = end <= start.length
-      ? start.subarray(entriesAt, end)
-      : await read(entriesAt, entriesBytes);
-    return parseGptEntries(found, entries);
-  };
+  const within: Read = async (at, length) =>
+    at + length <= start.length
+      ? start.subarray(at, at + length)
+      : await read(at, length);
+  const isLost = (end: number) =>
+    isZero(start.subarray(onlyHeader ? 512 : 0, end));
   for (const size of sizes) {
-    const gpt = await readTable(start.subarray(size, 2 * size), size, size);
+    const found = parseGptHeader(await within(size, size), size, size);
+    if (!found) continue;
+    const entries = await within(found.entriesAt, found.entriesBytes);
+    const gpt = parseGptEntries(found, entries);
     if (gpt) return isAnnounced ? gpt : { ...gpt, lost: "first sector" };
   }
-  const isBlank = isZero(start.subarray(onlyHeader ? 512 : 0));
-  if (!isAnnounced && !isBlank) return undefined;
+  if (!isAnnounced && !isLost(2 * sizes[0])) return undefined;
   const diskBytes = readSysfsBytes(disk.name, "size");
   for (const size of sizes) {
     const at = diskBytes - size;
     if (at % size !== 0 || at < START_BYTES) continue;
-    const gpt = await readTable(await read(at, size), at, size);
-    if (gpt) return { ...gpt, lost: "primary table", endBytes: diskBytes };
+    const found = parseGptHeader(await read(at, size), at, size);
+    if (!found) continue;
+    const { entriesAt, entriesBytes } = found;
+    const gpt = parseGptEntries(found, await read(entriesAt, entriesBytes));
+    const isWhole = parseGptEntries(
+      found,
+      await within(2 * size, entriesBytes),
+    );
+    if (gpt && (isAnnounced || isLost(start.length) || isWhole)) {
+      return { ...gpt, lost: "primary table", endBytes: diskBytes };
+    }
   }
 }
 
@@ -2053,7 +2066,7 @@ function isMember(device: BlockDevice): device is Member {
  */
 function withoutJoining(group: Member[], devices: BlockDevice[]): Member[] {
   const only = findOnlyMember(group);
-  if (!only || group.length === 1) return group;
+  if (!only) return group;
   const magic = devices.filter((device) => device.magic)
     .flatMap((device) => partsOf(device, devices));
   return group.filter((device) =>
@@ -2109,9 +2122,9 @@ function wroteWithout(writer: Member, other: Member): boolean {
   if (tookPart(other, writer)) return false;
   // The power may have gone between the records of one mount: nobody wrote.
   const isNext = record.present.includes(theirs.member) &&
-    record.mounts?.at(-2) === lastMountOf(other);
+    theirs.mounts?.includes(record.mounts?.at(-2) ?? "");
   const together = record.absent[theirs.member] ??
-    (isNext ? generationOf(other) : -1);
+    (isNext ? lastTogether : -1);
   // A mount replays a log and commits: a log that both have is older than it.
   const logged = btrfs.hasLog && !other.holds.btrfs.hasLog;
   return btrfs.generation > together || logged;
@@ -2153,11 +2166,16 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
       other === device || (epochOf(other) === epochOf(device) &&
         lastMountOf(other) === lastMountOf(device) && tookPart(other, device))
     ).length;
+  const isCopy = (device: Member) =>
+    isOnOtherHardware(device) &&
+    devices.some((other) =>
+      other !== device && devidOf(other) === devidOf(device)
+    );
   // Of devices that exclude each other the first is used.
   const ranked = [...devices].sort((a, b) =>
     Number(isOpen(b)) - Number(isOpen(a)) ||
     together(b) - together(a) ||
-    Number(isOnOtherHardware(a)) - Number(isOnOtherHardware(b)) ||
+    Number(isCopy(a)) - Number(isCopy(b)) ||
     machineRank(b, machine) - machineRank(a, machine) ||
     epochOf(b) - epochOf(a) || generationOf(b) - generationOf(a) ||
     devidOf(a) - devidOf(b) || byName(a, b)
@@ -2738,7 +2756,8 @@ async function setMagic(
   const header = new TextEncoder().encode(lines);
   // Only these bytes: boot code and the protective MBR around them stay. The
   // name of a partition cannot say "anyway": its first lines do.
-  if (kind !== "partition" || anyway || was.anyway) {
+  const isThere = kind === "partition" ? was.anyway : was.header;
+  if (isThere || anyway || (kind !== "partition" && name === MAGIC)) {
     await writeBytes(path, 0, name === MAGIC ? header : header.fill(0));
   }
   if (kind !== "partition") return;
@@ -3359,6 +3378,7 @@ async function recordMembers(
     ),
   };
   const failed: Member[] = [];
+  const written = new Map<Member, MemberRecord>();
   await Promise.all(known.map(async ({ device, member }) => {
     const { path, read, hardware, holds } = device;
     if (!read.recordable) {
@@ -3376,14 +3396,17 @@ async function recordMembers(
     const slot = RECORD.slotsAt[common.epoch % RECORD.slotsAt.length];
     try {
       await writeBytes(path, slot, formatRecord(record));
-      holds.record = record;
+      written.set(device, record);
     } catch (error) {
       failed.push(device);
       if (failed.length === members.length) throw error;
       say("warning", messageOf(error));
     }
   }));
-  return failed;
+  // Nobody remembers a mount that one of them does not know: it is tried anew.
+  if (failed.length > 0) return failed;
+  for (const [{ holds }, record] of written) holds.record = record;
+  return [];
 }
 
 /** Who is not present, and the generation and mount of the last time. */

@@ -2640,6 +2640,27 @@ const situations: {
     facts: { mounted },
     decides: { ...single, mode: "mounted" },
   },
+  {
+    name: "another disk cannot be read while a mounted mirror lacks a member",
+    devices: [
+      data("sda", openMember),
+      disk("sdb", { error: "Cannot read /dev/sdb" }),
+      magic("sdc"),
+    ],
+    facts: { mounted },
+    decides: { ...degraded, mode: "mounted", join: ["sdc"] },
+  },
+  {
+    name: "a leftover beside a mounted mirror that lacks a member",
+    devices: [
+      data("sda", openMember),
+      without(data("sdb"), "btrfs"),
+      magic("sdc"),
+    ],
+    facts: { mounted },
+    decides: { ...degraded, mode: "mounted" },
+    says: /sdc does not join .* while \/dev\/sdb2 may be the missing disk/,
+  },
   // What a person is told to run (A4)
   {
     name: "a damaged data partition on a disk that others share",

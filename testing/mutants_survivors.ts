@@ -81,12 +81,6 @@ export const survivors: Survivor[] = [
     why: "no two devices have the same name",
   },
   {
-    where: "partitionNumber",
-    change: "if (!name.startsWith(disk)) return undefined; -> " +
-      "if (false) return undefined;",
-    why: "what the prefix begins with is asked for again",
-  },
-  {
     where: "parseMountinfo",
     change: 'separator = fields.indexOf("-", 6) -> ' +
       'separator = fields.indexOf("-", 5)',
@@ -115,9 +109,4 @@ export const survivors: Survivor[] = [
     change: "a.fsid < b.fsid ? -1 : 1 -> a.fsid <= b.fsid ? -1 : 1",
     why: "no two filesystems have the same UUID",
   },
-  ...["!only", "!only || group.length === 0"].map((other) => ({
-    where: "withoutJoining",
-    change: `!only || group.length === 1 -> ${other}`,
-    why: "the only member of a filesystem of one is kept anyway",
-  })),
 ];
