@@ -4072,7 +4072,7 @@ function rebuildStale({ data, state, paths }: Situation): Job | undefined {
   if (!device || !state.missing.includes(devidOf(device))) return undefined;
   const isPartition = device.kind === "partition";
   const named = isPartition ? { ...device, partitionName: MAGIC } : device;
-  const { start, finish } = replacement(devidOf(device), named, data, paths);
+  const { begin, finish } = replacement(devidOf(device), named, data, paths);
   return {
     kind: "rebuild",
     device,
@@ -4083,7 +4083,7 @@ function rebuildStale({ data, state, paths }: Situation): Job | undefined {
       // An MBR has no names, and a volume is never formatted by a boot.
       if (isPartition) await attempt(() => setMagic(device, MAGIC));
       await wipe(device);
-      await start();
+      await begin();
     },
     work: finish,
   };
@@ -4134,7 +4134,7 @@ function replaceMissing(
   paths: Paths,
 ): Job {
   const device = { ...member.device, path: member.dataPath };
-  const { start, finish } = replacement(devid, device, data, paths);
+  const { begin, finish } = replacement(devid, device, data, paths);
   let isReplacing = true;
   return {
     kind: "replace",
@@ -4146,7 +4146,7 @@ function replaceMissing(
       // To btrfs-progs it is mounted, whether or not the kernel knows it.
       if (data.replaceTarget) await wipe(device);
       try {
-        await start();
+        await begin();
       } catch (error) {
         // The words of btrfs-progs (cmds/replace.c) for a smaller target.
         if (!/smaller than source/.test(messageOf(error))) throw error;
@@ -4407,7 +4407,7 @@ function replacement(
 ) {
   const { path } = device;
   const to = `let ${path} take the place of device ${devid}`;
-  const start = async () => {
+  const begin = async () => {
     await run(words`btrfs replace start -f ${devid} ${path} ${paths.data}`, {
       to,
       timeoutMs: TIMEOUT.mkfsMs,
@@ -4445,10 +4445,10 @@ function replacement(
         readIdentity(device.disk).sequence === device.sequence,
         `Cannot ${to}: it is not the disk any more that it was`,
       );
-      await start();
+      await begin();
     }
   };
-  return { start, finish };
+  return { begin, finish };
 }
 
 /**
@@ -4970,6 +4970,9 @@ interface RunOptions {
   /** Statuses that are no failure. */
   accept?: number[];
   timeoutMs?: number;
+  stdin?: string | Uint8Array;
+  /** Is what it writes to stdout wanted? */
+  capture?: boolean;
 }
 
 /**
@@ -4992,29 +4995,25 @@ function words(
 /**
  * Runs a command that does something.
  *
- * @returns Its status, one of those that are accepted, and what it wrote to
- * stdout where that is captured.
  * @throws {Error} A sentence that tells apart: not installed, failed, killed,
  * no answer in time; with the end of what it wrote to stderr.
  */
-async function run(
-  command: string[],
-  options: RunOptions & { stdin?: string | Uint8Array; capture?: boolean },
-): Promise<{ status: number; stdout: string }> {
+async function run(command: string[], options: RunOptions) {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
-  const program = findCommand(command, to);
+  const found = findCommand(command, to);
   // Files, not pipes: what reads a pipe takes 4 ms to load.
   const input = stdin === undefined ? "ignore" : openUnlinkedFile(stdin);
   const output = options.capture ? openUnlinkedFile("") : "ignore";
   const errors = orUndefined(() => openUnlinkedFile("")) ?? "inherit";
+  // The command left the position of such a file at its end.
+  const textOf = (file: Stdio[number]) => readText(`/proc/self/fd/${file}`);
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    const all = [program, ...command.slice(1)];
-    const end = await endOf(all, what, timeoutMs, [input, output, errors]);
+    const end = await endOf(found, what, timeoutMs, [input, output, errors]);
     if (typeof end === "number" && accept.includes(end)) {
-      return { status: end, stdout: readUnlinkedFile(output) };
+      return { status: end, stdout: textOf(output) ?? "" };
     }
-    throw failure(command, to, end, readUnlinkedFile(errors));
+    throw failure(command, to, end, textOf(errors) ?? "");
   } finally {
     for (const file of [input, output, errors]) {
       if (typeof file === "number") fs.closeSync(file);
@@ -5022,22 +5021,17 @@ async function run(
   }
 }
 
-/**
- * Asks a command for what it prints.
- *
- * @returns Its output.
- * @throws {Error} As {@linkcode run}.
- */
+/** Asks a command for what it prints; throws as {@linkcode run}. */
 async function ask(command: string[], options: RunOptions): Promise<string> {
   const { to, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
-  const program = findCommand(command, to);
+  const found = findCommand(command, to);
   // Loaded here: it takes 20 ms, and hardly a boot asks anything.
   const { $, KillController } = await import("dax");
   const killer = new KillController();
   // dax reports a child that was killed by a signal as a success: the shell
   // between them makes that a status, and passes on that the time is up.
   const script = 'trap "kill -KILL \\$!" TERM; "$@" & wait $!';
-  const asking = $`/bin/sh -c ${script} sh ${[program, ...command.slice(1)]}`
+  const asking = $`/bin/sh -c ${script} sh ${found}`
     .signal(killer.signal).noThrow()
     .stdin("null").stdout("piped").stderr("piped");
   const what = `Cannot ${to}: "${command[0]}"`;
@@ -5060,19 +5054,14 @@ interface StartOptions {
   detached?: boolean;
 }
 
-interface Child {
-  /** Its status, or the name of the signal that killed it. */
-  ended: Promise<number | string>;
-  kill: () => void;
-}
-
 /**
  * Starts a program: the executable does it by Bun's own function, because
  * node:child_process is half a MiB of it and takes 2 ms of each boot.
  *
+ * @returns Its end: its status, or the name of the signal that killed it.
  * @throws {Error} When it cannot be executed.
  */
-function start(command: string[], options: StartOptions): Child {
+function start(command: string[], options: StartOptions) {
   if (typeof Bun !== "undefined") {
     const child = Bun.spawn(command, { ...options, env: process.env });
     if (options.detached) child.unref();
@@ -5093,37 +5082,30 @@ function start(command: string[], options: StartOptions): Child {
   return { ended, kill: () => child.kill("SIGKILL") };
 }
 
-/**
- * Runs a program until it ends, or kills it when the time is up.
- *
- * @throws {Error} When it cannot be executed.
- * @throws {TimeoutError} When the time is up.
- */
+/** Runs a program until it ends, or kills it when the time is up. */
 async function endOf(
   command: string[],
   what: string,
   timeoutMs: number,
   stdio: Stdio,
 ): Promise<number | string> {
-  let child: Child;
+  let child: ReturnType<typeof start> | undefined;
   try {
     child = start(command, { stdio });
-  } catch (error) {
-    throw new Error(`${what}: ${messageOf(error)}`);
-  }
-  try {
     return await withTimeout(child.ended, timeoutMs, what);
   } catch (error) {
+    if (!child) throw new Error(`${what}: ${messageOf(error)}`);
     child.kill();
     throw error;
   }
 }
 
-function findCommand([name, ...args]: string[], to: string): string {
+/** The command with the path of its program. */
+function findCommand([name, ...args]: string[], to: string): string[] {
   const program = findProgram(name);
   if (!program) throw new Error(`Cannot ${to}: "${name}" is not installed`);
   say("debug", [name, ...args].join(" "));
-  return program;
+  return [program, ...args];
 }
 
 /** The error for a command that ended with a status or by a signal. */
@@ -5147,44 +5129,23 @@ function openUnlinkedFile(contents: string | Uint8Array): number {
   const path = `/run/lightwhale-${process.pid}.${unlinkedFiles++}`;
   const file = fs.openSync(path, "wx+", 0o600);
   fs.unlinkSync(path);
-  const bytes = typeof contents === "string"
-    ? new TextEncoder().encode(contents)
-    : contents;
-  if (bytes.length === 0) return file;
+  const bytes = Buffer.from(contents);
   // At a position, so that the command begins at the start.
   const written = fs.writeSync(file, bytes, 0, bytes.length, 0);
   assert(written === bytes.length, `Cannot write to "${path}": /run is full`);
   return file;
 }
 
-/** What a command wrote to such a file. */
-function readUnlinkedFile(file: Stdio[number]): string {
-  if (typeof file !== "number") return "";
-  const bytes = new Uint8Array(fs.fstatSync(file).size);
-  fs.readSync(file, bytes, 0, bytes.length, 0);
-  return text(bytes, 0, bytes.length);
-}
-
 /** Where a program is, or undefined where it is not installed. */
 function findProgram(name: string): string | undefined {
-  for (const directory of (process.env.PATH ?? "").split(":")) {
-    if (directory && fs.existsSync(join(directory, name))) {
-      return join(directory, name);
-    }
-  }
+  return (process.env.PATH ?? "").split(":").filter(Boolean)
+    .map((directory) => join(directory, name)).find(fs.existsSync);
 }
 
-/**
- * A device or program did not answer in time. Never retried: a retry would block
- * just as long.
- */
+/** No answer in time. Never retried: a retry would block just as long. */
 class TimeoutError extends Error {}
 
-/**
- * Gives up on something that does not answer.
- *
- * @throws {TimeoutError} When the time is up.
- */
+/** Gives up on something that does not answer. */
 function withTimeout<T>(
   promise: PromiseLike<T>,
   timeoutMs: number,
@@ -5198,9 +5159,7 @@ function withTimeout<T>(
   });
 }
 
-interface Lock {
-  release: () => void;
-}
+type Lock = { release: () => void };
 
 /**
  * Keeps others from working at the same time. flock(2) belongs to the open
@@ -5242,10 +5201,7 @@ const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
 type Level = keyof typeof PRIORITY;
 
 /** How much is said on stderr; the kernel log gets all but debug messages. */
-const speech = {
-  level: "info" as Level,
-  kernelLog: undefined as number | undefined,
-};
+const speech: { level: Level; kernelLog?: number } = { level: "info" };
 
 /** What was said that matters, for the status file. */
 const messages = { warnings: [] as string[], errors: [] as string[] };
@@ -5285,21 +5241,12 @@ async function attempt(step: () => unknown): Promise<void> {
 }
 
 /** Runs the step for every item; a failure does not stop the rest. */
-async function attemptEach<T>(
-  items: T[],
-  step: (item: T) => Promise<void>,
-): Promise<void> {
+async function attemptEach<T>(items: T[], step: (item: T) => Promise<void>) {
   for (const item of items) await attempt(() => step(item));
 }
 
-/**
- * Like Promise.all(), but rejects only when no step is running any more.
- *
- * @throws The first failure.
- */
-async function allOf<T extends unknown[]>(
-  steps: [...T],
-): Promise<{ [K in keyof T]: Awaited<T[K]> }> {
+/** Like Promise.all(), but rejects only when no step is running any more. */
+async function allOf<T extends unknown[]>(steps: [...T]) {
   await Promise.allSettled(steps);
   return await Promise.all(steps);
 }
@@ -5322,9 +5269,8 @@ function listDirectory(path: string): string[] {
   return orUndefined(() => fs.readdirSync(path)) ?? [];
 }
 
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
-}
+const sleep = (ms: number) =>
+  new Promise<void>((resolve) => setTimeout(resolve, ms));
 
 function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(message);
