@@ -1759,3 +1759,53 @@ async function membersOf({ disks, sh }: System): Promise<number[]> {
 function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
 }
+
+// Damage that is easily taken for emptiness.
+
+situation(
+  "a lost superblock behind a record of ours: no other disk is formatted",
+  {
+    disks: [
+      { ...blankDisk, contents: `mkfs.btrfs -q -L ${label} "$DISK"` },
+      magicDisk,
+    ],
+    earlier: [[1]],
+    whileOff:
+      'dd if=/dev/zero of="$1" bs=64k seek=1 count=1 conv=notrunc status=none',
+    mode: "fallback",
+    status: 1,
+    says: ["%1.*super-recover"],
+  },
+);
+
+situation("the first two sectors are lost: the table comes back", {
+  disks: [magicDisk, magicDisk],
+  earlier: [[1]],
+  whileOff: 'dd if=/dev/zero of="$1" bs=1k count=1 conv=notrunc status=none',
+  mode: "persistent",
+  status: 0,
+  uses: [1],
+  mayChange: [2],
+});
+
+onDisks(
+  "the magic of a disk is taken away only where it is: boot code stays",
+  {
+    disks: [{
+      ...blankDisk,
+      contents: `${tools} gpt "$DISK" name=${magic}
+        head -c 440 /dev/urandom | dd of="$DISK" conv=notrunc status=none`,
+    }],
+  },
+  async (system) => {
+    const [{ path }] = system.disks;
+    const bootCode = () =>
+      command(["sh", "-c", `head -c 440 ${path} | sha256sum`]);
+    const before = await bootCode();
+    const { report, stderr } = await system.boot();
+    assertEquals(report.mode, "persistent", stderr);
+    const disabled = await system.run([...system.place(), "--disable", path]);
+    assertEquals(disabled.status, 0, disabled.stderr);
+    assertEquals(await bootCode(), before, stderr);
+  },
+);

@@ -422,6 +422,41 @@ const situations: {
 
   // Split
   {
+    name: "each half was written alone, and the later one has other hardware",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 18,
+        record: record("a", 8, ["a"], { b: 10 }, { hardware: "naa.old" }),
+        disk: { hardware: "naa.new" },
+        main: { hardware: "naa.new" },
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        record: record("b", 6, ["b"], { a: 10 }),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+  },
+  {
+    name: "the power went between two records, then the second was used alone",
+    devices: [
+      data("sda", {
+        ...two,
+        record: record("a", 6, both, {}, { mounts: ["m", "n"] }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        record: record("b", 6, ["b"], { a: 10 }, { mounts: ["m", "o"] }),
+      }),
+    ],
+    decides: { ...degraded, members: ["sdb2"], stale: ["sda2"] },
+  },
+  {
     name: "the first dropped out, then it was mounted without the second",
     // What the second wrote when it was alone, the first has never seen.
     devices: [
