@@ -1994,10 +1994,9 @@ export function whatItHolds(
 }
 
 /** A disk of which only our swap partition is left. */
-function onlySwapIsLeft({ kind, read }: BlockDevice): boolean {
+function onlySwapIsLeft({ read }: BlockDevice): boolean {
   const names = namesIn(read);
-  return kind === "disk" && names.length > 0 &&
-    names.every((name) => name === SWAP);
+  return names.length > 0 && names.every((name) => name === SWAP);
 }
 
 /**
@@ -2020,12 +2019,12 @@ function whyTableIsDoubted(
 }
 
 /** What libblkid sees beside our filesystem or the GPT of a disk. */
-function othersOn({ read, signatures = [], kind }: BlockDevice): string[] {
+function othersOn({ read, signatures = [] }: BlockDevice): string[] {
   const isExpected = ({ type }: Signature) => {
     // An empty MBR is what boot code looks like, where there is nothing else.
     if (type === "dos") return read.table !== "mbr" && !read.btrfs;
     if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
-    return type === "btrfs" && read.btrfs && !(kind === "disk" && read.gpt);
+    return type === "btrfs" && !read.gpt;
   };
   const others = signatures.filter((signature) => !isExpected(signature));
   const table = read.btrfs && read.table

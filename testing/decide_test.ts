@@ -772,6 +772,7 @@ const situations: {
       mounted: { ...mounted, type: "tmpfs", fsid: undefined, source: DATA },
     },
     decides: { mode: "mounted" },
+    says: "",
   },
   {
     name: "one of three was there at a boot that failed; all have a log",
@@ -2695,6 +2696,68 @@ const situations: {
     facts: { mounted },
     decides: { ...degraded, mode: "mounted" },
     says: /sdc does not join .* while \/dev\/sdb2 may be the missing disk/,
+  },
+  {
+    name: "one of three returns after it was removed while it was away",
+    devices: [
+      ...["a", "b"].map((member, i) =>
+        data(`sd${member}`, {
+          ...two,
+          devid: 1 + i,
+          generation: 14,
+          record: record(member, 7, both, { c: 10 }),
+        })
+      ),
+      data("sdc", { ...three, devid: 3, record: record("c", 5, abc) }),
+    ],
+    decides: { ...mirrored, excluded: ["sdc2"] },
+    says: /^\/dev\/sdc2 was replaced while it was away: .* is not touched/,
+  },
+  {
+    name: "more members than the filesystem has",
+    devices: [
+      data("sda", { ...two, generation: 12 }),
+      data("sdb", { ...three, devid: 2, generation: 11 }),
+      data("sdc", { ...three, devid: 3, generation: 11 }),
+    ],
+    decides: {
+      ...mirrored,
+      members: ["sda2", "sdb2", "sdc2"],
+      scrub: true,
+    },
+  },
+  {
+    name: "more members than it has, and the target of a replace",
+    devices: [
+      data("sda", two),
+      data("sdb", { ...two, devid: 2 }),
+      data("sdc", { ...two, devid: 0 }),
+    ],
+    decides: { ...mirrored, target: ["sdc2"], absent: 0 },
+  },
+  {
+    name: "a copy of one generation that was mounted less often",
+    devices: [
+      data("sda", { record: record("a", 5, ["a"]) }),
+      data("sdb", { record: record("a", 4, ["a"]) }),
+    ],
+    decides: { ...single, excluded: ["sdb2"] },
+    says: /sdb2 is a copy of \/dev\/sda2, or was replaced by it/,
+  },
+  {
+    name: "two data filesystems of other machines, one whole, equally often",
+    devices: [
+      data("sda", { ...two, fsid: "1", record: ofMachine("a", 3, "theirs") }),
+      data("sdb", { fsid: "2", record: ofMachine("b", 3, "theirs") }),
+    ],
+    facts: { machine: "ours" },
+    decides: { ...single, members: ["sdb2"] },
+  },
+  {
+    name: "two data filesystems, equal in all but their UUIDs",
+    devices: [data("sda", { fsid: "b" }), data("sdb", { fsid: "a" })],
+    decides: { ...single, members: ["sdb2"] },
+    says: /a on \/dev\/sdb2 is used, b on \/dev\/sda2 is not touched/,
   },
   // What a person is told to run (A4)
   {

@@ -99,6 +99,25 @@ export const survivors: Survivor[] = [
     why: quicker,
   },
   {
+    where: "machineRank",
+    change: "record.machine === machine ? 2 : 0 -> " +
+      "record.machine === machine ? 2 : (-1)",
+    why: "ranks are only compared",
+  },
+  {
+    where: "chooseDataFilesystem",
+    change: "owner(data) === 2 ? most(data, ({ holds }) => " +
+      "holds.record?.seconds ?? 0) : 0 -> owner(data) === 2 ? " +
+      "most(data, ({ holds }) => holds.record?.seconds ?? 0) : 1",
+    why: "only filesystems of one owner are compared by it",
+  },
+  {
+    where: "whyNotUsed",
+    change: "missing > 0 && members.some(isOpen) -> " +
+      "missing > 0 && members.every(isOpen)",
+    why: "where one is open, only those that are open are members",
+  },
+  {
     where: "newest",
     change: "generationOf(device) > generationOf(best) -> " +
       "generationOf(device) >= generationOf(best)",
