@@ -2002,7 +2002,8 @@ function onlySwapIsLeft({ read }: BlockDevice): boolean {
 /**
  * Why partitions must not be believed: the table is not whole and not alone, or
  * a filesystem of the whole disk overlaps them. A hybrid ISO image is meant to
- * be both; RAID metadata at the end of the disk overlap nothing.
+ * be both; RAID metadata at the end of the disk overlap nothing; and a Btrfs is
+ * older than the table over it, for mkfs.btrfs zeroes the first 2 MiB.
  */
 function whyTableIsDoubted(
   device: BlockDevice,
@@ -2011,8 +2012,10 @@ function whyTableIsDoubted(
   const disk = devices.find(({ name }) => name === device.disk);
   if (device.kind !== "partition" || !disk?.read.gpt) return undefined;
   const { lost } = disk.read.gpt;
-  const others = othersOn(disk)
-    .filter((what) => lost || !/^iso9660\b|_raid_member\b/.test(what));
+  const known = device.read.btrfs?.label === DATA
+    ? /^(iso9660|btrfs|a partition table)\b|_raid_member\b/
+    : /^iso9660\b|_raid_member\b/;
+  const others = othersOn(disk).filter((what) => lost || !known.test(what));
   if (others.length === 0) return undefined;
   return `${disk.path}, which it is a part of, holds ${others.join(", ")}` +
     (lost ? `, and its partition table is damaged` : "");
