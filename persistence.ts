@@ -793,7 +793,8 @@ function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.waitFor) return plan.waitFor;
   const absent = plan.data ? plan.data.absent : 0;
   if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
-  if ((plan.mode === "volatile" || plan.create) && facts.diskPending) {
+  const isOwn = plan.data && !isAnothers(plan.data, facts.machine);
+  if (!isOwn && facts.diskPending) {
     return "a USB disk whose driver is still starting it";
   }
 }
@@ -1265,16 +1266,17 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
       (number > 0 ? readSysfsBytes(name, "start") : 0);
     const identity = identities.get(disk) ?? readIdentity(disk);
     identities.set(disk, identity);
+    const sizeBytes = entry
+      ? Math.min(entry.sizeBytes, Math.max(0, diskBytes - startBytes))
+      : readSysfsBytes(name, "size");
     return {
       ...node,
       ...identity,
       startBytes,
-      sizeBytes: entry
-        ? Math.min(entry.sizeBytes, Math.max(0, diskBytes - startBytes))
-        : readSysfsBytes(name, "size"),
+      sizeBytes,
       readOnly: readSysfs(known, "ro") === "1",
       inUse: users.get(known),
-      partitionName: readPartitionName(node, startBytes, found),
+      partitionName: readPartitionName(node, { startBytes, sizeBytes }, found),
       read,
       magic: false,
       holds: { kind: "nothing of ours" },
@@ -1285,16 +1287,17 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
 /** The name in the table, if it is the partition that the kernel knows. */
 function readPartitionName(
   { name, disk, number, entry }: DeviceNode,
-  startBytes: number,
+  { startBytes, sizeBytes }: { startBytes: number; sizeBytes: number },
   found: Found[],
 ): string | undefined {
   if (number === 0) return undefined;
   const whole = found.find(({ node }) => node.name === disk)?.read;
   // The kernel's name for it may be old; it serves where the disk is mute.
   if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
-  const listed = entry ??
-    whole?.gpt?.partitions.find((entry) => entry.number === number);
-  return listed?.startBytes === startBytes ? listed.name : undefined;
+  const isSame = (listed: GptPartition) =>
+    listed.number === number && listed.startBytes === startBytes &&
+    listed.sizeBytes === sizeBytes;
+  return (entry ?? whole?.gpt?.partitions.find(isSame))?.name;
 }
 
 /**
@@ -1701,7 +1704,18 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     );
     chosen.absent = Math.max(0, chosen.absent - known.length);
   }
-  return { usable, chosen, candidates, suspects, unreadable };
+  const doubted = [...suspects, ...unreadable];
+  const isOther = chosen && !mounted && !settings.dataUuid &&
+    chosen.members.length > 0 && isAnothers(chosen, machine);
+  if (!isOther || doubted.length === 0) {
+    return { usable, chosen, candidates, suspects, unreadable };
+  }
+  plan.notes.push(error(
+    `${pathsOf(chosen.members)} holds another machine's data filesystem: it ` +
+      `is not used while ${pathsOf(doubted)} may be this machine's (to use ` +
+      `it: lightwhale.data=${chosen.fsid} on the kernel command line)`,
+  ));
+  return { usable, candidates, suspects, unreadable };
 }
 
 const warning = (text: string): Note => ({ level: "warning", text });
@@ -2248,7 +2262,10 @@ function withoutConflicts(ranked: Member[]): Member[] {
 function isOlderCopy(device: Member, members: Member[]): boolean {
   const { record } = device.holds;
   return members.some(({ holds }) => {
-    const seen = holds.record?.lastSeen?.[record?.member ?? ""];
+    const id = record?.member ?? "";
+    const { lastSeen, present, mounts } = holds.record ?? {};
+    const seen = lastSeen?.[id] ??
+      (present?.includes(id) ? mounts?.at(-1) : undefined);
     return seen !== undefined && seen !== lastMountOf(device);
   });
 }
@@ -2264,6 +2281,10 @@ function isTwin(a: Member, b: Member): boolean {
   return devidOf(a) === devidOf(b) && generationOf(a) === generationOf(b) &&
     epochOf(a) === epochOf(b) && lastMountOf(a) === lastMountOf(b);
 }
+
+/** Was it another machine that used a filesystem last? */
+const isAnothers = ({ members }: DataFilesystem, machine?: string) =>
+  members.every((member) => machineRank(member, machine) === 0);
 
 /** Why a device is not used. */
 function whyNotUsed(
@@ -2838,7 +2859,10 @@ async function confirm(device: BlockDevice): Promise<void> {
     { ...whole, kind: "disk" },
     new Uint8Array(START_BYTES),
   );
-  const entry = again.gpt?.partitions.find((entry) => entry.number === number);
+  const entry = again.gpt?.partitions.find((entry) =>
+    entry.number === number && entry.startBytes === device.startBytes &&
+    entry.sizeBytes === device.sizeBytes
+  );
   assert(kind === "disk" ? again.header : entry?.name === MAGIC, cannot);
 }
 
@@ -4320,6 +4344,7 @@ async function doNextJob(
     const plan = decide(await look(settings), settings);
     await attemptEach(plan.repairs, carryOut); // what has taken its place
     const state = plan.data && stateOf(plan.data);
+    if (state?.missing.length === 0) setPending("remove missing", false, paths);
     const job = state && decideJob(plan, state, readPending(paths), paths);
     if (!job || done.has(job.what)) return false;
     const { kind, what } = job;

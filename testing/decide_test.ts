@@ -420,6 +420,43 @@ const situations: {
     decides: { ...single, excluded: ["sdb2"] },
   },
 
+  // Another machine's disk, and an older copy
+  {
+    name: "another machine's disk, and one that cannot be read",
+    devices: [
+      data("sda", { record: record("a", 9, ["a"], {}, { machine: "other" }) }),
+      disk("sdb", { error: "Cannot read /dev/sdb" }),
+    ],
+    facts: { machine: "own" },
+    decides: { errors: 2 },
+    says: /sda2 holds another machine's .* while \/dev\/sdb may be this/,
+  },
+  {
+    name: "another machine's disk alone",
+    devices: [
+      data("sda", { record: record("a", 9, ["a"], {}, { machine: "other" }) }),
+    ],
+    facts: { machine: "own" },
+    decides: single,
+  },
+  {
+    name: "an older copy of a member, and the other half never ran alone",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 20,
+        record: record("a", 6, both, {}, { mounts: ["m", "n"] }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        record: record("b", 5, both, {}, { mounts: ["m"] }),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /sdb2 is an older copy/,
+  },
+
   // Split
   {
     name: "each half was written alone, and the later one has other hardware",
@@ -1853,7 +1890,7 @@ const situations: {
         record: record("b", 5, both, {}, { mounts: ["m"] }),
       }),
     ],
-    decides: { ...degraded, stale: ["sdb2"] },
+    decides: { ...degraded, excluded: ["sdb2"] },
   },
   {
     name: "a member that missed a mount in which only the log was written",
@@ -1869,7 +1906,7 @@ const situations: {
         record: record("b", 5, both, {}, { mounts: ["m"] }),
       }),
     ],
-    decides: { ...degraded, stale: ["sdb2"] },
+    decides: { ...degraded, excluded: ["sdb2"] },
   },
   {
     name: "a member that missed two mounts, though its name was there",
@@ -1884,7 +1921,7 @@ const situations: {
         record: record("b", 5, both, {}, { mounts: ["m"] }),
       }),
     ],
-    decides: { ...degraded, stale: ["sdb2"] },
+    decides: { ...degraded, excluded: ["sdb2"] },
   },
   {
     name: "version 1.0 mounted both, and dropped what it does not know",
