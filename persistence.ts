@@ -2120,8 +2120,9 @@ function wroteWithout(writer: Member, other: Member): boolean {
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
   // The power may have gone between the records of one mount: nobody wrote.
+  const lastSeen = theirs.lastSeen?.[record.member] ?? lastMountOf(other);
   const isNext = record.present.includes(theirs.member) &&
-    theirs.mounts?.includes(record.mounts?.at(-2) ?? "");
+    lastSeen === record.mounts?.at(-2);
   const together = record.absent[theirs.member] ??
     (isNext ? lastTogether : -1);
   // A mount replays a log and commits: a log that both have is older than it.
