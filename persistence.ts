@@ -2237,14 +2237,14 @@ function withoutConflicts(ranked: Member[]): Member[] {
 }
 
 /**
- * Does a member know that this device went on after it was copied? Its last
- * mount is then not the last in which the member saw it.
+ * Does a member know that this device went on after it was copied? The mount in
+ * which the member saw it last is then none of its own.
  */
 function isOlderCopy(device: Member, members: Member[]): boolean {
   const { record } = device.holds;
   return members.some(({ holds }) => {
     const seen = holds.record?.lastSeen?.[record?.member ?? ""];
-    return seen !== undefined && seen !== lastMountOf(device);
+    return seen !== undefined && !record?.mounts?.includes(seen);
   });
 }
 
