@@ -2137,11 +2137,9 @@ function wroteWithout(writer: Member, other: Member): boolean {
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
   // The power may have gone between the records of one mount: nobody wrote.
-  const known = theirs.absent[record.member] === undefined
-    ? [lastMountOf(other)]
-    : theirs.mounts;
+  const lastSeen = theirs.lastSeen?.[record.member] ?? lastMountOf(other);
   const isNext = record.present.includes(theirs.member) &&
-    known?.includes(record.mounts?.at(-2));
+    lastSeen === record.mounts?.at(-2);
   const together = record.absent[theirs.member] ??
     (isNext ? lastTogether : -1);
   // A mount replays a log and commits: a log that both have is older than it.
@@ -2256,8 +2254,8 @@ function withoutConflicts(ranked: Member[]): Member[] {
 }
 
 /**
- * Does a member know that this device went on after it was copied? Its last
- * mount is then not the last in which the member saw it.
+ * Does a member know that this device went on after it was copied? The mount in
+ * which the member saw it last is then none of its own.
  */
 function isOlderCopy(device: Member, members: Member[]): boolean {
   const { record } = device.holds;
@@ -2266,7 +2264,7 @@ function isOlderCopy(device: Member, members: Member[]): boolean {
     const { lastSeen, present, mounts } = holds.record ?? {};
     const seen = lastSeen?.[id] ??
       (present?.includes(id) ? mounts?.at(-1) : undefined);
-    return seen !== undefined && seen !== lastMountOf(device);
+    return seen !== undefined && !record?.mounts?.includes(seen);
   });
 }
 

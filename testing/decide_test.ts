@@ -488,7 +488,10 @@ const situations: {
         ...two,
         devid: 2,
         generation: 12,
-        record: record("b", 6, ["b"], { a: 10 }, { mounts: ["m", "o"] }),
+        record: record("b", 6, ["b"], { a: 10 }, {
+          mounts: ["m", "o"],
+          lastSeen: { a: "m" },
+        }),
       }),
     ],
     decides: { ...degraded, members: ["sdb2"], stale: ["sda2"] },
@@ -1855,6 +1858,43 @@ const situations: {
     ],
     decides: mirrored,
     says: "",
+  },
+  {
+    name: "the same, then the one without a record was mounted alone",
+    devices: [
+      data("sda", {
+        ...two,
+        record: record("a", 6, both, {}, { mounts: ["m", "n"] }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 14,
+        record: record("b", 6, ["b"], { a: 10 }, {
+          mounts: ["m", "o"],
+          lastSeen: { a: "m" },
+        }),
+      }),
+    ],
+    decides: { ...degraded, members: ["sdb2"], stale: ["sda2"] },
+  },
+  {
+    name: "copies of both halves went on apart, and wrote as much",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 12,
+        record: record("a", 6, both, {}, { mounts: ["m", "n"] }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        record: record("b", 6, both, {}, { mounts: ["m", "o"] }),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /each written without the other/,
   },
   {
     name: "the power went between the records of a mount of three",

@@ -118,6 +118,17 @@ export const survivors: Survivor[] = [
     why: "where one is open, only those that are open are members",
   },
   {
+    where: "describePlan",
+    change: "member.swapBytes > 0 -> member.swapBytes > 1",
+    why: "swap takes whole mebibytes",
+  },
+  ...["1", "(-1)"].map((n) => ({
+    where: "releaseTarget",
+    change: "{ device, swapBytes: 0, dataPath, dataBytes } -> " +
+      `{ device, swapBytes: ${n}, dataPath, dataBytes }`,
+    why: "nothing but the paths is used of a target that is there",
+  })),
+  {
     where: "newest",
     change: "generationOf(device) > generationOf(best) -> " +
       "generationOf(device) >= generationOf(best)",
