@@ -521,13 +521,18 @@ export function mbrTypes(start: Uint8Array): number[] {
 const MBR = {
   entriesAt: [446, 462, 478, 494],
   type: 4,
+  first: 8, // the kernel takes no other than 1 for protective
   sectors: 12, // size of the partition
   protective: 0xee,
 };
 
 /** Does LBA 0 announce a GPT (UEFI Specification 2.10, 5.2.3)? */
 export const isProtectiveMbr = (start: Uint8Array) =>
-  mbrTypes(start).includes(MBR.protective);
+  mbrTypes(start).length > 0 &&
+  MBR.entriesAt.some((at) =>
+    start[at + MBR.type] === MBR.protective &&
+    viewOf(start).getUint32(at + MBR.first, true) === 1
+  );
 
 /** `SWAPSPACE2` ends the first page, whose size is the machine's that made it. */
 const SWAP_AREA = {
@@ -2132,7 +2137,13 @@ function newest(devices: Member[]): Member {
 function wroteWithout(writer: Member, other: Member): boolean {
   const { btrfs, record } = writer.holds;
   const theirs = other.holds.record;
-  if (!record || !theirs) return false;
+  // Who was present gets a record: without one a member was away, at least from
+  // the mounts of a member that counts fewer than there are.
+  const ahead = btrfs.generation - generationOf(other);
+  const wasAlone = ({ holds }: Member) =>
+    (holds.record?.present.length ?? Infinity) < holds.btrfs.numDevices;
+  if (!theirs) return wasAlone(writer) && Math.abs(ahead) > 1;
+  if (!record) return wasAlone(other) && ahead > 1;
   const lastTogether = theirs.absent[record.member] ?? generationOf(other);
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
@@ -2162,6 +2173,11 @@ function tookPart({ holds: { record } }: Member, last: Member): boolean {
 const isBehind = (device: Member, other: Member) =>
   !isOpen(device) && wroteWithout(other, device) &&
   !wroteWithout(device, other);
+
+/** Is it proven to be the very disk that its record names? */
+function isOnSameHardware({ holds: { record }, hardware }: Member): boolean {
+  return hardware !== undefined && record?.hardware === hardware;
+}
 
 /** Is it on other hardware than its record says, that is, a copy? */
 function isOnOtherHardware({ holds: { record }, hardware }: Member): boolean {
@@ -2217,7 +2233,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   const stale = late.filter((device) =>
     missing > 0 && all.includes(device) &&
     members.some((member) => isBehind(device, member)) &&
-    !isOnOtherHardware(device) && !isOlderCopy(device, members)
+    device.holds.record !== undefined && !isOnOtherHardware(device) &&
+    (isOnSameHardware(device) || !isOlderCopy(device, members))
   );
   return {
     fsid: devices[0].holds.btrfs.fsid,

@@ -422,6 +422,24 @@ const situations: {
 
   // Another machine's disk, and an older copy
   {
+    name: "one half was recorded alone, the other has no record and is behind",
+    devices: [
+      data("sda", { ...two, generation: 20, record: record("a", 2, ["a"]) }),
+      data("sdb", { ...two, devid: 2 }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+  },
+  {
+    name:
+      "one half was recorded alone, the other was written and has no record",
+    devices: [
+      data("sda", { ...two, generation: 12, record: record("a", 2, ["a"]) }),
+      data("sdb", { ...two, devid: 2, generation: 20 }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /each written without the other/,
+  },
+  {
     name: "another machine's disk, and one that cannot be read",
     devices: [
       data("sda", { record: record("a", 9, ["a"], {}, { machine: "other" }) }),

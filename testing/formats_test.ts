@@ -662,7 +662,10 @@ for (
 /** One with these types in its four entries, in other bytes. */
 function mbr(...types: number[]): Uint8Array {
   const start = new Uint8Array(4 * KiB).fill(0xa5, 0, 446).fill(0x5a, 512);
-  types.forEach((type, i) => start[446 + 16 * i + 4] = type);
+  types.forEach((type, i) => {
+    start[446 + 16 * i + 4] = type;
+    start[446 + 16 * i + 8] = 1; // it begins at LBA 1
+  });
   start.set([0x55, 0xaa], 510);
   return start;
 }
@@ -697,6 +700,11 @@ const mbrs: {
     start: mbr(0x83, 0xef, 0, 0xee),
     types: [0x83, 0xef, 0xee],
     announcesGpt: true,
+  },
+  {
+    name: "an entry of that type that begins elsewhere",
+    start: changed(mbr(0xee), 454),
+    types: [0xee],
   },
   { name: "neighbours of 0xee", start: mbr(0xed, 0xef), types: [0xed, 0xef] },
   ...[510, 511].map((at) => ({
