@@ -2223,7 +2223,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     fsid: devices[0].holds.btrfs.fsid,
     members,
     missing,
-    absent: Math.max(0, missing - stale.length - (replaceTarget ? 1 : 0)),
+    absent: missing - stale.length - (replaceTarget ? 1 : 0),
     replaceTarget,
     stale,
     conflicting: late.filter((device) => !stale.includes(device))
