@@ -610,7 +610,7 @@ export function parseRecord(slots: Uint8Array): MemberRecord | undefined {
 
 function parseSlot(slot: string): MemberRecord | undefined {
   const [title, sum, json] = slot.split("\n");
-  if (title !== RECORD.title || !json) return undefined;
+  if (title !== RECORD.title) return undefined;
   if (crcOfText(json) !== parseInt(sum, 16)) return undefined;
   try {
     const record = JSON.parse(json);
@@ -619,10 +619,9 @@ function parseSlot(slot: string): MemberRecord | undefined {
     const isOptional = (value: unknown, isValid: (value: unknown) => boolean) =>
       value === undefined || isValid(value);
     const isTable = (value: unknown, isValid: (value: unknown) => boolean) =>
-      typeof value === "object" && value !== null &&
-      Object.values(value).every(isValid);
+      typeof value === "object" && Object.values(value!).every(isValid);
     const valid = isText(fsid) && isText(member) &&
-      Number.isSafeInteger(epoch) && Array.isArray(present) &&
+      Number.isSafeInteger(epoch) &&
       present.every(isText) && isTable(absent, Number.isSafeInteger) &&
       isOptional(record.machine, isText) &&
       isOptional(record.hardware, isText) &&
@@ -2240,7 +2239,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     fsid: devices[0].holds.btrfs.fsid,
     members,
     missing,
-    absent: Math.max(0, missing - stale.length - (replaceTarget ? 1 : 0)),
+    absent: missing - stale.length - (replaceTarget ? 1 : 0),
     replaceTarget,
     stale,
     conflicting: late.filter((device) => !stale.includes(device))

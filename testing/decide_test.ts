@@ -226,7 +226,7 @@ const situations: {
     name: "a header on a data disk",
     devices: [withHeader(data("sda"))],
     decides: { mode: "persistent", members: ["sda2"], disarm: ["sda"] },
-    says: /the data wins/,
+    says: /but \/dev\/sda2 holds data of .*: the data wins/,
   },
   {
     name: "a header on a member that is stale",
