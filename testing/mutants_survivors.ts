@@ -129,6 +129,13 @@ export const survivors: Survivor[] = [
     why: "nothing but the paths is used of a target that is there",
   })),
   {
+    where: "isBehind",
+    change: "!isOpen(device) && wroteWithout(other, device) && " +
+      "!wroteWithout(device, other) -> " +
+      "!isOpen(device) && wroteWithout(other, device)",
+    why: "halves of a split are left out before; this is a second guard",
+  },
+  {
     where: "newest",
     change: "generationOf(device) > generationOf(best) -> " +
       "generationOf(device) >= generationOf(best)",
