@@ -2112,6 +2112,21 @@ const situations: {
     says: /sda2 is a copy of \/dev\/sdb2, or was replaced by it/,
   },
   {
+    name: "each half was written alone, the one on other hardware more often",
+    devices: [
+      writtenAlone,
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 12,
+        hardware: "wwn-x",
+        record: record("b", 7, ["b"], { a: 10 }, { hardware: "wwn-b" }),
+      }),
+    ],
+    decides: { ...degraded, members: ["sdb2"], excluded: ["sda2"] },
+    says: /each written without the other/,
+  },
+  {
     name: "two thirds moved to other hardware, before a third that did not",
     devices: [
       data("sda", {

@@ -28,11 +28,6 @@ export const survivors: Survivor[] = [
     change: `backupAt: 64 * MiB -> backupAt: ${n} * MiB`,
     why: onDevice,
   })),
-  ...["17", "15"].map((n) => ({
-    where: "GPT",
-    change: `entriesArea: 16 * KiB -> entriesArea: ${n} * KiB`,
-    why: "sizes are rounded to a mebibyte; of the places, " + onDevice,
-  })),
   ...["61", "59"].map((place) => ({
     where: "RECORD",
     change: "slotsAt: [56 * KiB, 60 * KiB] -> " +
@@ -128,6 +123,18 @@ export const survivors: Survivor[] = [
       `{ device, swapBytes: ${n}, dataPath, dataBytes }`,
     why: "nothing but the paths is used of a target that is there",
   })),
+  {
+    where: "isBehind",
+    change: "!isOpen(device) && wroteWithout(other, device) && " +
+      "!wroteWithout(device, other) -> " +
+      "!isOpen(device) && wroteWithout(other, device)",
+    why: "halves of a split are left out before; this is a second guard",
+  },
+  {
+    where: "rebuildStale",
+    change: 'device.kind === "partition" -> device.kind !== "partition"',
+    why: "only the work itself, on real disks, asks for it",
+  },
   {
     where: "newest",
     change: "generationOf(device) > generationOf(best) -> " +
