@@ -3980,9 +3980,10 @@ interface Mounted {
 function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
   const directory = `/sys/fs/btrfs/${fsid}`;
   if (!fs.existsSync(directory)) return undefined;
-  const profiles = (type: string) =>
+  const [data, metadata, system] = ["data", "metadata", "system"].map((type) =>
     listDirectory(`${directory}/allocation/${type}`)
-      .filter((name) => /^(single|dup|raid)/.test(name));
+      .filter((name) => /^(single|dup|raid)/.test(name))
+  );
   const superblocks = members.map(({ holds }) => holds.btrfs);
   const present = superblocks.map(({ devid }) => devid);
   const numDevices = Math.max(0, ...superblocks.map((s) => s.numDevices));
@@ -4000,11 +4001,7 @@ function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
     operation: readText(`${directory}/exclusive_operation`) ?? "none",
     devids: [...present, ...missing].sort((a, b) => a - b),
     missing,
-    profiles: {
-      data: profiles("data"),
-      metadata: profiles("metadata"),
-      system: profiles("system"),
-    },
+    profiles: { data, metadata, system },
     errors,
   };
 }
@@ -4083,14 +4080,14 @@ async function waitForOperation(data: DataFilesystem): Promise<void> {
 }
 
 /** The target of a replace that writes to it no more. */
-function releaseTarget({ data, state, paths }: Situation): Job | undefined {
+function releaseTarget(situation: Situation): Job | undefined {
+  const { data, state, paths } = situation;
   const device = data.replaceTarget;
   if (!device) return undefined;
-  const [devid] = state.missing;
-  if (devid) {
+  if (state.missing.length > 0) {
     const { path: dataPath, sizeBytes: dataBytes } = device;
     const member = { device, swapBytes: 0, dataPath, dataBytes };
-    return replaceMissing(devid, member, data, paths);
+    return replaceMissing(member, situation);
   }
   return {
     kind: "release",
@@ -4110,12 +4107,13 @@ function releaseTarget({ data, state, paths }: Situation): Job | undefined {
  * power fails in between. A partition gets the magic *name*: a header would
  * claim its whole disk.
  */
-function rebuildStale({ data, state, paths }: Situation): Job | undefined {
+function rebuildStale(situation: Situation): Job | undefined {
+  const { data, state } = situation;
   const [device] = data.stale;
   if (!device || !state.missing.includes(devidOf(device))) return undefined;
   const isPartition = device.kind === "partition";
   const named = isPartition ? { ...device, partitionName: MAGIC } : device;
-  const { begin, finish } = replacement(devidOf(device), named, data, paths);
+  const { begin, finish } = replacement(devidOf(device), named, situation);
   return {
     kind: "rebuild",
     device,
@@ -4151,35 +4149,28 @@ function removeMissing({ state, pending, paths }: Situation): Job | undefined {
   };
 }
 
-function joinMagic({ data, joins, state, paths }: Situation): Job | undefined {
-  const [member] = joins;
+function joinMagic(situation: Situation): Job | undefined {
+  const { data, joins: [member], state } = situation;
   if (!member) return undefined;
+  if (state.missing.length > 0) return replaceMissing(member, situation);
   const { device } = member;
-  if (state.missing.length > 0) {
-    return replaceMissing(state.missing[0], member, data, paths);
-  }
   return {
     kind: "add",
     device,
     what: `${device.path} joins the data filesystem`,
     async change() {
       await prepareMember(member, data);
-      await addDevice(member, data, paths);
+      await addDevice(member, situation);
       await clearMagic(device);
     },
   };
 }
 
-function replaceMissing(
-  devid: number,
-  member: NewMember,
-  data: DataFilesystem,
-  paths: Paths,
-): Job {
+function replaceMissing(member: NewMember, situation: Situation): Job {
+  const { data, state: { missing: [devid] }, paths } = situation;
   const device = { ...member.device, path: member.dataPath };
-  const { begin, finish } = replacement(devid, device, data, paths);
-  let isReplacing = true;
-  return {
+  const { begin, finish } = replacement(devid, device, situation);
+  const job: Job = {
     kind: "replace",
     device: member.device,
     what: `${member.device.path} takes the place of device ${devid}`,
@@ -4194,16 +4185,15 @@ function replaceMissing(
         // The words of btrfs-progs (cmds/replace.c) for a smaller target.
         if (!/smaller than source/.test(messageOf(error))) throw error;
         say("info", `${messageOf(error)}; it is added instead`);
-        isReplacing = false;
-        await addDevice(member, data, paths);
+        job.work = undefined;
+        await addDevice(member, situation);
         setPending("remove missing", true, paths);
         await clearMagic(deviceWithMagic(device));
       }
     },
-    async work() {
-      if (isReplacing) await finish();
-    },
+    work: finish,
   };
+  return job;
 }
 
 /** Chunks written while a member was missing; a disk that has just joined. */
@@ -4220,9 +4210,8 @@ function convertProfiles({ data, state, paths }: Situation): Job | undefined {
   };
   return {
     kind: "balance",
-    what: `converts chunks that are not mirrored as they should be (${
-      filters.join(" ")
-    })`,
+    what: "converts chunks that are not mirrored as they should be " +
+      `(${filters.join(" ")})`,
     async work() {
       for (const filter of filters) {
         const again = () => convert(filter); // what was converted made room
@@ -4294,16 +4283,8 @@ function setPending(job: keyof Pending, isPending: boolean, paths: Paths) {
   for (const name of [file, ...old]) fs.rmSync(name, { force: true });
 }
 
-/**
- * Starts {@linkcode maintain} in the background if there is work for it.
- *
- * @throws {Error} When it does not start.
- */
-function startMaintenance(
-  plan: Plan,
-  settings: Settings,
-  paths: Paths,
-): void {
+/** Starts {@linkcode maintain} in the background if there is work for it. */
+function startMaintenance(plan: Plan, settings: Settings, paths: Paths) {
   if (!plan.data) return;
   if (plan.data.needsScrub) setPending("scrub", true, paths);
   const state = stateOf(plan.data);
@@ -4315,12 +4296,12 @@ function startMaintenance(
   const given = process.argv.slice(2);
   const program = own.slice(1, own.lastIndexOf("") - given.length);
   const options = ["--maintain", "--root", settings.root];
-  if (settings.only) {
-    options.push("--devices", settings.only.map(nodeOf).join());
-  }
+  const devices = settings.only?.map(nodeOf).join();
+  if (devices) options.push("--devices", devices);
+  const stdio: Stdio = ["ignore", "ignore", "ignore"];
   try {
     start([process.execPath, ...program, ...options], {
-      stdio: ["ignore", "ignore", "ignore"],
+      stdio,
       detached: true,
     });
   } catch (error) {
@@ -4347,11 +4328,7 @@ export async function maintain(settings: Settings): Promise<number> {
 }
 
 /** Does one job; each only once, so that one that fails is not repeated. */
-async function doNextJob(
-  done: Set<string>,
-  settings: Settings,
-  paths: Paths,
-): Promise<boolean> {
+async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
   const lock = await takeLock(join(paths.run, "lock"));
   let work: Job["work"];
   try {
@@ -4381,10 +4358,7 @@ async function doNextJob(
 }
 
 /** Partitions a disk that joins and makes its swap; all is checked before. */
-async function prepareMember(
-  member: NewMember,
-  data: DataFilesystem,
-): Promise<void> {
+async function prepareMember(member: NewMember, data: DataFilesystem) {
   const { device } = member;
   needPrograms([device]);
   await confirm(device);
@@ -4404,14 +4378,11 @@ async function newMember(device: BlockDevice): Promise<Member> {
   const btrfs = await superblockOf(device.path);
   assert(btrfs !== undefined, `Cannot find a Btrfs on ${device.path}`);
   const member = { device, swapBytes: 0, dataPath: device.path, dataBytes: 0 };
-  return memberOf(member, btrfs!);
+  return memberOf(member, btrfs);
 }
 
-async function addDevice(
-  { device, dataPath }: NewMember,
-  data: DataFilesystem,
-  paths: Paths,
-): Promise<void> {
+async function addDevice(member: NewMember, { data, paths }: Situation) {
+  const { device, dataPath } = member;
   await run(words`btrfs device add -f ${dataPath} ${paths.data}`, {
     to: `let ${dataPath} join the data filesystem`,
     timeoutMs: TIMEOUT.mkfsMs,
@@ -4443,12 +4414,8 @@ async function cancelReplace(paths: Paths): Promise<void> {
 }
 
 /** Lets a device take the place of a missing one: its begin, and the rest. */
-function replacement(
-  devid: number,
-  device: BlockDevice,
-  data: DataFilesystem,
-  paths: Paths,
-) {
+function replacement(devid: number, device: BlockDevice, situation: Situation) {
+  const { data, paths } = situation;
   const { path } = device;
   const to = `let ${path} take the place of device ${devid}`;
   const begin = async () => {
@@ -4506,18 +4473,15 @@ async function makeRoom(paths: Paths): Promise<void> {
     const usage = await ask(words`btrfs device usage --raw ${paths.data}`, {
       to: `see how much of each device is allocated`,
     });
-    const devices = [...usage.matchAll(block)].map(([, devid, size, free]) => ({
-      devid,
-      sizeBytes: Number(size),
-      freeBytes: Number(free),
-    }));
-    const chunkBytes = largestChunkBytes(devices.map((d) => d.sizeBytes));
-    const most = Math.max(...devices.map(({ freeBytes }) => freeBytes));
-    const full = devices.find(({ freeBytes }) => freeBytes < chunkBytes);
-    if (!full || most < 2 * chunkBytes) return;
-    const filter = `-ddevid=${full.devid},profiles=single,limit=1`;
+    const devices = [...usage.matchAll(block)]
+      .map(([, ...numbers]) => numbers.map(Number));
+    const chunkBytes = largestChunkBytes(devices.map(([, size]) => size));
+    const mostBytes = Math.max(...devices.map(([, , free]) => free));
+    const [full] = devices.find(([, , free]) => free < chunkBytes) ?? [];
+    if (!full || mostBytes < 2 * chunkBytes) return;
+    const filter = `-ddevid=${full},profiles=single,limit=1`;
     await run(words`btrfs balance start ${filter} ${paths.data}`, {
-      to: `make room on device ${full.devid}`,
+      to: `make room on device ${full}`,
       accept: [0, 1],
       timeoutMs: Infinity,
     });
@@ -4545,11 +4509,7 @@ interface Target {
 }
 
 /** Makes devices magic, to be formatted at the next boot: all of them or none. */
-async function enable(
-  paths: string[],
-  force: boolean,
-  settings: Settings,
-): Promise<void> {
+async function enable(paths: string[], force: boolean, settings: Settings) {
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
     const disk = wholeDisk(name);
@@ -4698,17 +4658,14 @@ async function whyNotEnabled({ device, devices }: Target) {
       `${inMiB(MINIMUM_DATA_BYTES)} for data)`;
   }
   const gpt = whole?.read.gpt;
-  if (device.kind === "partition" && !gpt) {
-    return `the magic partition name needs a GPT, and ${whole?.path} has ` +
-      `another partition table`;
-  }
   if (device.kind === "partition" && gpt?.sectorBytes !== device.sectorBytes) {
-    return `the partition table of ${whole?.path} was made for other sectors`;
+    return gpt
+      ? `the partition table of ${whole?.path} was made for other sectors`
+      : `the magic partition name needs a GPT, and ${whole?.path} has ` +
+        `another partition table`;
   }
-  const busy = device.entry
-    ? undefined
-    : await claim(device.path).then(() => undefined, messageOf);
-  if (busy) return busy;
+  const busy = await findBusy([device]);
+  if (busy) return busy.why;
   for (const part of parts) {
     const path = await findOpenTwin(part);
     if (path) return `it is the same disk as ${path}, or a fresh copy of it`;
@@ -4767,22 +4724,22 @@ async function whyImageNotEnabled({ path, sizeBytes }: BlockDevice) {
 
 /** Prints what is on a target; returns what would be lost, if anything. */
 async function listContents({ device, devices }: Target): Promise<string> {
+  const { kind, disk } = device;
+  const model = ["vendor", "model"]
+    .map((name) => readSysfs(disk, `device/${name}`)?.trim()).filter(Boolean);
+  const what = disk ? [kind, ...model].join(" ") : "image file";
   const held: string[] = [];
   for (const part of partsOf(device, devices)) {
-    const holds = part.read.error ?? await describeContents(part);
-    const [indent, what] = part === device
-      ? ["", describeDevice(part)]
-      : ["  ", inMiB(part.sizeBytes)];
-    console.log(`${indent}${part.path}: ${what}, ${holds ?? "seems empty"}`);
-    if (holds) held.push(part === device ? holds : `${part.path} (${holds})`);
+    const { path, sizeBytes, read } = part;
+    const holds = read.error ?? await describeContents(part);
+    const named = part === device ? `${path}: ${what},` : `  ${path}:`;
+    console.log(`${named} ${inMiB(sizeBytes)}, ${holds ?? "seems empty"}`);
+    if (holds) held.push(part === device ? holds : `${path} (${holds})`);
   }
   return held.join(", ");
 }
 
-/**
- * What a device holds, in words. An encrypted disk has no signature: it shows
- * by what is in its first MiB.
- */
+/** What a device holds. An encrypted disk shows by data in its first MiB. */
 async function describeContents(device: BlockDevice) {
   const { signatures = [], read, path, entry, holds } = device;
   if (holds.kind === "member" && holds.btrfs.label === DATA) {
@@ -4794,13 +4751,6 @@ async function describeContents(device: BlockDevice) {
   const lines = read.header ? MAGIC + (read.anyway ? `\n${ANYWAY}\n` : "") : "";
   start.fill(0, 0, lines.length);
   return isZero(start) ? undefined : "data of an unknown kind";
-}
-
-function describeDevice({ kind, disk, sizeBytes }: BlockDevice): string {
-  const model = ["vendor", "model"]
-    .map((name) => readSysfs(disk, `device/${name}`)?.trim()).filter(Boolean);
-  const what = disk ? [kind, ...model].join(" ") : "image file";
-  return `${what}, ${inMiB(sizeBytes)}`;
 }
 
 // ---------------------------------------------------------------------------
@@ -4914,10 +4864,8 @@ async function readWork({ operation }: FilesystemState, paths: Paths) {
 }
 
 /** Says what is wrong, in sentences with a remedy. */
-function* judgeHealth(
-  { devices, space, metadataSpace, lastBoot }: Status,
-  state?: FilesystemState,
-): Generator<string> {
+function* judgeHealth(status: Status, state?: FilesystemState) {
+  const { devices, space, metadataSpace, lastBoot } = status;
   for (const error of lastBoot?.errors ?? []) {
     yield `The last boot said: ${error}`;
   }
@@ -5037,10 +4985,8 @@ function words(
 }
 
 /**
- * Runs a command that does something.
- *
- * @throws {Error} A sentence that tells apart: not installed, failed, killed,
- * no answer in time; with the end of what it wrote to stderr.
+ * Runs a command that does something. Its errors tell apart: not installed,
+ * failed, killed, no answer in time; with the end of what it wrote to stderr.
  */
 async function run(command: string[], options: RunOptions) {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
@@ -5108,11 +5054,9 @@ interface StartOptions {
 function start(command: string[], options: StartOptions) {
   if (typeof Bun !== "undefined") {
     const child = Bun.spawn(command, { ...options, env: process.env });
+    const ended = child.exited.then((status) => child.signalCode ?? status);
     if (options.detached) child.unref();
-    return {
-      ended: child.exited.then((status) => child.signalCode ?? status),
-      kill: () => child.kill("SIGKILL"),
-    };
+    return { ended, kill: () => child.kill("SIGKILL") };
   }
   // Not imported, for the executable would then embed it.
   const { spawn } = process.getBuiltinModule("node:child_process");
@@ -5127,16 +5071,11 @@ function start(command: string[], options: StartOptions) {
 }
 
 /** Runs a program until it ends, or kills it when the time is up. */
-async function endOf(
-  command: string[],
-  what: string,
-  timeoutMs: number,
-  stdio: Stdio,
-): Promise<number | string> {
+async function endOf(command: string[], what: string, ms: number, io: Stdio) {
   let child: ReturnType<typeof start> | undefined;
   try {
-    child = start(command, { stdio });
-    return await withTimeout(child.ended, timeoutMs, what);
+    child = start(command, { stdio: io });
+    return await withTimeout(child.ended, ms, what);
   } catch (error) {
     if (!child) throw new Error(`${what}: ${messageOf(error)}`);
     child.kill();
@@ -5153,12 +5092,7 @@ function findCommand([name, ...args]: string[], to: string): string[] {
 }
 
 /** The error for a command that ended with a status or by a signal. */
-function failure(
-  command: string[],
-  to: string,
-  end: number | string | null,
-  stderr: string,
-): Error {
+function failure(command: string[], to: string, end: unknown, stderr: string) {
   const how = typeof end === "number"
     ? `failed with status ${end}`
     : `was killed by ${end}`;
@@ -5190,15 +5124,11 @@ function findProgram(name: string): string | undefined {
 class TimeoutError extends Error {}
 
 /** Gives up on something that does not answer. */
-function withTimeout<T>(
-  promise: PromiseLike<T>,
-  timeoutMs: number,
-  what: string,
-): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const timer = timeoutMs === Infinity ? undefined : setTimeout(() => {
-      reject(new TimeoutError(`${what}: no answer in ${timeoutMs / 1000} s`));
-    }, timeoutMs);
+function withTimeout<T>(promise: PromiseLike<T>, ms: number, what: string) {
+  return new Promise<T>((resolve, reject) => {
+    const timer = ms === Infinity ? undefined : setTimeout(() => {
+      reject(new TimeoutError(`${what}: no answer in ${ms / 1000} s`));
+    }, ms);
     promise.then(resolve, reject).then(() => clearTimeout(timer));
   });
 }
@@ -5208,13 +5138,8 @@ type Lock = { release: () => void };
 /**
  * Keeps others from working at the same time. flock(2) belongs to the open
  * file, which flock(1) shares with us: it ends when we do, however we end.
- *
- * @throws {Error} When another one holds it for longer than `timeoutMs`.
  */
-async function takeLock(
-  path: string,
-  timeoutMs = TIMEOUT.lockMs,
-): Promise<Lock> {
+async function takeLock(path: string, timeoutMs = TIMEOUT.lockMs) {
   const flock = findProgram("flock");
   if (!flock) {
     say("warning", `Working without a lock: "flock" is not installed`);
@@ -5262,9 +5187,7 @@ function say(level: Level, message: string): void {
   orUndefined(() => fs.writeSync(kernelLog, `<${PRIORITY[level]}>${line}\n`));
 }
 
-function sayError(error: unknown): void {
-  say("error", messageOf(error));
-}
+const sayError = (error: unknown) => say("error", messageOf(error));
 
 function sayPlan(plan: Plan): void {
   for (const line of describePlan(plan)) say("info", line);
@@ -5416,15 +5339,14 @@ export function parseCommandLine(args: string[]) {
   }
   if (devices !== undefined) {
     // `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk.
-    given.only = devices.split(",").filter(Boolean).map((path: string) =>
+    const paths: string[] = devices.split(",").filter(Boolean);
+    if (paths.length === 0) refuse("Option --devices needs a list of devices");
+    given.only = paths.map((path) =>
       wholeDisk(
         nameAt(path) ??
           refuse(`Cannot find "${path}" (--devices): no such device`),
       )
     );
-    if (given.only?.length === 0) {
-      refuse("Option --devices needs a list of devices");
-    }
   }
   if (wait !== undefined) {
     given.waitMs = parseSeconds(wait) ??
@@ -5433,25 +5355,18 @@ export function parseCommandLine(args: string[]) {
   return { mode, operands, given, parsed };
 }
 
-/**
- * Splits the kernel's command line as the kernel does (lib/cmdline.c,
- * next_arg()): quotes keep spaces together, around a word or around a value.
- */
-function splitKernelCommandLine(kernel: string): Map<string, string> {
-  const options = new Map<string, string>(); // of one name the last counts
-  for (const [word] of kernel.matchAll(/(?:"[^"]*"?|[^\s"])+/g)) {
-    const [name, ...value] = word.replaceAll('"', "").toLowerCase().split("=");
-    options.set(name.replaceAll("-", "_"), value.join("=").trim());
-  }
-  return options;
-}
-
 const ON = ["on", "yes", "true", "1"];
 const OFF = ["off", "no", "false", "0"];
 
 /** Reads the kernel's command line, which is never a reason not to boot. */
 export function parseKernelCommandLine(kernel: string) {
-  const options = splitKernelCommandLine(kernel);
+  // Split as the kernel does it (lib/cmdline.c, next_arg()): quotes keep spaces
+  // together, around a word or around a value. Of one name the last counts.
+  const options = new Map<string, string>();
+  for (const [word] of kernel.matchAll(/(?:"[^"]*"?|[^\s"])+/g)) {
+    const [name, ...value] = word.replaceAll('"', "").toLowerCase().split("=");
+    options.set(name.replaceAll("-", "_"), value.join("=").trim());
+  }
   const warnings: string[] = [];
   const persistence = options.get("lightwhale.persistence") ?? "on";
   const isKnown = [...ON, ...OFF, "required"].includes(persistence);
