@@ -187,9 +187,7 @@ export async function withSystem<T>(
     without: Disk[] = [],
   ) {
     await packRoot(folder, rootScript);
-    for (const disk of disks) {
-      if (!without.includes(disk)) await attach(disk);
-    }
+    await attachInOrder(disks.filter((disk) => !without.includes(disk)));
     namespace = await openNamespace();
     await inNamespace(
       `mount -t squashfs -o loop,ro "$1/root.squashfs" "$1/root"
@@ -462,6 +460,27 @@ async function attach(disk: Disk, path = "--find"): Promise<void> {
     ...["losetup", "--show", "--sector-size", String(disk.sectorBytes)],
     ...[path, disk.image],
   ])).trim();
+}
+
+/**
+ * Attaches disks so that their names are in their order, as the tool's devids
+ * then are: another test may free a lower number at any time.
+ */
+async function attachInOrder(disks: Disk[]): Promise<void> {
+  const tooLow: Disk[] = [];
+  let last = -1;
+  for (const disk of disks) {
+    for (;;) {
+      await attach(disk);
+      const number = Number(disk.path.slice("/dev/loop".length));
+      if (number > last) {
+        last = number;
+        break;
+      }
+      tooLow.push({ ...disk });
+    }
+  }
+  for (const disk of tooLow) await detach(disk);
 }
 
 /** Takes the disk away, with its partitions and what the kernel knows of it. */
