@@ -3955,16 +3955,7 @@ function writeReport(
 // ---------------------------------------------------------------------------
 
 /** What sysfs says of a mounted Btrfs (btrfs(5), /sys/fs/btrfs/UUID). */
-export interface FilesystemState {
-  /** The exclusive operation that runs: `none`, `balance`, `device replace`. */
-  operation: string;
-  devids: number[];
-  missing: number[];
-  /** Profiles that have chunks. */
-  profiles: { data: string[]; metadata: string[]; system: string[] };
-  /** Error counters by devid, those that are not zero. */
-  errors: Record<number, Record<string, number>>;
-}
+export type FilesystemState = NonNullable<ReturnType<typeof stateOf>>;
 
 /** A mounted Btrfs, as far as its superblocks tell. */
 interface Mounted {
@@ -3977,7 +3968,7 @@ interface Mounted {
  * missing` the kernel leaves `devinfo/N` behind, and to read a file in it is a
  * use after free (fs/btrfs/volumes.c, btrfs_rm_device(), as of Linux 6.18).
  */
-function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
+function stateOf({ fsid, members }: Mounted) {
   const directory = `/sys/fs/btrfs/${fsid}`;
   if (!fs.existsSync(directory)) return undefined;
   const [data, metadata, system] = ["data", "metadata", "system"].map((type) =>
@@ -3987,7 +3978,8 @@ function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
   const superblocks = members.map(({ holds }) => holds.btrfs);
   const present = superblocks.map(({ devid }) => devid);
   const numDevices = Math.max(0, ...superblocks.map((s) => s.numDevices));
-  const errors: FilesystemState["errors"] = {};
+  // By devid; counters that are zero are left out.
+  const errors: Record<number, Record<string, number>> = {};
   for (const devid of present) {
     const stats = readText(`${directory}/devinfo/${devid}/error_stats`) ?? "";
     for (const [, name, count] of stats.matchAll(/^(\w+) ([1-9]\d*)$/gm)) {
@@ -3998,9 +3990,11 @@ function stateOf({ fsid, members }: Mounted): FilesystemState | undefined {
     .filter((devid) => devid > 0 && !present.includes(devid))
     .slice(0, Math.max(0, numDevices - present.length));
   return {
+    /** What runs and excludes others: `none`, `balance`, `device replace`. */
     operation: readText(`${directory}/exclusive_operation`) ?? "none",
     devids: [...present, ...missing].sort((a, b) => a - b),
     missing,
+    /** Those that have chunks. */
     profiles: { data, metadata, system },
     errors,
   };
@@ -4019,13 +4013,11 @@ export interface Job {
   work?: () => Promise<void>;
 }
 
-/** Pending jobs that cannot be derived from the disks. */
-export interface Pending {
-  /** Members disagreed when they were mounted. */
-  scrub: boolean;
-  /** A device was added in the place of a missing one. */
-  "remove missing": boolean;
-}
+/**
+ * Pending jobs that cannot be derived from the disks: members disagreed when
+ * they were mounted; a device was added in the place of a missing one.
+ */
+export type Pending = Record<"scrub" | "remove missing", boolean>;
 
 /** What a job is decided from. */
 interface Situation {
@@ -4269,12 +4261,9 @@ const pendingFiles = (job: keyof Pending, paths: Paths) =>
     .map((name) => join(paths.state, name));
 
 function readPending(paths: Paths): Pending {
-  const isPending = (job: keyof Pending) =>
-    pendingFiles(job, paths).some(fs.existsSync);
-  return {
-    scrub: isPending("scrub"),
-    "remove missing": isPending("remove missing"),
-  };
+  const [scrub, remove] = (["scrub", "remove missing"] as const)
+    .map((job) => pendingFiles(job, paths).some(fs.existsSync));
+  return { scrub, "remove missing": remove };
 }
 
 function setPending(job: keyof Pending, isPending: boolean, paths: Paths) {
@@ -5045,11 +5034,9 @@ interface StartOptions {
 }
 
 /**
- * Starts a program: the executable does it by Bun's own function, because
- * node:child_process is half a MiB of it and takes 2 ms of each boot.
- *
- * @returns Its end: its status, or the name of the signal that killed it.
- * @throws {Error} When it cannot be executed.
+ * Starts a program, which ends with a status or the name of a signal. Bun's own
+ * function does it in the executable, because node:child_process is half a MiB
+ * of it and takes 2 ms of each boot.
  */
 function start(command: string[], options: StartOptions) {
   if (typeof Bun !== "undefined") {
