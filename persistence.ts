@@ -3050,8 +3050,8 @@ function needPrograms(devices: BlockDevice[]): void {
 }
 
 async function partitionDisk(member: NewMember): Promise<void> {
-  const { device, swapBytes } = member;
-  if (device.kind === "partition") return;
+  const { device, swapBytes, dataPath } = member;
+  if (dataPath === device.path) return; // it is used as it is
   say("info", `Partitioning ${device.path} (${inMiB(device.sizeBytes)})`);
   await deleteOldPartitions(device);
   // An old whole-disk signature (Btrfs at 64 KiB) would outlive a new table.
@@ -3100,7 +3100,7 @@ async function deleteOldPartitions({ path, disk }: BlockDevice): Promise<void> {
 /** Shows new partitions to the kernel and waits for their device nodes. */
 async function waitForPartitions(members: NewMember[]): Promise<void> {
   await allOf(members.map(async ({ device, swapPath, dataPath }) => {
-    if (device.kind === "partition") return;
+    if (dataPath === device.path) return;
     await run(words`partx --update ${device.path}`, {
       to: `show the partitions of ${device.path} to the kernel`,
     });
