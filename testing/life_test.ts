@@ -939,8 +939,10 @@ onDisks(
     assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
     assert(boot.report.degraded, boot.stderr);
     await assertKept(system, sums);
-    const doubt = `${disk.path}p1 may be a "lightwhale-data" disk, but it ` +
-      "holds no filesystem: it is not touched";
+    const doubt =
+      `${disk.path}p1 may be a "lightwhale-data" disk, but only a ` +
+      `backup superblock is left: it is not touched ("btrfs rescue ` +
+      `super-recover ${disk.path}p1" may repair it; `;
     assertStringIncludes(boot.stderr, doubt);
     await idle(system);
     assertEquals(await system.checksum(disk), before);
