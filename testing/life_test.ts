@@ -1087,7 +1087,7 @@ async function assertMirrored(
 /** Reboots without a disk. Returns the loop device that it can come to. */
 async function freePlace(system: System, late: Disk): Promise<string> {
   // Far from where others take their loop devices from.
-  const path = "/dev/loop230";
+  const path = `/dev/loop${1000 + Deno.pid % 1000}`;
   await system.reboot({ without: [late] });
   await system.attach(late, path);
   await command(["losetup", "--detach", path]);
