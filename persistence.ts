@@ -189,7 +189,7 @@ export interface Reading {
   record?: MemberRecord;
   /** A record may be written: there are only zeros, or records of ours. */
   recordable: boolean;
-  /** Neither its start nor its end holds anything beside the filesystem. */
+  /** Neither its start nor its end holds anything beside our filesystem. */
   plain: boolean;
   /** A Btrfs superblock that is left only as a backup copy. */
   backup?: Superblock;
@@ -1081,18 +1081,21 @@ async function readFormats(
       : await readGpt(node, start, reading.onlyHeader, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
     if ([MAGIC, DATA, SWAP].some((name) => namesIn(reading).includes(name))) {
-      reading.plain = isZero(await read(START_BYTES, MiB - START_BYTES)) &&
+      reading.plain = isZero(await read(START_BYTES, 4 * START_BYTES)) &&
         isPlainStart(start, reading);
     }
   }
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
       readSysfsBytes(node.name, "size");
-    // RAID metadata (md 0.90 and 1.0, Intel, DDF) lie in the last MiB.
-    const end = await read(base + sizeBytes - MiB, MiB);
+    // RAID metadata (md 0.90 and 1.0, Intel, DDF) lie in the last 128 KiB.
+    const endBytes = 128 * KiB;
+    const end = await read(base + sizeBytes - endBytes, endBytes);
     reading.plain = isZero(start.subarray(0, RECORD.slotsAt[0])) &&
       reading.recordable && isZero(end);
-  } else if (!reading.btrfs && !reading.gpt && isBlank(start, reading)) {
+  } else if (!reading.btrfs && !reading.gpt) {
+    reading.plain = isBlank(start, reading);
+    if (!reading.plain) return reading;
     const block = await read(base + BTRFS.backupAt, BTRFS.bytes);
     const backup = parseSuperblock(block, BTRFS.backupAt);
     if (backup?.intact) reading.backup = backup;
@@ -2031,7 +2034,7 @@ function whyTableIsDoubted(
   if (device.kind !== "partition" || !disk?.read.gpt) return undefined;
   const { lost } = disk.read.gpt;
   const known = device.read.btrfs?.label === DATA
-    ? /^(iso9660|btrfs|a partition table)\b|_raid_member\b/
+    ? /^(iso9660\b|btrfs "lightwhale-data"$|a partition table)|_raid_member\b/
     : /^iso9660\b|_raid_member\b/;
   const others = othersOn(disk).filter((what) => lost || !known.test(what));
   if (others.length === 0) return undefined;
@@ -2406,7 +2409,8 @@ function planSwap(devices: BlockDevice[], plan: Plan): void {
   plan.swap = devices.filter(({ disk, inUse, readOnly, ...device }) => {
     const { holds, partitionName, signatures } = device;
     const isEmpty = plan.mode === "persistent" && partitionName === SWAP &&
-      holds.kind === "nothing of ours" && signatures?.length === 0;
+      holds.kind === "nothing of ours" && signatures?.length === 0 &&
+      device.read.plain;
     return disks.includes(disk) && !inUse && !readOnly &&
       (holds.kind === "swap" || isEmpty);
   });
