@@ -42,7 +42,6 @@ const functions = [
   "removeMissing",
   "replaceMissing",
   "scrub",
-  "splitKernelCommandLine",
   "unescapeOctal",
   "waitForKernel",
 ];
