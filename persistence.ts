@@ -867,12 +867,14 @@ interface Found {
 const namesIn = ({ gpt }: Reading) =>
   gpt?.partitions.map((partition) => partition.name) ?? [];
 
+const hasOurNames = (read: Reading) =>
+  namesIn(read).some((name) => [MAGIC, DATA, SWAP].includes(name));
+
 /** Our magic, our names, a Btrfs, a backup superblock, or a read error. */
 function mayMatter(read: Reading): boolean {
-  const names = namesIn(read);
   return read.header || read.btrfs !== undefined || read.backup !== undefined ||
     read.error !== undefined || read.swapLabel === SWAP ||
-    [MAGIC, DATA, SWAP].some((name) => names.includes(name));
+    hasOurNames(read);
 }
 
 /** Memory, floppy and optical drives; loop devices unless asked for. */
@@ -1080,7 +1082,7 @@ async function readFormats(
       ? undefined
       : await readGpt(node, start, reading.onlyHeader, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
-    if ([MAGIC, DATA, SWAP].some((name) => namesIn(reading).includes(name))) {
+    if (hasOurNames(reading)) {
       reading.plain = isZero(await read(START_BYTES, 4 * START_BYTES)) &&
         isPlainStart(start, reading);
     }
@@ -1943,8 +1945,7 @@ export function isInQuestion(
   if (read.backup?.label === DATA || partitionName === DATA) return true;
   if (partitionName === SWAP) return read.swapLabel !== SWAP;
   if (kind !== "disk" || !read.gpt) return false;
-  const isUsed = [MAGIC, DATA, SWAP]
-    .some((name) => namesIn(read).includes(name));
+  const isUsed = hasOurNames(read);
   const parts = partsOf(device, devices);
   return (isUsed || parts.some((part) => part.read.btrfs?.label === DATA)) &&
     (read.gpt.lost !== undefined || !read.plain || onlySwapIsLeft(device) ||
