@@ -1,0 +1,1 @@
+export * from "deno-std/cli/parse_args.js";
