@@ -90,7 +90,7 @@ function isBoot(name: string): boolean {
   return name === "boot";
 }
 
-/** Formatting, linting, types. */
+/** Formatting, linting, types, and whether the build is reproducible. */
 async function check(): Promise<Count> {
   needPrograms("shellcheck");
   const checks = [
@@ -103,7 +103,27 @@ async function check(): Promise<Count> {
   for (const line of checks) {
     if (await run(line) !== 0) failed++;
   }
-  return { passed: checks.length - failed, failed, skipped: 0 };
+  if (!await isReproducible()) failed++;
+  return { passed: checks.length + 1 - failed, failed, skipped: 0 };
+}
+
+/** Built in another folder, the executable is the same, byte for byte. */
+async function isReproducible(): Promise<boolean> {
+  const folder = `${projectFolder}dist/again`;
+  const sources = ["build.ts", "persistence.ts", "package.json", "npm_only"];
+  const paths = sources.map((name) => projectFolder + name);
+  const modules = [`${projectFolder}node_modules`, `${folder}/`];
+  const steps = [
+    ["mkdir", "-p", folder],
+    ["cp", "--recursive", ...paths, folder],
+    ["cp", "--recursive", "--link", ...modules], // some are 100 MiB
+    ["npm", "run", "--silent", "--prefix", folder, "build"],
+    ["cmp", ...executable, `${folder}/dist/persistence`],
+  ];
+  let isSame = true;
+  for (const step of steps) isSame &&= await run(step) === 0;
+  await Deno.remove(folder, { recursive: true });
+  return isSame;
 }
 
 /** All files of tests here but the rough ones. */
