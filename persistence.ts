@@ -433,29 +433,19 @@ const GPT = {
   entry: { type: 0, first: 32, last: 40, name: 56, nameBytes: 72 },
 };
 
-/** Where the entries of a table are, and how they are told to be whole. */
-interface GptHeader {
-  sectorBytes: number;
-  entriesAt: number;
-  entriesBytes: number;
-  entryBytes: number;
-  entriesCrc: number;
-  endBytes: number;
-}
-
 /**
- * Reads the header of a GUID partition table.
+ * Reads a GUID partition table.
  *
- * @param header The sector that holds it.
- * @param at The byte of the disk at which that sector begins.
+ * @param at The byte of the disk at which the sector with its header begins.
  * @param sectorBytes Logical sector size that the table was made for.
- * @returns The header, or undefined where there is none or it is damaged.
+ * @returns The table, or undefined where there is none or it is damaged.
  */
-export function parseGptHeader(
-  header: Uint8Array,
+export async function readGptAt(
   at: number,
   sectorBytes: number,
-): GptHeader | undefined {
+  read: Read,
+): Promise<Gpt | undefined> {
+  const header = await read(at, sectorBytes);
   if (header.length < 512 || text(header, 0, 8) !== GPT.signature) {
     return undefined;
   }
@@ -472,23 +462,10 @@ export function parseGptHeader(
   if (entryBytes < 128 || entryBytes & (entryBytes - 1)) return undefined;
   if (bytesAt(GPT.ownLba) !== at) return undefined;
   if (entriesBytes > GPT.largestBytes) return undefined;
-  return {
-    sectorBytes,
-    entriesAt: bytesAt(GPT.entriesLba),
-    entriesBytes,
-    entryBytes,
-    entriesCrc: view.getUint32(GPT.entriesCrc, true),
-    endBytes: bytesAt(GPT.backupLba) + sectorBytes,
-  };
-}
 
-/** Reads the entries of a table; undefined where they are damaged. */
-export function parseGptEntries(
-  { sectorBytes, entriesBytes, entryBytes, entriesCrc, endBytes }: GptHeader,
-  entries: Uint8Array,
-): Gpt | undefined {
+  const entries = await read(bytesAt(GPT.entriesLba), entriesBytes);
   if (entries.length !== entriesBytes) return undefined;
-  if (crc32(entries) !== entriesCrc) return undefined;
+  if (crc32(entries) !== view.getUint32(GPT.entriesCrc, true)) return undefined;
   const partitions: GptPartition[] = [];
   const table = viewOf(entries);
   const { type, first, last, name, nameBytes } = GPT.entry;
@@ -508,6 +485,7 @@ export function parseGptEntries(
       sizeBytes: (to - from + 1) * sectorBytes,
     });
   }
+  const endBytes = bytesAt(GPT.backupLba) + sectorBytes;
   return { partitions, sectorBytes, endBytes };
 }
 
@@ -1166,10 +1144,7 @@ async function readGpt(
   const isLost = (end: number) =>
     isZero(start.subarray(onlyHeader ? 512 : 0, end));
   for (const size of sizes) {
-    const found = parseGptHeader(await within(size, size), size, size);
-    if (!found) continue;
-    const entries = await within(found.entriesAt, found.entriesBytes);
-    const gpt = parseGptEntries(found, entries);
+    const gpt = await readGptAt(size, size, within);
     if (gpt) return isAnnounced ? gpt : { ...gpt, lost: "first sector" };
   }
   if (!isAnnounced && !isLost(2 * sizes[0])) return undefined;
@@ -1177,17 +1152,13 @@ async function readGpt(
   for (const size of sizes) {
     const at = diskBytes - size;
     if (at % size !== 0 || at < START_BYTES) continue;
-    const found = parseGptHeader(await read(at, size), at, size);
-    if (!found) continue;
-    const { entriesAt, entriesBytes } = found;
-    const gpt = parseGptEntries(found, await read(entriesAt, entriesBytes));
-    const isWhole = parseGptEntries(
-      found,
-      await within(2 * size, entriesBytes),
-    );
-    if (gpt && (isAnnounced || isLost(start.length) || isWhole)) {
-      return { ...gpt, lost: "primary table", endBytes: diskBytes };
-    }
+    const gpt = await readGptAt(at, size, read);
+    const withPrimaryEntries: Read = (place, length) =>
+      place === at ? read(place, length) : within(2 * size, length);
+    if (
+      gpt && (isAnnounced || isLost(start.length) ||
+        await readGptAt(at, size, withPrimaryEntries))
+    ) return { ...gpt, lost: "primary table", endBytes: diskBytes };
   }
 }
 

@@ -14,8 +14,6 @@ import {
   mbrTypes,
   type MemberRecord,
   type Mount,
-  parseGptEntries,
-  parseGptHeader,
   parseKernelCommandLine,
   parseMountinfo,
   parsePartname,
@@ -23,6 +21,7 @@ import {
   parseStart,
   parseSuperblock,
   parseSwapLabel,
+  readGptAt,
   type Reading,
   type Settings,
 } from "../persistence.ts";
@@ -359,16 +358,20 @@ function table(
 }
 
 /** Reads the header, then the entries where it says that they are. */
-function readTable({ header, at, entries, entriesAt, sectorBytes }: Table) {
-  const found = parseGptHeader(amidOthers(header), at, sectorBytes);
-  if (!found) return undefined;
-  assertEquals(found.entriesAt, entriesAt);
-  const bytes = entries.slice(0, found.entriesBytes);
-  return parseGptEntries(found, amidOthers(bytes));
+async function readTable(table: Table, lengths: number[] = []) {
+  const { header, at, entries, entriesAt, sectorBytes } = table;
+  let isHeader = true;
+  return await readGptAt(at, sectorBytes, (place, length) => {
+    assertEquals(place, isHeader ? at : entriesAt);
+    const bytes = isHeader ? header : entries.slice(0, length);
+    isHeader = false;
+    lengths.push(length);
+    return Promise.resolve(amidOthers(bytes));
+  });
 }
 
-const partitionsOf = (table: Table) =>
-  readTable(table)?.partitions
+const partitionsOf = async (table: Table) =>
+  (await readTable(table))?.partitions
     .map(({ number, name, startBytes, sizeBytes }) =>
       `${number} ${name} ${startBytes} ${sizeBytes}`
     );
@@ -618,27 +621,29 @@ const tables: {
 ];
 
 for (const { name, table, found } of tables) {
-  Deno.test(`parseGptHeader(), parseGptEntries(): a table ${name}`, () => {
-    assertEquals(partitionsOf(table), found);
+  Deno.test(`readGptAt(): a table ${name}`, async () => {
+    assertEquals(await partitionsOf(table), found);
   });
 }
 
-Deno.test("parseGptHeader(): where the table believes that the disk ends", () => {
+Deno.test("readGptAt(): where the table believes that the disk ends", async () => {
   const sectors = 1n << 33n;
-  const small = readTable(table(one, { sectors }));
+  const small = await readTable(table(one, { sectors }));
   assertEquals([small?.endBytes, small?.sectorBytes], [2 ** 42, 512]);
-  const large = readTable(table(one, { sectors, sectorBytes: 4096 }));
+  const large = await readTable(table(one, { sectors, sectorBytes: 4096 }));
   assertEquals([large?.endBytes, large?.sectorBytes], [2 ** 45, 4096]);
 });
 
-Deno.test("parseGptHeader(): how many bytes of entries there are", () => {
-  const bytesOf = (options: Partial<TableOptions>) => {
-    const { header, at, sectorBytes } = table({}, options);
-    return parseGptHeader(header, at, sectorBytes)?.entriesBytes;
+Deno.test("readGptAt(): how many bytes it asks for", async () => {
+  const bytesOf = async (options: Partial<TableOptions>) => {
+    const lengths: number[] = [];
+    await readTable(table({}, options), lengths);
+    return lengths;
   };
-  assertEquals(bytesOf({}), 16 * KiB);
-  assertEquals(bytesOf({ entryCount: 248 }), 31 * KiB);
-  assertEquals(bytesOf({ entryCount: 4, entryBytes: 256 }), KiB);
+  assertEquals(await bytesOf({}), [512, 16 * KiB]);
+  assertEquals(await bytesOf({ entryCount: 248 }), [512, 31 * KiB]);
+  const few = { entryCount: 4, entryBytes: 256, sectorBytes: 4096 };
+  assertEquals(await bytesOf(few), [4096, KiB]);
 });
 
 for (
@@ -648,12 +653,16 @@ for (
     ["nothing instead", -16 * KiB],
   ] as const
 ) {
-  Deno.test(`parseGptEntries(): ${name} of entries than asked for`, () => {
+  Deno.test(`readGptAt(): ${name} of entries than asked for`, async () => {
     const { header, entries } = table(one);
     const bytes = new Uint8Array(entries.length + length);
     bytes.set(entries.subarray(0, bytes.length));
-    const found = parseGptHeader(header, 512, 512)!;
-    assertEquals(parseGptEntries(found, bytes), undefined);
+    const found = await readGptAt(
+      512,
+      512,
+      (at) => Promise.resolve(at === 512 ? header : bytes),
+    );
+    assertEquals(found, undefined);
   });
 }
 
