@@ -593,19 +593,14 @@ function parseSlot(slot: string): MemberRecord | undefined {
   try {
     const record = JSON.parse(json);
     const { fsid, member, epoch, present, absent } = record;
-    const isText = (value: unknown) => typeof value === "string";
-    const isOptional = (value: unknown, isValid: (value: unknown) => boolean) =>
-      value === undefined || isValid(value);
-    const isTable = (value: unknown, isValid: (value: unknown) => boolean) =>
-      typeof value === "object" && Object.values(value!).every(isValid);
-    const valid = isText(fsid) && isText(member) &&
-      Number.isSafeInteger(epoch) &&
-      present.every(isText) && isTable(absent, Number.isSafeInteger) &&
-      isOptional(record.machine, isText) &&
-      isOptional(record.hardware, isText) &&
-      isOptional(record.seconds, Number.isSafeInteger) &&
-      isOptional(record.mounts, (m) => Array.isArray(m) && m.every(isText)) &&
-      isOptional(record.lastSeen, (seen) => isTable(seen, isText));
+    const { machine = "", hardware = "", seconds = 0 } = record;
+    const { mounts = [], lastSeen = {} } = record;
+    const texts = [fsid, member, machine, hardware]
+      .concat(present, mounts, Object.values(lastSeen));
+    const valid = [present, mounts].every(Array.isArray) &&
+      [absent, lastSeen].every((table) => typeof table === "object") &&
+      texts.every((value) => typeof value === "string") &&
+      [epoch, seconds, ...Object.values(absent)].every(Number.isSafeInteger);
     return valid ? record : undefined;
   } catch {
     return undefined;
@@ -801,21 +796,16 @@ export async function look(
   const found = await readDevices(listDevices(settings));
   found.push(...await readPartitionsWithoutNode(found));
 
-  const startedOver = found.filter(({ read }) => read.onlyHeader && read.gpt)
-    .map(({ node }) => node.disk);
   const isFirst =
     found.some(({ read }) => read.header || namesIn(read).includes(MAGIC)) &&
-    !found.some(({ node, read }) =>
-      read.btrfs?.label === DATA && !startedOver.includes(node.disk)
+    !found.some(({ read, disk }) =>
+      read.btrfs?.label === DATA && !isStartedOver(disk, found)
     );
   const close = new Set(
     found.filter(({ read }) => isFirst || mayMatter(read))
-      .map(({ node }) => node.disk).concat(always ?? []),
+      .map(({ disk }) => disk).concat(always ?? []),
   );
-  const devices = complete(
-    found.filter(({ node }) => close.has(node.disk)),
-    mounts,
-  );
+  const devices = complete(found.filter(({ disk }) => close.has(disk)), mounts);
   await askAbout(
     devices.filter((device) =>
       isFirst || device.disk === always || isInQuestion(device, devices)
@@ -836,11 +826,11 @@ export async function look(
   };
 }
 
-/** A device node and what was read from it. */
-interface Found {
-  node: DeviceNode;
-  read: Reading;
-}
+type Found = DeviceNode & { read: Reading };
+
+/** Nothing else leaves a header alone, and a table: it was done on purpose. */
+const isStartedOver = (disk: string, found: Found[]) =>
+  found.some(({ name, read }) => name === disk && read.onlyHeader && read.gpt);
 
 const namesIn = ({ gpt }: Reading) =>
   gpt?.partitions.map((partition) => partition.name) ?? [];
@@ -975,9 +965,8 @@ async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
     let buffer = new Uint8Array(START_BYTES);
     while (next < nodes.length) {
       const index = next++;
-      const node = nodes[index];
-      const read = await readDevice(node, buffer);
-      found[index] = { node, read };
+      const read = await readDevice(nodes[index], buffer);
+      found[index] = { ...nodes[index], read };
       // A read that was given up may end after all, and write there.
       if (read.error) buffer = new Uint8Array(START_BYTES);
     }
@@ -1000,9 +989,9 @@ async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
  * the backup table: read through the whole disk.
  */
 async function readPartitionsWithoutNode(found: Found[]): Promise<Found[]> {
-  const known = new Set(found.map(({ node }) => node.path));
-  const nodes = found.flatMap(({ node: disk, read }) =>
-    (read.gpt?.partitions ?? []).map((entry): DeviceNode => {
+  const known = new Set(found.map(({ path }) => path));
+  const nodes = found.flatMap((disk) =>
+    (disk.read.gpt?.partitions ?? []).map((entry): DeviceNode => {
       const { number } = entry;
       const path = partitionPath(disk, number);
       const name = nameOf(path);
@@ -1010,15 +999,14 @@ async function readPartitionsWithoutNode(found: Found[]): Promise<Found[]> {
       return { ...disk, ...own, kind: "partition" };
     }).filter(({ path }) => !known.has(path))
   );
-  return await Promise.all(nodes.map(async (node) => {
-    const read = await readDevice(node, new Uint8Array(START_BYTES));
-    return { node, read };
-  }));
+  return await Promise.all(
+    nodes.map(async (node) => ({ ...node, read: await readDevice(node) })),
+  );
 }
 
 async function readDevice(
   node: DeviceNode,
-  buffer: Uint8Array,
+  buffer = new Uint8Array(START_BYTES),
 ): Promise<Reading> {
   const path = node.entry ? nodeOf(node.disk) : node.path;
   try {
@@ -1236,9 +1224,9 @@ function parkOpenFile(file: number): void {
 
 /** Completes devices from sysfs: place, size, name, users, identity. */
 function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
-  const users = readUsers(found.map(({ node }) => node), mounts);
+  const users = readUsers(found, mounts);
   const identities = new Map<string, ReturnType<typeof readIdentity>>();
-  return found.map(({ node, read }): BlockDevice => {
+  return found.map((node): BlockDevice => {
     const { name, disk, number, entry } = node;
     const known = entry ? disk : name; // to the kernel
     const diskBytes = readSysfsBytes(disk, "size");
@@ -1257,7 +1245,6 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
       readOnly: readSysfs(known, "ro") === "1",
       inUse: users.get(known),
       partitionName: readPartitionName(node, { startBytes, sizeBytes }, found),
-      read,
       magic: false,
       holds: { kind: "nothing of ours" },
     };
@@ -1271,7 +1258,7 @@ function readPartitionName(
   found: Found[],
 ): string | undefined {
   if (number === 0) return undefined;
-  const whole = found.find(({ node }) => node.name === disk)?.read;
+  const whole = found.find((other) => other.name === disk)?.read;
   // The kernel's name for it may be old; it serves where the disk is mute.
   if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
   const isSame = (listed: GptPartition) =>
@@ -1935,12 +1922,7 @@ export function whatItHolds(
   const { btrfs, record } = read;
   if (read.error) return { kind: "unreadable", why: read.error };
   if (btrfs && isOpen(device)) return { kind: "member", btrfs, record };
-  const disk = devices.find(({ name }) => name === device.disk);
-  // Nothing else makes that state: it was started over on purpose.
-  if (disk?.read.onlyHeader && disk.read.gpt) {
-    return { kind: "nothing of ours" };
-  }
-
+  if (isStartedOver(device.disk, devices)) return { kind: "nothing of ours" };
   const isOurs = btrfs?.label === DATA;
   const labelled = isOurs || signatures.some(({ label }) => label === DATA);
   const suspect = (why: string, remedy?: string): Holds => ({
@@ -2838,17 +2820,8 @@ async function confirm(device: BlockDevice): Promise<void> {
     const fsid = (await superblockOf(path))?.fsid;
     return assert(fsid === read.btrfs?.fsid, cannot);
   }
-  const whole = {
-    ...device,
-    name: disk,
-    path: node,
-    number: 0,
-    entry: undefined,
-  };
-  const again = await readDevice(
-    { ...whole, kind: "disk" },
-    new Uint8Array(START_BYTES),
-  );
+  const whole = { name: disk, path: node, number: 0, entry: undefined };
+  const again = await readDevice({ ...device, ...whole, kind: "disk" });
   const entry = again.gpt?.partitions.find((entry) =>
     entry.number === number && entry.startBytes === device.startBytes &&
     entry.sizeBytes === device.sizeBytes
