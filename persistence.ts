@@ -241,10 +241,12 @@ export type Holds =
     remedy?: string;
   };
 
-/** A device that is part of a Btrfs. */
-export type Member = BlockDevice & {
-  holds: Extract<Holds, { kind: "member" }>;
+type Holding<Kind extends Holds["kind"]> = BlockDevice & {
+  holds: Extract<Holds, { kind: Kind }>;
 };
+
+/** A device that is part of a Btrfs. */
+export type Member = Holding<"member">;
 
 /** All that a plan is computed from. */
 export interface Facts {
@@ -867,25 +869,17 @@ function listDevices({ only }: Settings): DeviceNode[] {
   for (const line of (readText("/proc/partitions") ?? "").split("\n")) {
     const [major, minor, , path = ""] = line.trim().split(/\s+/);
     const name = nameOf(path);
-    const deviceNumber = `${major}:${minor}`;
+    const own = { name, path: nodeOf(name), deviceNumber: `${major}:${minor}` };
     const number = whole && partitionNumber(whole.name, name);
     if (whole && number) {
-      const own = { name, path: nodeOf(name), number, deviceNumber };
-      nodes.push({ ...whole, ...own, kind: "partition" });
+      nodes.push({ ...whole, ...own, number, kind: "partition" });
     } else if (disks.has(name)) {
-      nodes.push(
-        whole = {
-          name,
-          path: nodeOf(name),
-          kind: VOLUME.test(name) ? "volume" : "disk",
-          disk: name,
-          number: 0,
-          deviceNumber,
-          sectorBytes: Number(
-            readSysfs(name, "queue/logical_block_size") ?? 512,
-          ),
-        },
+      const kind = VOLUME.test(name) ? "volume" : "disk";
+      const sectorBytes = Number(
+        readSysfs(name, "queue/logical_block_size") ?? 512,
       );
+      whole = { ...own, kind, disk: name, number: 0, sectorBytes };
+      nodes.push(whole);
     }
   }
   return nodes;
@@ -1376,16 +1370,15 @@ function readSwaps(): string[] {
 /** Asks libblkid what devices hold, 16 at a time. */
 async function askAbout(devices: BlockDevice[]): Promise<void> {
   const readable = devices.filter(({ read }) => !read.error);
+  const ask = async (device: BlockDevice) => {
+    try {
+      device.signatures = await listSignatures(device);
+    } catch (error) {
+      device.read.error = cannotRead(device.path, error);
+    }
+  };
   while (readable.length > 0) {
-    await Promise.all(
-      readable.splice(0, 16).map(async (device) => {
-        try {
-          device.signatures = await listSignatures(device);
-        } catch (error) {
-          device.read.error = cannotRead(device.path, error);
-        }
-      }),
-    );
+    await Promise.all(readable.splice(0, 16).map(ask));
   }
 }
 
@@ -1431,19 +1424,10 @@ function isDiskPending(): boolean {
   return ["usb-storage", "uas"].some((driver) => {
     const directory = `/sys/bus/usb/drivers/${driver}`;
     return listDirectory(directory).some((name) =>
-      /^\d+-.*:/.test(name) && !hasBlockDevice(`${directory}/${name}`)
+      /^\d+-.*:/.test(name) &&
+      !fs.globSync(`${directory}/${name}/host*/target*/*:*/block/*`).length
     );
   });
-}
-
-function hasBlockDevice(usbInterface: string): boolean {
-  const below = (directory: string, pattern: RegExp) =>
-    listDirectory(directory).filter((name) => pattern.test(name))
-      .map((name) => join(directory, name));
-  return below(usbInterface, /^host\d/)
-    .flatMap((host) => below(host, /^target/))
-    .flatMap((target) => below(target, /^\d+:/))
-    .some((unit) => listDirectory(join(unit, "block")).length > 0);
 }
 
 /** Usable memory (proc_meminfo(5)). */
@@ -1473,7 +1457,6 @@ export function parseMountinfo(mountinfo: string): Mount[] {
 }
 
 function unescapeOctal(field: string): string {
-  if (!field.includes("\\")) return field;
   return field.replace(
     /\\([0-7]{3})/g,
     (_, code) => String.fromCharCode(parseInt(code, 8)),
@@ -1613,8 +1596,8 @@ interface Findings {
   /** Magic devices that hold no data. */
   candidates: BlockDevice[];
   /** What may be a damaged data disk. */
-  suspects: BlockDevice[];
-  unreadable: BlockDevice[];
+  suspects: Holding<"suspect">[];
+  unreadable: Holding<"unreadable">[];
 }
 
 function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
@@ -1659,31 +1642,29 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     ));
   }
   const candidates = magic.filter((device) => !forgotten.includes(device));
-  const suspects = usable.filter((device) =>
-    device.holds.kind === "suspect" &&
-    !candidates.some((magic) => partsOf(magic, usable).includes(device))
-  );
-  const unreadable = usable
-    .filter((device) => device.holds.kind === "unreadable");
-  if (chosen) {
-    const known = suspects.filter(({ holds }) =>
-      holds.kind === "suspect" && holds.fsid === chosen.fsid
-    );
-    chosen.absent = Math.max(0, chosen.absent - known.length);
-  }
+  const given = candidates.flatMap((device) => partsOf(device, usable));
+  const suspects = usable.filter(holding("suspect"))
+    .filter((device) => !given.includes(device));
+  const unreadable = usable.filter(holding("unreadable"));
+  const found = { usable, chosen, candidates, suspects, unreadable };
+  if (!chosen) return found;
+  const known = suspects.filter(({ holds }) => holds.fsid === chosen.fsid);
+  chosen.absent = Math.max(0, chosen.absent - known.length);
   const doubted = [...suspects, ...unreadable];
-  const isOther = chosen && !mounted && !settings.dataUuid &&
+  const isOther = !mounted && !settings.dataUuid &&
     chosen.members.length > 0 && isAnothers(chosen, machine);
-  if (!isOther || doubted.length === 0) {
-    return { usable, chosen, candidates, suspects, unreadable };
-  }
+  if (!isOther || doubted.length === 0) return found;
   plan.notes.push(error(
     `${pathsOf(chosen.members)} holds another machine's data filesystem: it ` +
       `is not used while ${pathsOf(doubted)} may be this machine's (to use ` +
       `it: lightwhale.data=${chosen.fsid} on the kernel command line)`,
   ));
-  return { usable, candidates, suspects, unreadable };
+  return { ...found, chosen: undefined };
 }
+
+const holding =
+  <Kind extends Holds["kind"]>(kind: Kind) =>
+  (device: BlockDevice): device is Holding<Kind> => device.holds.kind === kind;
 
 const warning = (text: string): Note => ({ level: "warning", text });
 const error = (text: string): Note => ({ level: "error", text });
@@ -1775,7 +1756,6 @@ function sayDoubts(
   plan: Plan,
 ): void {
   for (const device of suspects) {
-    if (device.holds.kind !== "suspect") continue;
     const { why, remedy } = device.holds;
     const text = `${device.path} may be a "${DATA}" disk, but ${why}: it is ` +
       `not touched (${remedy ? `${remedy}; ` : ""}` +
@@ -1783,7 +1763,6 @@ function sayDoubts(
     plan.notes.push({ level, text });
   }
   for (const { holds } of unreadable) {
-    if (holds.kind !== "unreadable") continue;
     plan.notes.push(warning(`${holds.why}: it is not used`));
   }
 }
@@ -2025,16 +2004,11 @@ export function findDataFilesystems(
   devices: BlockDevice[],
   machine?: string,
 ): DataFilesystem[] {
-  const groups = Object.values(
-    Object.groupBy(devices.filter(isMember), ({ holds }) => holds.btrfs.fsid),
-  ) as Member[][];
-  return groups
+  const members = devices.filter(holding("member"));
+  const groups = Object.groupBy(members, ({ holds }) => holds.btrfs.fsid);
+  return (Object.values(groups) as Member[][])
     .filter((group) => group.some(({ holds }) => holds.btrfs.label === DATA))
     .map((group) => sortOutMembers(withoutJoining(group, devices), machine));
-}
-
-function isMember(device: BlockDevice): device is Member {
-  return device.holds.kind === "member";
 }
 
 /**
@@ -2566,11 +2540,11 @@ const largestChunkBytes = (devicesBytes: number[]) =>
 const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 
 /** The plan as `--dry-run` prints it: a line for each disk that changes. */
-export function describePlan(plan: Plan): string[] {
+export function* describePlan(plan: Plan): Generator<string> {
   const { create, data } = plan;
-  const lines = [`${plan.mode}: ${plan.reason}`];
+  yield `${plan.mode}: ${plan.reason}`;
   for (const repair of plan.repairs) {
-    lines.push(REPAIRS[repair.do].says(repair.device));
+    yield REPAIRS[repair.do].says(repair.device);
   }
   for (const { device, ...member } of create?.members ?? []) {
     const swap = member.swapBytes > 0
@@ -2578,37 +2552,29 @@ export function describePlan(plan: Plan): string[] {
       : "";
     const holds = describeSignatures(device.signatures ?? []);
     const old = holds ? `, which holds ${holds}` : "";
-    lines.push(
-      device.kind === "partition"
-        ? `format ${device.path} (${inMiB(device.sizeBytes)}${old})`
-        : `partition ${device.path} (${inMiB(device.sizeBytes)}${old}): ` +
-          `${swap}data on ${member.dataPath}`,
-    );
+    yield device.kind === "partition"
+      ? `format ${device.path} (${inMiB(device.sizeBytes)}${old})`
+      : `partition ${device.path} (${inMiB(device.sizeBytes)}${old}): ` +
+        `${swap}data on ${member.dataPath}`;
   }
   if (create) {
-    lines.push(
-      `create "${DATA}" on ${
-        create.members.map((m) => m.dataPath).join(", ")
-      }: ` +
-        `data ${create.dataProfile}, metadata ${create.metadataProfile}`,
-    );
+    const nodes = create.members.map((member) => member.dataPath).join(", ");
+    yield `create "${DATA}" on ${nodes}: data ${create.dataProfile}, ` +
+      `metadata ${create.metadataProfile}`;
   }
   if (data && plan.mode === "persistent") {
-    lines.push(
-      `mount "${DATA}" (${data.fsid}) from ${pathsOf(data.members)}` +
-        (data.missing > 0 ? `, degraded: ${data.missing} missing` : ""),
-    );
+    yield `mount "${DATA}" (${data.fsid}) from ${pathsOf(data.members)}` +
+      (data.missing > 0 ? `, degraded: ${data.missing} missing` : "");
   }
   for (const device of data?.stale ?? []) {
-    lines.push(`wipe ${device.path}, which missed writes, and rebuild it`);
+    yield `wipe ${device.path}, which missed writes, and rebuild it`;
   }
   for (const { device } of plan.joins) {
-    lines.push(`let ${device.path} join the data filesystem`);
+    yield `let ${device.path} join the data filesystem`;
   }
   if (plan.mode === "volatile" || plan.mode === "off") {
-    lines.push(`mount a tmpfs on /${DATA_MOUNT}`);
+    yield `mount a tmpfs on /${DATA_MOUNT}`;
   }
-  return lines;
 }
 
 // ---------------------------------------------------------------------------
@@ -3887,7 +3853,7 @@ function writeReport(
     devices: data?.members.map((member) => member.path) ?? [],
     missing: data ? stateOf(data)?.missing ?? [] : [],
     degraded: (data?.missing ?? 0) > 0,
-    plan: plan ? describePlan(plan) : [],
+    plan: plan ? [...describePlan(plan)] : [],
     ...messages,
     durationMs: Math.round(performance.now() - startedMs),
   };

@@ -3614,19 +3614,21 @@ const descriptions: {
 ];
 for (const { name, devices, lines } of descriptions) {
   Deno.test(`describePlan(): ${name}`, () => {
-    const found = describePlan(plan(devices));
+    const found = [...describePlan(plan(devices))];
     assertEquals(found.length, lines.length, found.join("\n"));
     for (const [i, line] of lines.entries()) assertMatch(found[i], line);
   });
 }
 
 Deno.test("describePlan(): what is off, and what is mounted already", () => {
-  const off = describePlan(plan(pair, { settings: { off: true } }));
+  const off = [...describePlan(plan(pair, { settings: { off: true } }))];
   assertEquals(off.length, 2);
   assertMatch(off[1], /^mount a tmpfs on/);
-  const again = describePlan(
-    plan([data("sda", { open: true })], { facts: { mounted } }),
-  );
+  const again = [
+    ...describePlan(
+      plan([data("sda", { open: true })], { facts: { mounted } }),
+    ),
+  ];
   assertEquals(again.length, 1);
   assertMatch(again[0], /^mounted: /);
 });

@@ -88,12 +88,6 @@ export const survivors: Survivor[] = [
     why: "the separator is looked for behind the sixth field",
   })),
   {
-    where: "unescapeOctal",
-    change: 'if (!field.includes("\\\\")) return field; -> ' +
-      "if (false) return field;",
-    why: quicker,
-  },
-  {
     where: "machineRank",
     change: "record.machine === machine ? 2 : 0 -> " +
       "record.machine === machine ? 2 : (-1)",
