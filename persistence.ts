@@ -200,6 +200,7 @@ export interface Reading {
 export interface Signature {
   type: string;
   label?: string;
+  atBytes?: number;
 }
 
 /** A device that may matter, with all that is known about it. */
@@ -1405,13 +1406,14 @@ async function listSignatures(
     return type ? [{ type, label: found.LABEL }] : [];
   }
   const { stdout } = await run(
-    words`wipefs --json --output TYPE,LABEL ${path}`,
+    words`wipefs --json --output TYPE,LABEL,OFFSET ${path}`,
     { to, capture: true },
   );
   const { signatures } = JSON.parse(stdout || '{"signatures":[]}');
-  return signatures.map(({ type, label }: Record<string, string | null>) => ({
-    type,
-    label: label ?? undefined,
+  return signatures.map((found: Record<string, string>) => ({
+    type: found.type,
+    label: found.label ?? undefined,
+    atBytes: Number(found.offset),
   }));
 }
 
@@ -1830,10 +1832,13 @@ function isGrown(member: BlockDevice, disk: BlockDevice): boolean {
   if (member.disk !== disk.name || member.kind !== "partition") return false;
   if (!gpt || gpt.lost || disk.readOnly) return false;
   if (gpt.sectorBytes !== disk.sectorBytes) return false;
-  const ends = gpt.partitions.map((p) => p.startBytes + p.sizeBytes);
-  return member.startBytes + member.sizeBytes === Math.max(...ends) &&
+  return member.startBytes + member.sizeBytes === endOfPartitions(gpt) &&
     disk.sizeBytes - gpt.endBytes >= MiB;
 }
+
+/** Where the last partition ends. */
+const endOfPartitions = ({ partitions }: Gpt) =>
+  Math.max(0, ...partitions.map((p) => p.startBytes + p.sizeBytes));
 
 /** The kernel has it open as a member of its filesystem. */
 function isOpen({ inUse, read }: BlockDevice): boolean {
@@ -1956,7 +1961,7 @@ function onlySwapIsLeft({ read }: BlockDevice): boolean {
 /**
  * Why partitions must not be believed: the table is not whole and not alone, or
  * a filesystem of the whole disk overlaps them. A hybrid ISO image is meant to
- * be both; RAID metadata at the end of the disk overlap nothing; and a Btrfs is
+ * be both; RAID metadata behind all partitions overlap nothing; and a Btrfs is
  * older than the table over it, for mkfs.btrfs zeroes the first 2 MiB.
  */
 function whyTableIsDoubted(
@@ -1967,17 +1972,29 @@ function whyTableIsDoubted(
   if (device.kind !== "partition" || !disk?.read.gpt) return undefined;
   const { lost } = disk.read.gpt;
   const known = device.read.btrfs?.label === DATA
-    ? /^(iso9660\b|btrfs "lightwhale-data"$|a partition table)|_raid_member\b/
-    : /^iso9660\b|_raid_member\b/;
-  const others = othersOn(disk).filter((what) => lost || !known.test(what));
+    ? /^(iso9660\b|btrfs "lightwhale-data"$|a partition table)/
+    : /^iso9660\b/;
+  const others = othersOn(
+    disk,
+    lost ? Infinity : endOfPartitions(disk.read.gpt),
+  )
+    .filter((what) => lost || !known.test(what));
   if (others.length === 0) return undefined;
   return `${disk.path}, which it is a part of, holds ${others.join(", ")}` +
     (lost ? `, and its partition table is damaged` : "");
 }
 
-/** What libblkid sees beside our filesystem or the GPT of a disk. */
-function othersOn({ read, signatures = [] }: BlockDevice): string[] {
-  const isExpected = ({ type }: Signature) => {
+/**
+ * What libblkid sees beside our filesystem or the GPT of a disk.
+ *
+ * @param endBytes From here on RAID metadata do not count.
+ */
+function othersOn(
+  { read, signatures = [] }: BlockDevice,
+  endBytes = Infinity,
+): string[] {
+  const isExpected = ({ type, atBytes = 0 }: Signature) => {
+    if (type.endsWith("_raid_member") && atBytes >= endBytes) return true;
     // An empty MBR is what boot code looks like, where there is nothing else.
     if (type === "dos") return read.table !== "mbr" && !read.btrfs;
     if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;

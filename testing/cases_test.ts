@@ -59,6 +59,7 @@ md10() { # the superblock of an md array at the end; the kernel here has no md
   printf '\\374\\116\\053\\251\\001\\0\\0\\0' | put "$1" $at
   le64 $((at / 512)) | put "$1" $((at + 144))
 }
+md11() { printf '\\374\\116\\053\\251\\001\\0\\0\\0' | put "$1" 0; }
 md090() {
   at=$((($(sizeof "$1") & ~65535) - 65536))
   printf '\\374\\116\\053\\251\\0\\0\\0\\0\\132\\0\\0\\0' | put "$1" $at
@@ -250,6 +251,14 @@ for (const [what, { script, needs }] of Object.entries(newer)) {
     },
   );
 }
+
+situation("a whole data disk became a member of md 1.1: it is not ours", {
+  disks: [magicDisk],
+  earlier: [[1]],
+  then: 'md11 "$1"',
+  mode: "not persistent",
+  says: ["%1p1", "linux_raid_member"],
+});
 
 for (const end of ["md10", "md090"]) {
   situation(`a data partition became a member of md (${end}): it is not ours`, {

@@ -2619,7 +2619,10 @@ const situations: {
       data("sda", {
         disk: {
           sizeBytes: 2 * diskBytes,
-          signatures: [{ type: "gpt" }, { type: "isw_raid_member" }],
+          signatures: [{ type: "gpt" }, {
+            type: "isw_raid_member",
+            atBytes: Number.MAX_SAFE_INTEGER,
+          }],
         },
       }),
     ],

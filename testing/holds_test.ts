@@ -34,6 +34,10 @@ import {
 const ours: Signature = { type: "btrfs", label: DATA };
 const gpt: Signature = { type: "gpt" };
 const protective: Signature = { type: "PMBR" };
+const raid = (atBytes: number): Signature => ({
+  type: "linux_raid_member",
+  atBytes,
+});
 const open = { inUse: "part of the mounted Btrfs data" };
 const noTable = { partitions: [], sectorBytes: 512, endBytes: diskBytes };
 
@@ -140,8 +144,18 @@ const cases: {
   },
   {
     name: "RAID metadata at the end of a data disk",
-    devices: main({ disk: { signatures: [gpt, { type: "ddf_raid_member" }] } }),
+    devices: main({
+      disk: { signatures: [gpt, raid(Number.MAX_SAFE_INTEGER)] },
+    }),
     holds: "member",
+  },
+  {
+    name: "RAID metadata at the start of a data disk",
+    devices: main({ disk: { signatures: [gpt, raid(0)] } }),
+    holds: "suspect",
+    why: /sda, which it is a part of, holds linux_raid_member$/,
+    labelled: true,
+    fsid: "data",
   },
   {
     name: "a data disk that lost its first sector",
@@ -334,10 +348,10 @@ const cases: {
     name: "a damaged table, and RAID metadata",
     devices: main({
       lost: "first sector",
-      disk: { signatures: [gpt, { type: "isw_raid_member" }] },
+      disk: { signatures: [gpt, raid(Number.MAX_SAFE_INTEGER)] },
     }),
     holds: "suspect",
-    why: /holds isw_raid_member, and its partition table is damaged$/,
+    why: /holds linux_raid_member, and its partition table is damaged$/,
     labelled: true,
     fsid: "data",
   },
