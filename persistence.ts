@@ -26,7 +26,7 @@
 import { parseArgs } from "@std/cli/parse-args";
 import { Buffer } from "node:buffer";
 import * as fs from "node:fs";
-import { basename, dirname, join } from "node:path";
+import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
 
 // ---------------------------------------------------------------------------
@@ -78,6 +78,8 @@ const SNAPSHOTS = "lightwhale-state-snapshots";
 const UPPER = "overlay/upper"; // in the state directory
 const WORK = "overlay/work";
 const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/${STATE}/docker`;
+const DOCKER_DEFAULT = "/var/lib/docker"; // its own data root
+const DAEMON_JSON = "etc/docker/daemon.json";
 
 const KiB = 1024;
 const MiB = 1024 * KiB;
@@ -122,7 +124,8 @@ export function pathsBelow(root: string) {
     upper: join(state, UPPER),
     work: join(state, WORK),
     docker: join(root, DOCKER_DATA_ROOT),
-    daemonJson: join(root, "etc/docker/daemon.json"),
+    daemonJson: join(root, DAEMON_JSON),
+    imageDaemonJson: join(run, "overlay/lower", DAEMON_JSON),
     run,
     lower: join(run, "overlay/lower"),
     copyUp: join(run, "overlay/copy-up"),
@@ -3785,53 +3788,146 @@ async function makeUppers(
 
 /**
  * Points Docker at its data root (dockerd(8), daemon.json); every other key is
- * kept.
+ * kept as it is written, and so is a data root that the user chose.
  *
- * @throws {Error} When `daemon.json` is not a JSON object: it is never
+ * @throws {Error} When dockerd would not accept `daemon.json`: it is never
  * replaced.
  */
 function configureDocker(paths: Paths): void {
   // As dockerd makes it: others may pass through, but not look.
   fs.mkdirSync(paths.docker, { recursive: true, mode: 0o710 });
-  const before = fs.existsSync(paths.daemonJson)
-    ? fs.readFileSync(paths.daemonJson, "utf8")
-    : undefined;
-  const after = setDataRoot(before, paths.daemonJson);
-  if (after === before) return;
-  fs.mkdirSync(dirname(paths.daemonJson), { recursive: true });
-  const path = before === undefined
-    ? paths.daemonJson
-    : fs.realpathSync(paths.daemonJson); // through a symbolic link
-  replaceFile(path, after);
-  say("info", `Docker keeps its data in "${DOCKER_DATA_ROOT}"`);
+  const path = paths.daemonJson;
+  try {
+    const before = readConfig(path);
+    const imageRoot = orUndefined(() =>
+      setDataRoot(readConfig(paths.imageDaemonJson)!.contents).dataRoot
+    );
+    const { contents, dataRoot } = setDataRoot(before?.contents, imageRoot);
+    if (dataRoot !== DOCKER_DATA_ROOT) {
+      say(
+        "info",
+        `Docker keeps its data in "${dataRoot}", as "${path}" says, and not ` +
+          `in "${DOCKER_DATA_ROOT}"`,
+      );
+    } else if (contents !== before?.contents) {
+      fs.mkdirSync(dirname(path), { recursive: true });
+      const encode = before?.encode ?? Buffer.from;
+      replaceFile(before?.path ?? path, encode(contents));
+      say("info", `Docker keeps its data in "${DOCKER_DATA_ROOT}"`);
+    }
+  } catch (error) {
+    throw new Error(
+      `Cannot point Docker at its data: ${messageOf(error)}. "${path}" is ` +
+        `left as it is: repair or remove it, call persistence.ts again, and ` +
+        `restart Docker`,
+    );
+  }
 }
 
-/** Sets `data-root` in the text of `daemon.json`, if it is not set so. */
-export function setDataRoot(before: string | undefined, path: string): string {
-  let config: Record<string, unknown> = {};
-  if (before?.trim()) {
-    try {
-      config = JSON.parse(before);
-    } catch (error) {
-      throw new Error(
-        `Cannot point Docker at its data: "${path}" is not JSON ` +
-          `(${messageOf(error)}): it is left as it is, repair it by hand`,
-      );
-    }
-    if (typeof config !== "object" || !config || Array.isArray(config)) {
-      throw new Error(
-        `Cannot point Docker at its data: "${path}" is not a JSON object: it ` +
-          `is left as it is, repair it by hand`,
-      );
-    }
+/**
+ * Reads a file as dockerd does: UTF-8, or UTF-16 with a byte order mark (moby,
+ * daemon/config/config.go, getConflictFreeConfiguration()).
+ *
+ * @returns Its contents with the mark, how to encode others in its place, and
+ * its path behind symbolic links; undefined where there is none.
+ */
+function readConfig(path: string) {
+  if (!fs.lstatSync(path, { throwIfNoEntry: false })) return undefined;
+  const file = fs.statSync(path, { throwIfNoEntry: false });
+  assert(file !== undefined, `"${path}" is a symbolic link to nothing`);
+  assert(file.isFile(), `"${path}" is not a file`); // a FIFO would block us
+  const bytes = fs.readFileSync(path);
+  const mark = bytes.toString("latin1", 0, 2);
+  const isBigEndian = mark === "\xfe\xff";
+  const encoding = isBigEndian || mark === "\xff\xfe" ? "utf16le" : "utf8";
+  const swap = (bytes: Buffer) =>
+    isBigEndian ? bytes.subarray(0, bytes.length & ~1).swap16() : bytes;
+  const encode = (contents: string) => swap(Buffer.from(contents, encoding));
+  const contents = swap(Buffer.from(bytes)).toString(encoding);
+  assert(
+    encode(contents).equals(bytes),
+    `"${path}" is neither UTF-8 nor UTF-16 with a byte order mark`,
+  );
+  return { contents, encode, path: fs.realpathSync(path) };
+}
+
+/**
+ * Sets `data-root` in the text of `daemon.json`, unless the user chose one, that
+ * is, one that is neither the image's nor Docker's default. Only that value
+ * changes: to write the object anew would round the numbers of other keys.
+ *
+ * @returns The text, and the data root that it names.
+ * @throws {Error} When dockerd would not accept it.
+ */
+export function setDataRoot(
+  before = "",
+  imageRoot = DOCKER_DEFAULT,
+): { contents: string; dataRoot: string } {
+  const dataRoot = DOCKER_DATA_ROOT;
+  const value = `"${dataRoot}"`;
+  const [, head, json, tail] =
+    /^(\ufeff?\p{White_Space}*)(.*?)(\p{White_Space}*)$/su.exec(before)!;
+  let config: unknown;
+  try {
+    config = JSON.parse(json || "null"); // both are an empty one to dockerd
+  } catch (error) {
+    throw new Error(`daemon.json is not JSON (${messageOf(error)})`);
   }
-  if (before && config["data-root"] === DOCKER_DATA_ROOT) return before;
-  config["data-root"] = DOCKER_DATA_ROOT;
-  return JSON.stringify(config, null, 2) + "\n";
+  const isObject = typeof config === "object" && !Array.isArray(config);
+  assert(isObject, "daemon.json is not a JSON object");
+  const members = config ? listMembers(json) : [];
+  const roots = members.filter(({ key }) => /^(data-root|graph)$/i.test(key));
+  const chosen = roots.map(({ key, start, end }): string | null => {
+    const root = JSON.parse(json.slice(start, end));
+    assert(key === key.toLowerCase(), `dockerd does not know the key "${key}"`);
+    assert(
+      root === null || typeof root === "string",
+      `"${key}" is not a string`,
+    );
+    return root;
+  }).findLast((root) => root !== null); // Go's encoding/json passes over null
+  const isOneOf = (...roots: string[]) =>
+    roots.some((root) => resolve(root) === resolve(chosen ?? ""));
+  if (chosen && isOneOf(dataRoot)) return { contents: before, dataRoot };
+  if (chosen && !isOneOf(imageRoot, DOCKER_DEFAULT)) {
+    return { contents: before, dataRoot: chosen };
+  }
+  let after = `{\n  "data-root": ${value}\n}`;
+  const last = roots.at(-1);
+  const gap = /^{(\s*)/.exec(json)?.[1] ?? "";
+  if (last) {
+    after = json.slice(0, last.start) + value + json.slice(last.end);
+  } else if (members.length > 0) {
+    const others = json.slice(1 + gap.length);
+    after = `{${gap}"data-root": ${value},${gap || " "}${others}`;
+  }
+  return { contents: head + after + (json ? tail : "\n"), dataRoot };
+}
+
+/** The members of an object in valid JSON, and where their values are. */
+function listMembers(json: string) {
+  const members: { key: string; start: number; end: number }[] = [];
+  const tokens = /"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]/g; // a number is many
+  let key = "";
+  let depth = 0;
+  let from = 1;
+  let end = 0; // of the token before
+  for (const { 0: token, index } of json.matchAll(tokens)) {
+    if (depth === 1 && /^[:,}]$/.test(token)) {
+      const part = json.slice(from, end).trimStart();
+      if (token === ":") key = JSON.parse(part);
+      else if (part) members.push({ key, start: end - part.length, end });
+      from = index + 1;
+    }
+    if (/^[{[]$/.test(token)) depth++;
+    if (/^[\]}]$/.test(token)) depth--;
+    end = index + token.length;
+  }
+  return members;
 }
 
 /** Replaces a file in one step; mode and owner stay. */
-function replaceFile(path: string, contents: string): void {
+function replaceFile(path: string, contents: string | Uint8Array): void {
   const old = orUndefined(() => fs.statSync(path));
   const temporary = `${path}.new`;
   fs.rmSync(temporary, { force: true });

@@ -9,6 +9,7 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { Buffer } from "node:buffer";
+import { resolve } from "node:path";
 import process from "node:process";
 import { crc32 } from "node:zlib";
 import {
@@ -415,57 +416,97 @@ fuzz(
   },
 );
 
-fuzz("setDataRoot() keeps every other key, or says why not", (random) => {
-  const value = (depth: number): unknown => {
-    switch (random.below(depth > 0 ? 7 : 5)) {
+/** Values as somebody may have typed them, which JSON.stringify() would not. */
+const typedValues = [
+  ...["9223372036854775807", "1e400", "-0", "1.0", "0.1E-7", "1e-999"],
+  ...['"\\u0041"', '"\\ud800"', '"\\/\\\\"', '"}, {\\""', '"é🐋"', "{}", "[]"],
+];
+
+/** The source text of each value that is not an object, with its key. */
+function sourcesOf(json: string): string[] {
+  const sources: string[] = [];
+  // TypeScript does not know of the third argument yet.
+  const note = (
+    key: string,
+    value: unknown,
+    { source }: { source?: string },
+  ) => {
+    sources.push(`${key}: ${source ?? Object.keys(value as object)}`);
+    return value;
+  };
+  JSON.parse(json, note as (key: string, value: unknown) => unknown);
+  return sources;
+}
+
+fuzz("setDataRoot() changes nothing else, or says why not", (random) => {
+  const space = () =>
+    random.pick(["", "", " ", "\n  ", "\r\n\t", "\u00a0"].slice(0, 5));
+  const value = (depth: number): string => {
+    const list = (item: () => string) =>
+      Array.from({ length: random.below(4) }, () => space() + item() + space())
+        .join(",");
+    const key = () =>
+      random.chance(0.3)
+        ? random.pick(['"data-root"', '"data\\u002droot"', '"graph"'])
+        : JSON.stringify(random.pick([...hostileTexts, "__proto__", "0"]));
+    switch (random.below(depth > 0 ? 9 : 6)) {
       case 0:
-        return random.pick(hostileTexts);
+        return JSON.stringify(random.pick(hostileTexts));
       case 1:
-        return random.pick([0, -1, 1.5, 2 ** 53 - 1, 1e300]);
+        return random.pick(["true", "null", '"/var/lib/docker"', '"/image"']);
       case 2:
-        return random.chance(0.5);
+        return `[${depth > 0 ? list(() => value(depth - 1)) : ""}]`;
       case 3:
-        return null;
       case 4:
-        return "";
       case 5:
-        return Array.from({ length: random.below(3) }, () => value(depth - 1));
+        return random.pick(typedValues);
       default:
-        return Object.fromEntries(
-          Array.from({ length: random.below(4) }, () => [
-            random.pick([...hostileTexts, "__proto__", "data-root", "0"]),
-            value(depth - 1),
-          ]),
-        );
+        return `{${
+          list(() => `${key()}${space()}:${space()}${value(depth - 1)}`)
+        }${space()}}`;
     }
   };
-  let text = JSON.stringify(value(4), null, random.pick([0, 2, "\t"]));
-  if (random.chance(0.5)) {
-    const bytes = new TextEncoder().encode(text);
+  let before = random.pick(["", "\ufeff", "\n"]) + value(4) + space();
+  if (random.chance(0.3)) {
+    const bytes = new TextEncoder().encode(before);
     mutate(bytes, random);
-    text = new TextDecoder().decode(bytes);
+    before = new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
   }
-  const path = "/etc/docker/daemon.json";
-  let after: string;
+  let result: ReturnType<typeof setDataRoot>;
   try {
-    after = setDataRoot(text, path);
+    result = setDataRoot(before, "/image");
   } catch (error) {
     const { message } = error as Error;
-    assert(
-      message.startsWith(`Cannot point Docker at its data: "${path}" is not`),
-      message,
-    );
+    assert(/^(daemon.json is not|"|dockerd does)/.test(message), message);
     return;
   }
-  const config = JSON.parse(after);
-  const dataRoot = "/mnt/lightwhale-data/lightwhale-state/docker";
-  assertEquals(config["data-root"], dataRoot);
-  assertEquals(setDataRoot(after, path), after);
-  if (after === text || !text.trim()) return;
-  const before = JSON.parse(text);
-  delete before["data-root"];
-  delete config["data-root"];
-  assertEquals(JSON.stringify(config), JSON.stringify(before));
+  const { contents, dataRoot } = result;
+  assertEquals(setDataRoot(contents, "/image"), { contents, dataRoot });
+  const json = contents.replace(/^\ufeff/, "").trim();
+  const ours = "/mnt/lightwhale-data/lightwhale-state/docker";
+  const { "data-root": root, graph } = JSON.parse(json);
+  if (contents === before) {
+    if (root && graph === undefined) {
+      assertEquals(resolve(root), resolve(dataRoot));
+    }
+    return;
+  }
+  assertEquals(dataRoot, ours);
+  assert([root, graph].includes(ours), contents);
+  // What was put in, and what stood in its place.
+  let start = 0;
+  while (contents[start] === before[start]) start++;
+  let end = 0;
+  while (
+    contents.at(-1 - end) === before.at(-1 - end) &&
+    end < Math.min(contents.length, before.length) - start
+  ) end++;
+  const removed = before.slice(start, before.length - end);
+  assert(removed.length < 50, `"${removed}" of ${before}`);
+  const isRoot = (source: string) => /^(data-root|graph|): /.test(source);
+  const rest = (sources: string[]) => sources.filter((text) => !isRoot(text));
+  const old = before.replace(/^\ufeff/, "").trim() || "{}";
+  assertEquals(rest(sourcesOf(json)), rest(sourcesOf(old)), before);
 });
 
 // Machines

@@ -26,6 +26,7 @@ const rough = [
   "testing/formats_test.ts",
   "testing/holds_test.ts",
   "testing/cases_test.ts",
+  "testing/daemon_json_test.ts",
   "testing/life_test.ts",
   "testing/fuzz_test.ts",
   "testing/hostile_names_test.ts",
