@@ -683,7 +683,7 @@ export async function boot(settings: Settings): Promise<number> {
     sayError(error); // the other instance sets up the fallback if it has to
     return 1;
   }
-  const wasSetUp = OVERLAYS.every((name) => isOverlaid(name, paths));
+  const wasSetUp = withoutOverlay(paths).length === 0;
   try {
     await removeScratch(paths);
     plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
@@ -821,7 +821,7 @@ export async function look(
   for (const device of devices) device.holds = whatItHolds(device, devices);
 
   const { data } = pathsBelow(settings.root);
-  const mounted = mounts.findLast((mount) => mount.target === data);
+  const mounted = mountedOn(data, mounts);
   return {
     devices,
     diskPending,
@@ -1224,7 +1224,7 @@ function parkOpenFile(file: number): void {
 function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
   const users = readUsers(found, mounts);
   const identities = new Map<string, ReturnType<typeof readIdentity>>();
-  return found.map((node): BlockDevice => {
+  return found.map((node) => {
     const { name, disk, number, entry } = node;
     const known = entry ? disk : name; // to the kernel
     const diskBytes = readSysfsBytes(disk, "size");
@@ -1235,35 +1235,39 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
     const sizeBytes = entry
       ? Math.min(entry.sizeBytes, Math.max(0, diskBytes - startBytes))
       : readSysfsBytes(name, "size");
-    return {
+    const device: BlockDevice = {
       ...node,
       ...identity,
       startBytes,
       sizeBytes,
       readOnly: readSysfs(known, "ro") === "1",
       inUse: users.get(known),
-      partitionName: readPartitionName(node, { startBytes, sizeBytes }, found),
       magic: false,
       holds: { kind: "nothing of ours" },
     };
+    return { ...device, partitionName: readPartitionName(device, found) };
   }).sort(byName);
 }
 
 /** The name in the table, if it is the partition that the kernel knows. */
-function readPartitionName(
-  { name, disk, number, entry }: DeviceNode,
-  { startBytes, sizeBytes }: { startBytes: number; sizeBytes: number },
-  found: Found[],
-): string | undefined {
+function readPartitionName(device: BlockDevice, found: Found[]) {
+  const { name, disk, number, entry } = device;
   if (number === 0) return undefined;
   const whole = found.find((other) => other.name === disk)?.read;
   // The kernel's name for it may be old; it serves where the disk is mute.
   if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
-  const isSame = (listed: GptPartition) =>
-    listed.number === number && listed.startBytes === startBytes &&
-    listed.sizeBytes === sizeBytes;
-  return (entry ?? whole?.gpt?.partitions.find(isSame))?.name;
+  return (entry ?? entryOf(device, whole))?.name;
 }
+
+/** The entry of a table that is this very partition. */
+const entryOf = (
+  { number, startBytes, sizeBytes }: BlockDevice,
+  whole?: Reading,
+) =>
+  whole?.gpt?.partitions.find((entry) =>
+    entry.number === number && entry.startBytes === startBytes &&
+    entry.sizeBytes === sizeBytes
+  );
 
 /**
  * Reads the partition's name from the text of a `uevent` file in sysfs:
@@ -2124,18 +2128,13 @@ const isBehind = (device: Member, other: Member) =>
   !isOpen(device) && wroteWithout(other, device) &&
   !wroteWithout(device, other);
 
-/** Is it proven to be the very disk that its record names? */
-function isOnSameHardware({ holds: { record }, hardware }: Member): boolean {
-  return hardware !== undefined && record?.hardware === hardware;
-}
-
-/** Is it on other hardware than its record says, that is, a copy? */
-function isOnOtherHardware({ holds: { record }, hardware }: Member): boolean {
-  if (!record?.hardware || !hardware) return false;
-  const isImage = (text: string) => text.startsWith(IMAGE);
+/** Is it on the hardware that its record names? Undefined: nobody can tell. */
+function isOnItsHardware({ holds: { record }, hardware }: Member) {
+  if (!record?.hardware || !hardware) return undefined;
+  if (record.hardware === hardware) return true;
   // An image file says nothing of the disk that it became, nor that of it.
-  if (isImage(record.hardware) !== isImage(hardware)) return false;
-  return record.hardware !== hardware;
+  const isImage = (text: string) => text.startsWith(IMAGE);
+  return isImage(record.hardware) === isImage(hardware) ? false : undefined;
 }
 
 /**
@@ -2150,7 +2149,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
         lastMountOf(other) === lastMountOf(device) && tookPart(other, device))
     ).length;
   const isCopy = (device: Member) =>
-    isOnOtherHardware(device) &&
+    isOnItsHardware(device) === false &&
     devices.some((other) =>
       other !== device && devidOf(other) === devidOf(device)
     );
@@ -2183,8 +2182,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   const stale = late.filter((device) =>
     missing > 0 && all.includes(device) &&
     members.some((member) => isBehind(device, member)) &&
-    device.holds.record !== undefined && !isOnOtherHardware(device) &&
-    (isOnSameHardware(device) || !isOlderCopy(device, members))
+    device.holds.record !== undefined &&
+    (isOnItsHardware(device) ?? !isOlderCopy(device, members))
   );
   return {
     fsid: devices[0].holds.btrfs.fsid,
@@ -2794,7 +2793,7 @@ async function dropCache(path: string): Promise<void> {
  * @throws {Error} When it is not.
  */
 async function confirm(device: BlockDevice): Promise<void> {
-  const { path, disk, kind, number, read, magic } = device;
+  const { path, disk, kind, read, magic } = device;
   const cannot = `Cannot use ${path}: it is not the disk any more that was ` +
     `looked at, or not magic any more (nothing was written to it)`;
   const now = readIdentity(disk);
@@ -2808,11 +2807,10 @@ async function confirm(device: BlockDevice): Promise<void> {
   }
   const whole = { name: disk, path: node, number: 0, entry: undefined };
   const again = await readDevice({ ...device, ...whole, kind: "disk" });
-  const entry = again.gpt?.partitions.find((entry) =>
-    entry.number === number && entry.startBytes === device.startBytes &&
-    entry.sizeBytes === device.sizeBytes
-  );
-  assert(kind === "disk" ? again.header : entry?.name === MAGIC, cannot);
+  const isStillMagic = kind === "disk"
+    ? again.header
+    : entryOf(device, again)?.name === MAGIC;
+  assert(isStillMagic, cannot);
 }
 
 /** Fails where somebody else has a device: wipefs(8) opens it exclusively. */
@@ -3220,7 +3218,7 @@ async function mountDataFilesystem(
   if (!isNew) await mountMembers(data, paths);
   const inside = (["state", "snapshots"] as const)
     .filter((which) => isFree(paths[which]));
-  const overlays = OVERLAYS.filter((name) => !isOverlaid(name, paths));
+  const overlays = withoutOverlay(paths);
   const mountPoints = isNew
     ? [paths.data]
     : inside.map((which) => paths[which]);
@@ -3544,9 +3542,8 @@ async function unmount(...targets: string[]): Promise<void> {
 }
 
 /** The topmost mount on a directory. */
-function mountedOn(target: string): Mount | undefined {
-  return readMounts().findLast((mount) => mount.target === target);
-}
+const mountedOn = (target: string, mounts = readMounts()) =>
+  mounts.findLast((mount) => mount.target === target);
 
 /** Without a data filesystem: a tmpfs in its place, or what is there. */
 async function mountVolatile(
@@ -3594,7 +3591,7 @@ function sayHowToMakeRoom(paths: Paths): void {
 async function fallBack(paths: Paths): Promise<void> {
   try {
     const targets = OVERLAYS.map((name) => join(paths.root, name))
-      .filter((target) => isOurOverlay(target))
+      .filter((target) => isOurOverlay(mountedOn(target)))
       .concat(paths.snapshots, paths.state, paths.data);
     for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
@@ -3614,7 +3611,7 @@ async function fallBack(paths: Paths): Promise<void> {
 
 /** Puts an overlay on each key directory. */
 async function mountOverlays(paths: Paths): Promise<void> {
-  const names = OVERLAYS.filter((name) => !isOverlaid(name, paths));
+  const names = withoutOverlay(paths);
   if (names.length === 0) return;
   for (const name of names) {
     fs.mkdirSync(join(paths.lower, name), { recursive: true });
@@ -3624,29 +3621,29 @@ async function mountOverlays(paths: Paths): Promise<void> {
     isMade && attempt(() => removeScratch(paths)),
     mountFromTable(names.flatMap((name) => overlayEntries(name, paths)), paths),
   ]);
-  for (const name of names) {
-    if (!isOverlaid(name, paths)) await mountOverlayAnew(name, paths);
+  for (const name of withoutOverlay(paths)) {
+    await mountOverlayAnew(name, paths);
   }
 }
 
-/**
- * Is there an overlay of ours? The root may have had another name when it was
- * mounted, in an initramfs: so only the end of its upper's path is compared.
- */
-function isOurOverlay(target: string): boolean {
-  const { type, superOptions = [] } = mountedOn(target) ?? {};
-  const upper = join("/", DATA_MOUNT, STATE, UPPER, basename(target));
-  return type === "overlay" &&
-    superOptions.some((option) =>
-      option.startsWith("upperdir=") && option.endsWith(upper)
-    );
+/** The key directories that have no overlay of ours, or one that is read-only. */
+function withoutOverlay({ root }: Paths): string[] {
+  const mounts = readMounts();
+  return OVERLAYS.filter((name) => {
+    const mount = mountedOn(join(root, name), mounts);
+    return !isOurOverlay(mount) || mount?.superOptions.includes("ro");
+  });
 }
 
-/** Is there our overlay, and writable? */
-function isOverlaid(name: string, paths: Paths): boolean {
-  const target = join(paths.root, name);
-  return isOurOverlay(target) &&
-    !mountedOn(target)?.superOptions.includes("ro");
+/**
+ * Is it an overlay of ours? The root may have had another name when it was
+ * mounted, in an initramfs: so only the end of its upper's path is compared.
+ */
+function isOurOverlay(mount?: Mount): boolean {
+  if (mount?.type !== "overlay") return false;
+  const upper = join("/", DATA_MOUNT, STATE, UPPER, basename(mount.target));
+  return mount.superOptions
+    .some((option) => option.startsWith("upperdir=") && option.endsWith(upper));
 }
 
 /** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
@@ -3707,15 +3704,14 @@ async function mountOverlayAnew(name: string, paths: Paths): Promise<void> {
   const target = join(paths.root, name);
   const work = join(paths.work, name);
   say("warning", `Clearing "${work}" and mounting "${target}" again`);
-  if (isOurOverlay(target)) await unmount(target);
+  if (isOurOverlay(mountedOn(target))) await unmount(target);
   fs.rmSync(work, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
   const problem = await mountFromTable(overlayEntries(name, paths), paths);
-  if (!isOverlaid(name, paths)) {
-    throw new Error(
-      `Cannot make "${target}" writable: ${problem ?? "it is read-only"}`,
-    );
-  }
+  assert(
+    !withoutOverlay(paths).includes(name),
+    `Cannot make "${target}" writable: ${problem ?? "it is read-only"}`,
+  );
 }
 
 /**
