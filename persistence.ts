@@ -105,7 +105,8 @@ const LARGEST_METADATA_RESERVATION_BYTES = 8 * MiB;
 const TIMEOUT = {
   readMs: 20_000, // a hard disk that spins up needs some 10 s
   commandMs: 60_000,
-  mkfsMs: 600_000, // also add, replace: a discard of the device comes first
+  endMs: 30_000, // of a command that was killed
+  mkfsMs: 300_000, // also add, replace: a discard of the device comes first
   mountMs: 300_000, // log replay and block group scan on large hard disks
   nodeMs: 10_000,
   lockMs: 120_000,
@@ -3076,10 +3077,10 @@ async function createDataFilesystem(
       metadataProfile,
   );
   await allOf([
-    run(mkfs(create, nodes), {
-      to: `create the data filesystem on ${shown}`,
-      timeoutMs: TIMEOUT.mkfsMs,
-    }),
+    runDiscarding(
+      (options) => mkfs(create, [...options, ...nodes]),
+      `create the data filesystem on ${shown}`,
+    ),
     ...members.map(makeSwapOf),
   ]);
   const top = paths.topLevel;
@@ -4327,9 +4328,14 @@ function startMaintenance(plan: Plan, settings: Settings, paths: Paths) {
 /** Does the long work, piece by piece, until nothing is left to do. */
 export async function maintain(settings: Settings): Promise<number> {
   const paths = pathsBelow(settings.root);
-  const only = await takeLock(join(paths.run, "maintenance.lock"), 0)
-    .catch(() => undefined);
-  if (!only) return 0; // another instance is at it
+  let only: Lock;
+  try {
+    only = await takeLock(join(paths.run, "maintenance.lock"), 0);
+  } catch (error) {
+    if (!(error instanceof BusyError)) throw error;
+    say("info", messageOf(error));
+    return 0;
+  }
   try {
     const done = new Set<string>();
     while (await doNextJob(done, settings, paths));
@@ -4340,10 +4346,14 @@ export async function maintain(settings: Settings): Promise<number> {
   return messages.errors.length > 0 ? 1 : 0;
 }
 
-/** Does one job; each only once, so that one that fails is not repeated. */
+/**
+ * Does one job; each only once, so that one that fails is not repeated. What
+ * fails before a job is noted as done would fail again at once: it is the end.
+ */
 async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
   const lock = await takeLock(join(paths.run, "lock"));
   let work: Job["work"];
+  let mayGoOn = false;
   try {
     const plan = decide(await look(settings), settings);
     await attemptEach(plan.repairs, carryOut); // what has taken its place
@@ -4354,12 +4364,15 @@ async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
     const { kind, what } = job;
     if (kind !== "wait") {
       done.add(what);
+      mayGoOn = true;
       say("info", `Now ${what}`);
     }
     const note = { what, since: new Date().toISOString(), pid: process.pid };
-    replaceFile(paths.job, JSON.stringify(note) + "\n"); // for --status
+    // For --status; a full /run is no reason to leave a mirror broken.
+    await attempt(() => replaceFile(paths.job, JSON.stringify(note) + "\n"));
     await job.change?.();
     work = job.work;
+    mayGoOn = true;
   } catch (error) {
     sayError(error);
   } finally {
@@ -4367,7 +4380,7 @@ async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
   }
   // Meanwhile a boot that is run again, or --enable, need not wait.
   if (work) await attempt(work);
-  return true;
+  return mayGoOn;
 }
 
 /** Partitions a disk that joins and makes its swap; all is checked before. */
@@ -4396,10 +4409,11 @@ async function newMember(device: BlockDevice): Promise<Member> {
 
 async function addDevice(member: NewMember, { data, paths }: Situation) {
   const { device, dataPath } = member;
-  await run(words`btrfs device add -f ${dataPath} ${paths.data}`, {
-    to: `let ${dataPath} join the data filesystem`,
-    timeoutMs: TIMEOUT.mkfsMs,
-  });
+  await runDiscarding(
+    (options) =>
+      words`btrfs device add -f ${options} ${dataPath} ${paths.data}`,
+    `let ${dataPath} join the data filesystem`,
+  );
   const added = await newMember({ ...device, path: dataPath });
   await recordMembers([...data.members, added], data.fsid);
 }
@@ -4432,10 +4446,11 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
   const { path } = device;
   const to = `let ${path} take the place of device ${devid}`;
   const begin = async () => {
-    await run(words`btrfs replace start -f ${devid} ${path} ${paths.data}`, {
+    await runDiscarding(
+      (options) =>
+        words`btrfs replace start -f ${options} ${devid} ${path} ${paths.data}`,
       to,
-      timeoutMs: TIMEOUT.mkfsMs,
-    });
+    );
     // The command returns before the kernel has begun, which may also have
     // given up by now: the rest sees that.
     const giveUpAt = performance.now() + TIMEOUT.nodeMs;
@@ -5024,6 +5039,35 @@ async function run(command: string[], options: RunOptions) {
   }
 }
 
+/**
+ * Runs a command that discards a whole device first, which takes some disks
+ * (shingled, behind USB, thinly provisioned) longer than anybody waits: then
+ * once more without. A process that waits for a device cannot be killed, and
+ * may write when the device answers: while it is there nothing else begins.
+ *
+ * @param command Makes the command, given the options that turn discard off.
+ */
+async function runDiscarding(
+  command: (options: string[]) => string[],
+  to: string,
+): Promise<void> {
+  const timeoutMs = TIMEOUT.mkfsMs;
+  try {
+    await run(command([]), { to, timeoutMs });
+  } catch (error) {
+    if (!(error instanceof TimeoutError) || !error.ended) throw error;
+    const why = messageOf(error);
+    await withTimeout(
+      error.ended,
+      TIMEOUT.endMs,
+      `${why}, and it cannot be ended (the disk does not answer: check its ` +
+        `cable and power, or replace it)`,
+    );
+    say("warning", `${why}: once more without a discard of the disk`);
+    await run(command(["--nodiscard"]), { to, timeoutMs });
+  }
+}
+
 /** Asks a command for what it prints; throws as {@linkcode run}. */
 async function ask(command: string[], options: RunOptions): Promise<string> {
   const { to, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
@@ -5090,6 +5134,7 @@ async function endOf(command: string[], what: string, ms: number, io: Stdio) {
   } catch (error) {
     if (!child) throw new Error(`${what}: ${messageOf(error)}`);
     child.kill();
+    if (error instanceof TimeoutError) error.ended = child.ended;
     throw error;
   }
 }
@@ -5131,8 +5176,11 @@ function findProgram(name: string): string | undefined {
     .map((directory) => join(directory, name)).find(fs.existsSync);
 }
 
-/** No answer in time. Never retried: a retry would block just as long. */
-class TimeoutError extends Error {}
+/** No answer in time. Not retried as it was: that would block just as long. */
+class TimeoutError extends Error {
+  /** The end of the command that was killed, which may never come. */
+  ended?: Promise<unknown>;
+}
 
 /** Gives up on something that does not answer. */
 function withTimeout<T>(promise: PromiseLike<T>, ms: number, what: string) {
@@ -5146,9 +5194,13 @@ function withTimeout<T>(promise: PromiseLike<T>, ms: number, what: string) {
 
 type Lock = { release: () => void };
 
+/** Another instance has the lock. */
+class BusyError extends Error {}
+
 /**
  * Keeps others from working at the same time. flock(2) belongs to the open
  * file, which flock(1) shares with us: it ends when we do, however we end.
+ * BusyBox's flock(1) has no --timeout, so that it is asked again and again.
  */
 async function takeLock(path: string, timeoutMs = TIMEOUT.lockMs) {
   const flock = findProgram("flock");
@@ -5157,23 +5209,49 @@ async function takeLock(path: string, timeoutMs = TIMEOUT.lockMs) {
     return { release: () => {} };
   }
   fs.mkdirSync(dirname(path), { recursive: true });
-  const startedMs = performance.now();
   const file = fs.openSync(path, "a");
-  const command = [flock, "--timeout", `${timeoutMs / 1000}`, "0"];
-  const stdio: Stdio = [file, "ignore", "ignore"];
-  const end = await endOf(command, "flock", timeoutMs + 5000, stdio)
-    .catch(messageOf);
-  // flock(1): the time is up; BusyBox's, at once: it knows no --timeout.
-  if (end === 1 && performance.now() - startedMs >= timeoutMs) {
-    fs.closeSync(file);
-    throw new Error(
-      `Cannot lock "${path}": another persistence.ts is at work; wait for it`,
-    );
+  const lock = (file: number) =>
+    endOf([flock, "-n", "0"], "flock", 5000, [file, "ignore", "ignore"])
+      .catch(messageOf);
+  const giveUpAt = performance.now() + timeoutMs;
+  let end = await lock(file);
+  // Its status 1: another has the file, unless flock does not work at all.
+  if (end === 1 && await locksFileOfItsOwn(lock)) {
+    const who = "another persistence.ts is at work; wait for it" +
+      describeJob(join(dirname(path), "job.json"));
+    if (timeoutMs > 0) {
+      say("info", `Waiting ${timeoutMs / 1000} s at most: ${who}`);
+    }
+    while (end === 1) {
+      if (performance.now() >= giveUpAt) {
+        fs.closeSync(file);
+        throw new BusyError(`Cannot lock "${path}": ${who}`);
+      }
+      await sleep(200);
+      end = await lock(file);
+    }
   }
   if (end !== 0) {
     say("warning", `Working without a lock: "flock" failed (${end})`);
   }
   return { release: () => fs.closeSync(file) };
+}
+
+async function locksFileOfItsOwn(
+  lock: (file: number) => Promise<number | string>,
+): Promise<boolean> {
+  const file = openUnlinkedFile("");
+  try {
+    return await lock(file) === 0;
+  } finally {
+    fs.closeSync(file);
+  }
+}
+
+/** The long work that goes on, in brackets; nothing where none is known. */
+function describeJob(path: string): string {
+  const note = orUndefined(() => JSON.parse(readText(path) ?? ""));
+  return note ? ` (since ${note.since}: ${note.what}; --status shows it)` : "";
 }
 
 /** Priorities of syslog(2). */

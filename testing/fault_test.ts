@@ -197,6 +197,7 @@ for (const before of ["a boot", "a reset"]) {
         (options) => system.run(system.place(), options),
       );
       assertEquals(status, 1, stderr);
+      assertMatch(stderr, /Waiting .*another persistence.ts is at work/);
       assertMatch(stderr, /another persistence.ts is at work; wait for it/);
       const after = await system.sh("cat /proc/self/mountinfo");
       assertEquals(after, mounts, stderr);
@@ -205,7 +206,7 @@ for (const before of ["a boot", "a reset"]) {
 }
 
 onDisks(
-  "flock knows no --timeout, as BusyBox's: the boot goes on without a lock",
+  "flock does not work: the boot goes on without a lock",
   { disks: [magicDisk] },
   async (system) => {
     const boot = await bootWith(system, { flock: "#!/bin/sh\nexit 1\n" });
@@ -267,17 +268,32 @@ onDisks(
   },
 );
 
-/** What btrfs does instead of a replace, and whether the disk is tried again. */
-const replaces: Record<string, { start: string; says: RegExp }> = {
+/** The lock of the maintenance is another's; all others are free. */
+const maintained = realBut(
+  "flock",
+  "never)",
+  `case $(readlink /proc/self/fd/0) in */maintenance.lock) exit 1 ;; esac`,
+);
+
+/** What btrfs does instead of a replace, and how often it is tried. */
+const replaces: Record<
+  string,
+  { start: string; says: RegExp; tries: string[] }
+> = {
   // What began was given up by the kernel, and then there is another disk.
   "ends, and then another disk is in its place": {
     start: "exit 0",
     says: /it is not the disk any more that it was/,
+    tries: ["-f 2"],
   },
-  "does not answer": { start: "exec sleep 600", says: /no answer in/ },
+  "does not answer, with and without discard": {
+    start: "exec sleep 600",
+    says: /no answer in .*: once more without.*\n.*no answer in/,
+    tries: ["-f 2", "-f --nodiscard 2"],
+  },
 };
 
-for (const [how, { start, says }] of Object.entries(replaces)) {
+for (const [how, { start, says, tries }] of Object.entries(replaces)) {
   onDisks(
     `a replace ${how}: the disk is left alone`,
     { disks: [smallDisk, smallDisk] },
@@ -287,8 +303,7 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
       const fresh = await system.plug(smallDisk);
       await system.reboot({ without: [old] });
       // Nothing in the background: "another one is at it".
-      const flock = realBut("flock", '"--timeout 0 "*) exit 1');
-      await withPrograms({ flock }, async (path) => {
+      await withPrograms({ flock: maintained }, async (path) => {
         await system.boot([], { path });
         await system.settle();
       });
@@ -307,11 +322,131 @@ for (const [how, { start, says }] of Object.entries(replaces)) {
       );
       assertMatch(stderr, says, stderr);
       const asked = await system.sh("cat run/btrfs.log");
-      assertEquals(asked.match(/^replace start/gm)?.length, 1, asked);
+      const starts = asked.matchAll(/^replace start (.*) \/dev\/.*$/gm);
+      assertEquals([...starts].map(([, options]) => options), tries, asked);
       assert(!asked.includes("device add"), asked);
     },
   );
 }
+
+const hangsUnlessTold = "*rehearsal* | *--nodiscard*) ;; *) exec sleep 600";
+
+onDisks(
+  "mkfs.btrfs discards for too long: it is made without",
+  { disks: [magicDisk] },
+  async (system) => {
+    const boot = await impatiently(
+      { "mkfs.btrfs": realBut("mkfs.btrfs", hangsUnlessTold) },
+      (options) => system.boot([], options),
+    );
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    assertMatch(boot.report.warnings.join(), /once more without a discard/);
+    await assertRecovers(system);
+  },
+);
+
+onDisks(
+  "btrfs device add discards for too long: the disk joins without",
+  { disks: [smallDisk, smallDisk] },
+  async (system) => {
+    const [first] = system.disks;
+    await system.boot(["--devices", first.path]);
+    await system.reboot();
+    await withPrograms({ flock: maintained }, async (path) => {
+      await system.boot([], { path });
+      await system.settle();
+    });
+    const { status, stderr } = await impatiently(
+      {
+        btrfs: realBut(
+          "btrfs",
+          `"device add"*--nodiscard*) ;; "device add"*) exec sleep 600`,
+        ),
+      },
+      (options) => system.run([...system.place(), "--maintain"], options),
+    );
+    assertEquals(status, 0, stderr);
+    assertMatch(stderr, /let \S+ join .*: once more without a discard/);
+    assertMatch(await statusOf(system), /data raid1, metadata raid1/);
+  },
+);
+
+onDisks(
+  "mkfs.btrfs hangs and cannot be killed: no other one begins",
+  { disks: [magicDisk], needs: ["fsfreeze"] },
+  async (system) => {
+    // Who writes to a frozen file system waits and cannot be interrupted.
+    await system.sh(
+      `mkdir run/frozen; truncate -s 20M run/frozen.img
+       mkfs.ext4 -q run/frozen.img; mount -o loop run/frozen.img run/frozen
+       fsfreeze --freeze run/frozen`,
+    );
+    const log = `${system.root}/run/mkfs.log`;
+    try {
+      const boot = await impatiently(
+        {
+          "mkfs.btrfs":
+            `#!/bin/sh\necho "$@" >>${log}\nexec touch ${system.root}/run/frozen/x\n`,
+        },
+        (options) => system.boot([], options),
+      );
+      await assertWritable(system, boot, "");
+      assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+      assertMatch(boot.stderr, /cannot be ended \(the disk does not answer/);
+      const tries = (await system.sh("cat run/mkfs.log")).trim().split("\n");
+      assertEquals(tries.length, 1, tries.join("\n"));
+    } finally {
+      await system.sh("fsfreeze --unfreeze run/frozen");
+    }
+    await assertRecovers(system);
+  },
+);
+
+onDisks(
+  "what goes on cannot be noted in /run: the maintenance waits for it, and ends",
+  { disks: [smallDisk] },
+  async (system) => {
+    const { report } = await system.boot();
+    const looks = realBut(
+      "flock",
+      "never)",
+      `echo >> ${system.root}/run/looks`,
+    );
+    await system.sh(
+      `echo balance > run/operation
+       mount --bind run/operation /sys/fs/btrfs/${report.uuid}/exclusive_operation
+       mkdir -p run/lightwhale/job.json.new`,
+    );
+    const [{ stderr }] = await Promise.all([
+      withPrograms(
+        { flock: looks },
+        (path) => system.run([...system.place(), "--maintain"], { path }),
+      ),
+      sleep(3000).then(() => system.sh("echo none > run/operation")),
+    ]);
+    const count = Number(await system.sh("wc -l < run/looks"));
+    assert(count < 10, `${count} looks:\n${stderr.slice(0, 2000)}`);
+  },
+);
+
+onDisks(
+  "maintenance that another one does is not done, and that is said",
+  { disks: [smallDisk] },
+  async (system) => {
+    await system.boot();
+    const busy = await system.sh(
+      `echo '{"what":"x joins","since":"noon","pid":1}' > run/lightwhale/job.json
+       flock run/lightwhale/maintenance.lock sleep 30 >/dev/null 2>&1 &
+       while flock -n run/lightwhale/maintenance.lock true; do sleep 0.1; done`,
+    );
+    assertEquals(busy, "");
+    const { status, stderr } = await system.run(
+      [...system.place(), "--maintain"],
+    );
+    assertEquals(status, 0, stderr);
+    assertMatch(stderr, /another persistence.ts is at work; .*noon: x joins/);
+  },
+);
 
 // Time-outs last minutes: they are tested thirty times as fast, with the
 // script, in which their table is all that is changed.
@@ -590,4 +725,8 @@ async function persist(system: System): Promise<void> {
   assertEquals(boot.status, 0, boot.stderr);
   await system.sh("echo precious > etc/precious");
   await system.reboot();
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
 }
