@@ -153,6 +153,8 @@ export interface Settings {
   waitMs: number;
   /** `lightwhale.persistence=off`: boot volatile whatever the disks say. */
   off: boolean;
+  /** `lightwhale.persistence=required`: there must be a data disk. */
+  required: boolean;
   /** `lightwhale.swap=off` or `noswap`: neither make nor use swap. */
   noSwap: boolean;
   /** `lightwhale.data=UUID`: the data filesystem to use of several. */
@@ -716,7 +718,7 @@ export async function boot(settings: Settings): Promise<number> {
     mode = "fallback";
     await fallBack(paths);
   }
-  await attempt(() => configureDocker(paths)); //           step 8
+  await attempt(() => configureDocker(mode, paths)); //     step 8
   await Promise.all(meanwhile);
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, paths));
@@ -1629,6 +1631,17 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
       fsid === mounted.fsid && members.some(isOpen)
     )
     : chooseDataFilesystem(filesystems, facts, settings, plan);
+  if (mounted?.type === "tmpfs" && !settings.off) {
+    for (const data of filesystems) {
+      if (data.members.some(isOpen)) continue; // by a person, elsewhere
+      plan.notes.push(warning(
+        `${
+          pathsOf(allDevices(data))
+        } holds a data filesystem, but the system ` +
+          `runs without: to use it, reboot`,
+      ));
+    }
+  }
   const ours = filesystems.flatMap(allDevices);
   const isData = (device: BlockDevice) =>
     ours.includes(device as Member) ||
@@ -1678,6 +1691,7 @@ const holding =
 
 const warning = (text: string): Note => ({ level: "warning", text });
 const error = (text: string): Note => ({ level: "error", text });
+const isError = ({ level }: Note) => level === "error";
 
 /** There is a data filesystem. */
 function planExisting(data: DataFilesystem, plan: Plan): void {
@@ -1752,11 +1766,26 @@ function planNew(
   }
   sayDoubts(found, candidates.length > 0 ? "warning" : "error", plan);
   const members = planMembers(candidates, found, facts, settings, plan);
-  if (members.length === 0) return;
+  if (members.length === 0) {
+    if (settings.required) requireDisk(plan);
+    return;
+  }
   plan.create = { members, ...profilesFor(members.length) };
   plan.mode = "persistent";
   plan.reason = `${pathsOf(devicesOf(members))} ` +
     `carr${members.length > 1 ? "y" : "ies"} the magic to be formatted`;
+}
+
+/** The kernel command line expects a disk: it may come yet, on whatever bus. */
+function requireDisk(plan: Plan): void {
+  plan.waitFor ??= "a data disk (lightwhale.persistence=required)";
+  if (plan.notes.some(isError)) return; // it says why there is none
+  plan.reason = "the data disk is not there";
+  plan.notes.push(error(
+    `There is no data disk, and none is enabled, but the kernel command line ` +
+      `requires one (lightwhale.persistence): plug it in, enable a new one ` +
+      `with persistence.ts --enable, or leave the parameter out`,
+  ));
 }
 
 /** Says what may be a damaged data disk, and what cannot be read. */
@@ -3551,14 +3580,35 @@ async function mountVolatile(
   plan: Plan,
   paths: Paths,
 ): Promise<Outcome["mode"]> {
-  if (plan.mode !== "mounted") await mountTmpfs(paths);
-  return plan.notes.some(({ level }) => level === "error")
-    ? "fallback"
-    : "volatile";
+  const mounted = mountedOn(paths.data);
+  if (plan.mode === "mounted" && mounted) return goOn(mounted, paths);
+  // A data disk is expected: there is a trace of one, or it was asked for.
+  const mode = plan.notes.some(isError) ? "fallback" : "volatile";
+  await mountTmpfs(mode, paths);
+  return mode;
+}
+
+/** What this boot came to, as an earlier run left it. */
+function modeOf({ type }: Mount, paths: Paths): Outcome["mode"] {
+  if (type !== "tmpfs") return "persistent";
+  return isHeldBack(paths) ? "fallback" : readReport(paths)?.mode ?? "volatile";
+}
+
+/** What an earlier run of this boot came to still holds, with its reasons. */
+function goOn(mounted: Mount, paths: Paths): Outcome["mode"] {
+  const mode = modeOf(mounted, paths);
+  if (mode !== "fallback") return mode;
+  const { errors = ["An earlier run failed"] } = readReport(paths) ?? {};
+  for (const reason of errors) say("error", reason);
+  if (isHeldBack(paths)) say("warning", HELD_BACK);
+  return mode;
 }
 
 /** At most half of the memory, as tmpfs(5) has it, but given, to say it. */
-async function mountTmpfs(paths: Paths): Promise<void> {
+async function mountTmpfs(
+  mode: "volatile" | "fallback",
+  paths: Paths,
+): Promise<void> {
   fs.mkdirSync(paths.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
   await run(
@@ -3566,12 +3616,43 @@ async function mountTmpfs(paths: Paths): Promise<void> {
     { to: `mount a tmpfs on "${paths.data}"` },
   );
   fs.mkdirSync(paths.state, { recursive: true });
+  if (mode === "fallback") holdBackDocker(paths);
   say(
     "info",
     `Volatile: "${paths.data}" is a tmpfs of at most ${inMiB(sizeBytes)}; ` +
       `what is written there is lost at shutdown`,
   );
 }
+
+/**
+ * Where the data are expected but not there, Docker must not start without
+ * them: what it then writes is gone at the next good boot. dockerd refuses a
+ * data root that is a file, at once (daemon/daemon.go, NewDaemon()).
+ */
+function holdBackDocker(paths: Paths): void {
+  const root = DOCKER_DATA_ROOT;
+  const text =
+    `Docker is held back: its data are expected on a disk that cannot be used.
+
+${messages.errors.map((reason) => `  - ${reason}\n`).join("")}
+Repair this and reboot. Without the disk Docker would have no image, container
+or volume, and what it writes would be lost at the next boot. To start it like
+that nevertheless, until then:
+
+    rm -f ${root}
+    mkdir -m 710 ${root}
+
+and then start Docker again.
+`;
+  fs.writeFileSync(paths.docker, text, { mode: 0o444, flag: "wx" });
+  say("warning", HELD_BACK);
+}
+
+const isHeldBack = (paths: Paths) =>
+  orUndefined(() => fs.lstatSync(paths.docker).isFile()) ?? false;
+
+const HELD_BACK = `Docker is held back until its data are there again; ` +
+  `"${DOCKER_DATA_ROOT}" says why, and how to start it without them`;
 
 const isNoSpace = (error: unknown) =>
   /ENOSPC|No space left on device/.test(messageOf(error));
@@ -3598,7 +3679,7 @@ async function fallBack(paths: Paths): Promise<void> {
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
     await attempt(() => removeScratch(paths));
-    if (!mountedOn(paths.data)) await mountTmpfs(paths);
+    if (!mountedOn(paths.data)) await mountTmpfs("fallback", paths);
     await mountOverlays(paths);
     say("warning", "The system runs volatile until this is repaired");
   } catch (error) {
@@ -3790,9 +3871,11 @@ async function makeUppers(
  * @throws {Error} When dockerd would not accept `daemon.json`: it is never
  * replaced.
  */
-function configureDocker(paths: Paths): void {
-  // As dockerd makes it: others may pass through, but not look.
-  fs.mkdirSync(paths.docker, { recursive: true, mode: 0o710 });
+function configureDocker(mode: Outcome["mode"], paths: Paths): void {
+  if (mode !== "fallback") { // there it is for a person to make it
+    // As dockerd makes it: others may pass through, but not look.
+    fs.mkdirSync(paths.docker, { recursive: true, mode: 0o710 });
+  }
   const path = paths.daemonJson;
   try {
     const before = readConfig(path);
@@ -3968,6 +4051,10 @@ function writeReport(
     durationMs: Math.round(performance.now() - startedMs),
   };
   replaceFile(paths.report, JSON.stringify(report, null, 2) + "\n");
+}
+
+function readReport(paths: Paths) {
+  return orUndefined(() => JSON.parse(readText(paths.report) ?? "null"));
 }
 
 // ===========================================================================
@@ -4798,7 +4885,7 @@ async function readStatus({ root }: Settings) {
   const targets = [paths.data, paths.state, paths.snapshots]
     .concat(OVERLAYS.map((name) => join(root, name)));
   const status = {
-    mode: !base ? "none" : base.type === "btrfs" ? "persistent" : "volatile",
+    mode: base ? modeOf(base, paths) : "none",
     uuid: fsid ?? null,
     label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
     profiles: state?.profiles ?? null,
@@ -4819,9 +4906,9 @@ async function readStatus({ root }: Settings) {
     metadataSpace: open?.members.length ? readMetadataSpace(open) : null,
     swap: readSwaps(),
     work: state ? await readWork(state, paths) : [],
+    isDockerHeldBack: base?.type === "tmpfs" && isHeldBack(paths),
     health: [] as string[],
-    lastBoot: orUndefined(() => JSON.parse(readText(paths.report) ?? "null")) ??
-      null,
+    lastBoot: readReport(paths) ?? null,
   };
   status.health.push(...judgeHealth(status, state));
   return status;
@@ -4897,6 +4984,7 @@ function* judgeHealth(status: Status, state?: FilesystemState) {
   for (const error of lastBoot?.errors ?? []) {
     yield `The last boot said: ${error}`;
   }
+  if (status.isDockerHeldBack) yield HELD_BACK;
   for (const { path, devid, missing, errors } of devices) {
     if (missing) {
       yield `Device ${devid} is missing: there is no redundancy until it is ` +
@@ -4934,6 +5022,8 @@ function* describeStatus(status: Status): Generator<string> {
   const { mode, label, uuid, profiles, space, swap, health } = status;
   yield mode === "persistent"
     ? `Persistent: "${label}" ${uuid}`
+    : mode === "fallback"
+    ? "Fallback, without the data: what is written is lost at shutdown"
     : mode === "volatile"
     ? "Volatile: what is written is lost at shutdown"
     : "Not set up: persistence.ts has not run in this system";
@@ -5364,8 +5454,8 @@ Options:
   --version         show the version
 
 The boot itself starts "persistence.ts --maintain" for long work (replace,
-balance, scrub). On the kernel command line: lightwhale.persistence=off,
-lightwhale.wait=SECONDS, lightwhale.swap=off, lightwhale.data=UUID.
+balance, scrub). On the kernel command line: lightwhale.persistence=off or
+=required, lightwhale.wait=SECONDS, lightwhale.swap=off, lightwhale.data=UUID.
 
 Exit status: 0 as configured; 1 something failed and the fallback is in place;
 2 the command line is wrong.`;
@@ -5374,6 +5464,7 @@ const defaultSettings: Settings = {
   root: "/",
   waitMs: 10_000,
   off: false,
+  required: false,
   noSwap: false,
 };
 
@@ -5478,6 +5569,7 @@ export function parseKernelCommandLine(kernel: string) {
     ...defaultSettings,
     waitMs: ms ?? defaultSettings.waitMs,
     off: !isKnown || OFF.includes(persistence),
+    required: persistence === "required",
     noSwap: options.has("noswap") ||
       OFF.includes(options.get("lightwhale.swap") ?? ""),
     dataUuid: options.get("lightwhale.data")?.replace(/^uuid=/, "") ||

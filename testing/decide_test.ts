@@ -244,6 +244,39 @@ const situations: {
     says: "",
     because: /kernel command line says so \(lightwhale\.persistence\)/,
   },
+  {
+    name: "lightwhale.persistence=required, and no disk at all",
+    devices: [],
+    settings: { required: true },
+    decides: { waits: true, errors: 1 },
+    says: /^There is no data disk.*lightwhale\.persistence.*--enable/,
+    because: /the data disk is not there/,
+  },
+  {
+    name: "lightwhale.persistence=required, and a disk that is not ours",
+    devices: [disk("sda", { signatures: [{ type: "ext4" }] })],
+    settings: { required: true },
+    decides: { waits: true, errors: 1 },
+  },
+  {
+    name: "lightwhale.persistence=required, and a magic disk",
+    devices: [magic("sda")],
+    settings: { required: true },
+    decides: { mode: "persistent", create: ["sda"] },
+  },
+  {
+    name: "lightwhale.persistence=required, and a disk that cannot be read",
+    devices: [disk("sda", { error: "Cannot read /dev/sda" })],
+    settings: { required: true },
+    decides: { waits: true, errors: 1 },
+    says: /sda cannot be read and may be the data disk/,
+  },
+  {
+    name: "lightwhale.persistence=required, and half of a mirror",
+    devices: [first],
+    settings: { required: true },
+    decides: degraded,
+  },
 
   // Missing, returned
   {
@@ -1385,6 +1418,21 @@ const situations: {
     ],
     decides: {},
     says: /\/dev\/sda1 .*not obeyed \(a partition .* --enable \/dev\/sda1\)$/,
+  },
+  {
+    name: "a tmpfs is mounted, and the data disk is back",
+    devices: [data("sda")],
+    facts: { mounted: { ...mounted, type: "tmpfs", source: DATA } },
+    decides: { mode: "mounted" },
+    says: /^\/dev\/sda2 holds a data filesystem, but .*: to use it, reboot$/,
+  },
+  {
+    name: "lightwhale.persistence=off, a tmpfs is mounted",
+    devices: [data("sda")],
+    settings: { off: true },
+    facts: { mounted: { ...mounted, type: "tmpfs", source: DATA } },
+    decides: { mode: "mounted" },
+    says: "",
   },
   {
     name: "a tmpfs is mounted and a disk is enabled",
@@ -3346,7 +3394,14 @@ function plan(
       misfits: [],
       ...facts,
     },
-    { root: "/", waitMs: 0, off: false, noSwap: false, ...settings },
+    {
+      root: "/",
+      waitMs: 0,
+      off: false,
+      required: false,
+      noSwap: false,
+      ...settings,
+    },
   );
 }
 

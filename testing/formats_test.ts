@@ -1388,6 +1388,7 @@ for (const { name, text, found } of partnames) {
 const plainSettings: Partial<Settings> = {
   waitMs: 10_000,
   off: false,
+  required: false,
   noSwap: false,
   dataUuid: undefined,
 };
@@ -1418,7 +1419,15 @@ const kernelLines: {
       { line: `lightwhale.swap=${value}`, settings: { noSwap: true } },
     ],
   ),
-  ...["on", "yes", "true", "1", "ON", "required", "Required"].flatMap(
+  ...["required", "Required", '"REQUIRED"'].map((value) => ({
+    line: `lightwhale.persistence=${value}`,
+    settings: { required: true },
+  })),
+  {
+    line: "lightwhale.persistence=required lightwhale.persistence=off",
+    settings: { off: true },
+  },
+  ...["on", "yes", "true", "1", "ON"].flatMap(
     (value) => [
       { line: `lightwhale.persistence=${value}`, settings: {} },
       { line: `lightwhale.persistence="${value}" quiet`, settings: {} },

@@ -687,6 +687,7 @@ fuzz("decide() formats only what is magic", async (random) => {
     root: "/",
     waitMs: 0,
     off: random.chance(0.05),
+    required: random.chance(0.1),
     noSwap: random.chance(0.2),
     dataUuid: random.chance(0.1) ? random.pick(fsids) : undefined,
   };
