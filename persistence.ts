@@ -5349,7 +5349,7 @@ const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
 type Level = keyof typeof PRIORITY;
 
 /** How much is said on stderr; the kernel log gets all but debug messages. */
-const speech: { level: Level; kernelLog?: number } = { level: "info" };
+const speech = { level: "info" as Level, inKernelLog: false };
 
 /** What was said that matters, for the status file. */
 const messages = { warnings: [] as string[], errors: [] as string[] };
@@ -5357,13 +5357,71 @@ const messages = { warnings: [] as string[], errors: [] as string[] };
 function say(level: Level, message: string): void {
   if (level === "error") messages.errors.push(message);
   if (level === "warning") messages.warnings.push(message);
-  const line = `persistence: ${message.replaceAll(/\p{Cc}+/gu, " ")}`;
+  const line = message.replaceAll(/\p{Cc}+/gu, " ");
   if (PRIORITY[level] <= PRIORITY[speech.level]) {
-    orUndefined(() => fs.writeSync(2, line + "\n")); // console.error colours
+    // Not console.error, which colours.
+    orUndefined(() => fs.writeSync(2, `persistence: ${line}\n`));
   }
-  const { kernelLog } = speech;
-  if (kernelLog === undefined || level === "debug") return;
-  orUndefined(() => fs.writeSync(kernelLog, `<${PRIORITY[level]}>${line}\n`));
+  if (!speech.inKernelLog || level === "debug") return;
+  for (const piece of piecesOf(line, KERNEL_LOG.textBytes)) {
+    writeToKernelLog(`<${PRIORITY[level]}>persistence: ${piece}\n`);
+  }
+}
+
+/**
+ * The kernel takes ten records in five seconds from each open file and drops
+ * the rest in silence: after ten the file is opened anew. The switch for that,
+ * /proc/sys/kernel/printk_devkmsg, is the machine's, and stays as it is. It
+ * refuses records of more than 1,024 bytes, older kernels of more than 976
+ * (kernel/printk/printk.c, devkmsg_write()).
+ */
+const KERNEL_LOG = { path: "/dev/kmsg", recordsEach: 10, textBytes: 900 };
+const kernelLog = {
+  file: undefined as number | undefined,
+  records: 0,
+  hasFailed: false,
+};
+
+function writeToKernelLog(record: string): void {
+  const { path, recordsEach } = KERNEL_LOG;
+  try {
+    if (kernelLog.records++ % recordsEach === 0) {
+      if (kernelLog.file !== undefined) fs.closeSync(kernelLog.file);
+      kernelLog.file = undefined;
+      kernelLog.file = fs.openSync(path, fs.constants.O_WRONLY);
+    }
+    if (kernelLog.file !== undefined) fs.writeSync(kernelLog.file, record);
+  } catch (error) {
+    if (kernelLog.hasFailed) return;
+    kernelLog.hasFailed = true; // and is said once
+    say(
+      "warning",
+      `The kernel log does not take what is said here: ${messageOf(error)} ` +
+        `(is printk.devkmsg=off on the kernel command line?)`,
+    );
+  }
+}
+
+/**
+ * Splits a text at characters into pieces of so many bytes at most; where it
+ * goes on, three dots end a piece and begin the next.
+ */
+export function piecesOf(text: string, bytes: number): string[] {
+  if (Buffer.byteLength(text) <= bytes) return [text];
+  const pieces: string[] = [];
+  let piece = "";
+  let left = bytes - 3;
+  for (const character of text) {
+    const length = Buffer.byteLength(character);
+    if (length > left) {
+      pieces.push(piece + "...");
+      piece = "...";
+      left = bytes - 6;
+    }
+    piece += character;
+    left -= length;
+  }
+  return [...pieces, piece];
 }
 
 const sayError = (error: unknown) => say("error", messageOf(error));
@@ -5607,7 +5665,7 @@ async function main(args: string[]): Promise<number> {
     process.env.PATH = `${PATH}:/usr/sbin:/usr/bin:/sbin:/bin`;
     process.env.LC_ALL = "C"; // what programs say is read, and quoted
     if (mode === "boot" || mode === "maintain") {
-      speech.kernelLog = orUndefined(() => fs.openSync("/dev/kmsg", "r+"));
+      speech.inKernelLog = true;
     }
     for (const warning of kernel.warnings) say("warning", warning);
     if (process.getuid?.() !== 0) {

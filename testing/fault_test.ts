@@ -557,9 +557,44 @@ for (const [how, instead] of Object.entries(kernelLogs)) {
       const boot = await system.boot();
       assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
       assertMatch(boot.stderr, /^persistence: /);
+      const [warning, ...others] = boot.report.warnings;
+      assertMatch(warning, /^The kernel log does not take .*devkmsg=off/);
+      assertEquals(others, []);
     },
   );
 }
+
+onDisks(
+  "all that a boot says is in the kernel log, long messages in pieces",
+  {
+    disks: [magicDisk, {
+      sizeBytes: 64 * MiB,
+      contents: `yes ,1M | head -n 40 | sfdisk -q --label gpt "$DISK"
+        for number in $(seq 40); do
+          printf lightwhale-please-format-me |
+            dd of="$DISK" bs=1M seek="$number" conv=notrunc status=none
+        done`,
+    }],
+    needs: ["dmesg"],
+  },
+  async (system) => {
+    const token = crypto.randomUUID();
+    const said = Array.from({ length: 70 }, (_, i) => `${token}-${i}`).join();
+    const mkswap = `#!/bin/sh\necho '${said}' >&2\nexit 1\n`;
+    const { report, stderr } = await bootWith(system, { mkswap });
+    assertEquals(report.warnings.length, 40, stderr);
+    const log = await system.sh("dmesg");
+    for (const warning of report.warnings) {
+      assert(log.includes(`persistence: ${warning}\n`), warning);
+    }
+    const [error] = report.errors;
+    assert(error.length > 2500, error);
+    // The kernel's log is all the machine's: others may have written between.
+    const pieces = log.split("\n").filter((line) => line.includes(token))
+      .map((line) => line.slice(line.indexOf("persistence: ") + 13));
+    assertEquals(pieces.join("\n").replaceAll("...\n...", ""), error);
+  },
+);
 
 onDisks(
   "--enable: wipefs is killed, so that nobody knows what the disk holds",

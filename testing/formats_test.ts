@@ -21,6 +21,7 @@ import {
   parseStart,
   parseSuperblock,
   parseSwapLabel,
+  piecesOf,
   readGptAt,
   type Reading,
   type Settings,
@@ -1540,4 +1541,34 @@ function withHeader(
   change: (header: Uint8Array) => Uint8Array,
 ): Table {
   return { ...table, header: change(table.header) };
+}
+
+// Records of the kernel log (kernel/printk/printk.c, devkmsg_write())
+
+const texts: Record<string, { text: string; pieces: number }> = {
+  "nothing": { text: "", pieces: 1 },
+  "what just fits": { text: "x".repeat(900), pieces: 1 },
+  "a byte too many": { text: "x".repeat(901), pieces: 2 },
+  "3,000 bytes": { text: "Cannot ".repeat(429).slice(0, 3000), pieces: 4 },
+  "characters of two bytes, at odd places": {
+    text: "x" + "ä".repeat(899),
+    pieces: 3,
+  },
+  "characters of three bytes": { text: "…".repeat(301), pieces: 2 },
+  "characters of four bytes": { text: "😀".repeat(500), pieces: 3 },
+  "half of a character": { text: "\ud83d".repeat(400), pieces: 2 },
+};
+
+for (const [name, { text, pieces }] of Object.entries(texts)) {
+  Deno.test(`piecesOf() splits at characters: ${name}`, () => {
+    const found = piecesOf(text, 900);
+    assertEquals(found.length, pieces);
+    for (const piece of found) assert(bytesOf(piece).length <= 900, piece);
+    const joined = found.map((piece, i) => {
+      if (i > 0) assertEquals(piece.slice(0, 3), "...");
+      if (i < found.length - 1) assertEquals(piece.slice(-3), "...");
+      return piece.slice(i > 0 ? 3 : 0, i < found.length - 1 ? -3 : undefined);
+    });
+    assertEquals(joined.join(""), text);
+  });
 }
