@@ -110,6 +110,7 @@ const TIMEOUT = {
   mountMs: 300_000, // log replay and block group scan on large hard disks
   nodeMs: 10_000,
   lockMs: 120_000,
+  hookMs: 30_000,
 };
 
 /** Where things are below the system root `--root`. */
@@ -134,6 +135,10 @@ export function pathsBelow(root: string) {
     fstab: join(run, "fstab"),
     report: join(run, "persistence.json"),
     job: join(run, "job.json"),
+    joining: join(run, "joining"),
+    health: join(run, "health"),
+    memory: [join(run, "maintenance.json"), join(state, ".maintenance.json")],
+    onHealth: join(root, "etc/lightwhale/on-health"),
   };
 }
 
@@ -386,7 +391,7 @@ declare const Bun: {
   spawn(command: string[], options: StartOptions & { env: unknown }): {
     exited: Promise<number>;
     signalCode: string | null;
-    kill: (signal: string) => void;
+    pid: number;
     unref: () => void;
   };
 } | undefined;
@@ -4325,19 +4330,168 @@ function convertProfiles({ data, state, paths }: Situation): Job | undefined {
   };
 }
 
-function scrub({ pending, paths }: Situation): Job | undefined {
-  if (!pending.scrub) return undefined;
+function scrub({ data, state, pending, paths }: Situation): Job | undefined {
+  if (!pending.scrub || state.missing.length > 0) return undefined;
   return {
     kind: "scrub",
     what: "all checksums are verified",
-    async work() {
-      await run(words`btrfs scrub start -B ${paths.data}`, {
-        to: `verify the checksums on "${paths.data}"`,
-        timeoutMs: Infinity,
-      });
-      setPending("scrub", false, paths);
-    },
+    work: () => scrubSlowly(data, paths),
   };
+}
+
+/** Statuses of `btrfs scrub` (btrfs-scrub(8)). */
+const SCRUB = { done: 0, nothingToResume: 2, uncorrectable: 3 };
+
+/** Verifies all checksums; goes on where a power cut has ended it. */
+async function scrubSlowly(data: DataFilesystem, paths: Paths) {
+  const { fsid } = data;
+  const to = `verify the checksums on "${paths.data}"`;
+  const limited = await limitScrub(data);
+  const scrubbing = (verb: string) =>
+    run(words`btrfs scrub ${verb} -B ${paths.data}`, {
+      to,
+      accept: Object.values(SCRUB),
+      timeoutMs: Infinity,
+    });
+  // While a member is missing, other work is more urgent.
+  const watch = setInterval(async () => {
+    const found = await readMembers(fsid);
+    if (found.length >= data.members.length) return;
+    clearInterval(watch);
+    await attempt(() => run(words`btrfs scrub cancel ${paths.data}`, { to }));
+  }, 10_000);
+  try {
+    const { isUnfinished } = readScrub(data);
+    const { status } = await scrubbing(isUnfinished ? "resume" : "start");
+    if (status === SCRUB.nothingToResume) await scrubbing("start");
+    const lost = await findLostFiles(paths);
+    remember(paths, { lost });
+    setPending("scrub", false, paths);
+    await awaitScrub(paths);
+  } finally {
+    clearInterval(watch);
+    for (const file of limited) orUndefined(() => fs.writeFileSync(file, "0"));
+  }
+}
+
+/**
+ * Limits a scrub to a quarter of what each disk can read in order, so that
+ * random reads keep three quarters of its time: the kernel divides a second
+ * into a burst and a pause (fs/btrfs/scrub.c, scrub_throttle_dev_io()). A
+ * priority would do nothing without the BFQ scheduler.
+ *
+ * @returns The files in sysfs that were written; a person's limit is kept.
+ */
+async function limitScrub({ fsid, members }: DataFilesystem) {
+  const limited: string[] = [];
+  const sampleBytes = 32 * MiB;
+  await attemptEach(members, async ({ path, holds: { btrfs } }) => {
+    const limit =
+      `/sys/fs/btrfs/${fsid}/devinfo/${btrfs.devid}/scrub_speed_max`;
+    if (readText(limit) !== "0") return;
+    const places = Math.max(1, Math.floor(btrfs.deviceBytes / sampleBytes) - 1);
+    const from = sampleBytes * Math.floor(Math.random() * places);
+    const startedMs = performance.now();
+    let readBytes = 0;
+    await withDevice(path, async (read) => {
+      while (readBytes < sampleBytes && performance.now() - startedMs < 5000) {
+        readBytes += (await read(from + readBytes, MiB)).length || sampleBytes;
+      }
+    });
+    const seconds = (performance.now() - startedMs) / 1000;
+    const bytesPerSecond = Math.max(MiB, Math.floor(readBytes / seconds / 4));
+    fs.writeFileSync(limit, `${bytesPerSecond}`);
+    limited.push(limit);
+  });
+  return limited;
+}
+
+/** What a scrub found on a device; counted are blocks of 4 KiB. */
+export interface Scrubbed {
+  devid: number;
+  /** In seconds since 1970, by the clock of that time. */
+  startedSeconds: number;
+  isFinished: boolean;
+  repaired: number;
+  lost: number;
+}
+
+/**
+ * Reads the file in which `btrfs scrub` remembers its progress: a line for each
+ * device, `UUID:DEVID|name:value|…` (btrfs-progs, cmds/scrub.c).
+ */
+export function parseScrubStatus(text: string): Scrubbed[] {
+  return text.split("\n").slice(1).flatMap((line) => {
+    const [device, ...fields] = line.split("|");
+    const devid = Number(device.split(":")[1]);
+    const value = (name: string) =>
+      Number(fields.find((f) => f.startsWith(`${name}:`))?.split(":")[1] ?? 0);
+    return devid > 0
+      ? [{
+        devid,
+        startedSeconds: value("t_start"),
+        isFinished: value("finished") === 1 && value("canceled") === 0,
+        repaired: value("corrected_errors"),
+        lost: value("uncorrectable_errors"),
+      }]
+      : [];
+  });
+}
+
+/** The last scrub of a filesystem, whoever started it. */
+function readScrub({ fsid, members }: Mounted) {
+  const text = readText(`/var/lib/btrfs/scrub.status.${fsid}`) ?? "";
+  const devices = parseScrubStatus(text).filter(({ devid }) =>
+    members.some(({ holds }) => holds.btrfs.devid === devid)
+  );
+  const isUnfinished = devices.some(({ isFinished }) => !isFinished);
+  const startedSeconds = devices.length === 0 || isUnfinished
+    ? undefined
+    : Math.max(...devices.map((device) => device.startedSeconds));
+  return { devices, isUnfinished, startedSeconds };
+}
+
+/** Names the files that the last scrub could not repair, if Btrfs can. */
+async function findLostFiles(paths: Paths): Promise<string[]> {
+  const to = "name the files that are damaged";
+  const linesOf = (command: string[]) =>
+    run(command, { to, capture: true })
+      .then(({ stdout }) => stdout.split("\n").filter(Boolean), () => []);
+  const log = (await linesOf(words`dmesg`)).join("\n");
+  const ours = log.slice(Math.max(0, log.lastIndexOf("scrub: started on")));
+  const places = ours.matchAll(/unable to fixup .* at logical (\d+)/g);
+  const files = new Set<string>();
+  for (const at of new Set([...places].map(([, at]) => at))) {
+    if (files.size >= 10) break;
+    const found = await linesOf(
+      words`btrfs inspect-internal logical-resolve ${at} ${paths.data}`,
+    );
+    for (const line of found) {
+      // It does not find the mounts of other subvolumes (btrfs-progs 6.2).
+      const [, inode, subvolume] =
+        /^inode (\d+) subvol (.+) could not be accessed/.exec(line) ?? [];
+      const named = inode
+        ? await linesOf(
+          words`btrfs inspect-internal inode-resolve ${inode} ${
+            mountOf(subvolume, paths)
+          }`,
+        )
+        : [line];
+      for (const file of named) files.add(file);
+    }
+  }
+  return [...files];
+}
+
+/** Where a subvolume is, by its path from the top level. */
+function mountOf(subvolume: string, paths: Paths): string {
+  for (const which of ["state", "snapshots", "data"] as const) {
+    const name = SUBVOLUMES[which];
+    if (`${subvolume}/`.startsWith(`${name}/`)) {
+      return join(paths[which], subvolume.slice(name.length));
+    }
+  }
+  return paths.data;
 }
 
 /** Profiles from the weakest to the strongest. */
@@ -4384,10 +4538,121 @@ function setPending(job: keyof Pending, isPending: boolean, paths: Paths) {
   for (const name of [file, ...old]) fs.rmSync(name, { force: true });
 }
 
+/** What is remembered from one pass to the next, also over reboots. */
+interface Memory {
+  /** The problems that on-health was told last. */
+  told: string[];
+  /** Why on-health could not be told, which is tried again. */
+  untold?: string;
+  /** Files that the last scrub could not repair. */
+  lost?: string[];
+  scrub?: ScrubMemory;
+  /** How long the system had been running at the last pass. */
+  uptimeSeconds?: number;
+}
+
+/**
+ * In /run it also outlives a filesystem that went read-only; the copy on the
+ * disk is that of the boots before.
+ */
+function readMemory({ memory: [inRun, onDisk] }: Paths): Memory {
+  const parse = (path: string): Memory | undefined =>
+    orUndefined(() => JSON.parse(readText(path) ?? ""));
+  const before = parse(inRun) ??
+    { ...parse(onDisk), uptimeSeconds: undefined, untold: undefined };
+  return { ...before, told: before.told ?? [] };
+}
+
+function remember(paths: Paths, news: Partial<Memory>): void {
+  const text = JSON.stringify({ ...readMemory(paths), ...news });
+  for (const path of paths.memory) {
+    if (readText(path) === text) continue;
+    orUndefined(() => replaceFile(path, `${text}\n`));
+  }
+}
+
+/** When the last scrub ended: by a clock that may be wrong, and by running. */
+export interface ScrubMemory {
+  /** Which scrub it was, 0 for none; see {@linkcode Scrubbed}. */
+  startedSeconds: number;
+  endedSeconds: number;
+  /** How long the system has been running since. */
+  ranSeconds: number;
+  /** The next one is due, if the next pass finds so as well. */
+  isOld: boolean;
+  isDue: boolean;
+}
+
+const DAY_SECONDS = 24 * 60 * 60;
+const SCRUB_EVERY_SECONDS = 35 * DAY_SECONDS;
+
+/** This program was not there before: a clock that says so is wrong. */
+const EARLIEST_SECONDS = Date.UTC(2026, 0) / 1000;
+
+/**
+ * Decides whether the next scrub is due. The clock of a machine may begin in
+ * 1970, or in the future, until the network sets it right: so what it says counts
+ * when it says so at two passes, and the time of running counts as well. Where
+ * no scrub is known, the time begins with the first pass.
+ *
+ * @param startedSeconds Which scrub was the last that finished.
+ */
+export function judgeScrub(
+  before: ScrubMemory | undefined,
+  { startedSeconds = 0, nowSeconds, ranSeconds }: {
+    startedSeconds?: number;
+    nowSeconds: number;
+    /** Since the pass before. */
+    ranSeconds: number;
+  },
+): ScrubMemory {
+  const isNew = startedSeconds !== 0 &&
+    before?.startedSeconds !== startedSeconds;
+  if (!before || isNew) {
+    const endedSeconds = nowSeconds;
+    const never = { isOld: false, isDue: false };
+    return { startedSeconds, endedSeconds, ranSeconds: 0, ...never };
+  }
+  const ran = before.ranSeconds + ranSeconds;
+  const wasWrong = before.endedSeconds < EARLIEST_SECONDS &&
+    nowSeconds >= EARLIEST_SECONDS;
+  const endedSeconds = wasWrong ? nowSeconds - ran : before.endedSeconds;
+  const isOld = Math.max(nowSeconds - endedSeconds, ran) >= SCRUB_EVERY_SECONDS;
+  return {
+    ...before,
+    endedSeconds,
+    ranSeconds: ran,
+    isOld,
+    isDue: isOld && before.isOld,
+  };
+}
+
+/** Lets magic disks join a whole filesystem, now or when there is time. */
+function allowJoins(joins: NewMember[], { joining }: Paths): void {
+  const allowed = listJoining(joining).concat(joins.map(joiningId));
+  replaceFile(joining, `${allowed.join("\n")}\n`);
+}
+
+const listJoining = (path: string) => (readText(path) ?? "").split("\n");
+const joiningId = ({ device }: NewMember) => device.sequence ?? device.path;
+
+/**
+ * A magic disk takes the place of a missing member at once. A whole filesystem
+ * takes one that was there at a boot, or that a person lets in.
+ */
+function mayJoin(
+  member: NewMember,
+  { missing }: FilesystemState,
+  { joining }: Paths,
+): boolean {
+  return missing.length > 0 || listJoining(joining).includes(joiningId(member));
+}
+
 /** Starts {@linkcode maintain} in the background if there is work for it. */
 function startMaintenance(plan: Plan, settings: Settings, paths: Paths) {
   if (!plan.data) return;
   if (plan.data.needsScrub) setPending("scrub", true, paths);
+  allowJoins(plan.joins, paths);
   const state = stateOf(plan.data);
   const job = state && decideJob(plan, state, readPending(paths));
   if (!job) return;
@@ -4412,9 +4677,15 @@ function startMaintenance(plan: Plan, settings: Settings, paths: Paths) {
   }
 }
 
-/** Does the long work, piece by piece, until nothing is left to do. */
+/**
+ * Looks once, says what is wrong, and does the long work that is due, piece by
+ * piece, until nothing is left to do.
+ */
 export async function maintain(settings: Settings): Promise<number> {
   const paths = pathsBelow(settings.root);
+  const tell = () => attempt(() => tellHealth(settings, paths));
+  await attempt(() => awaitScrub(paths));
+  await tell();
   let only: Lock;
   try {
     only = await takeLock(join(paths.run, "maintenance.lock"), 0);
@@ -4423,14 +4694,87 @@ export async function maintain(settings: Settings): Promise<number> {
     say("info", messageOf(error));
     return 0;
   }
+  const done = new Set<string>();
+  // A member may go, or a disk fill up, while another is copied for hours.
+  const telling = setInterval(tell, HEALTH_EVERY_MS);
   try {
-    const done = new Set<string>();
     while (await doNextJob(done, settings, paths));
   } finally {
+    clearInterval(telling);
     fs.rmSync(paths.job, { force: true });
     only.release();
   }
+  if (done.size > 0) await tell();
   return messages.errors.length > 0 ? 1 : 0;
+}
+
+const HEALTH_EVERY_MS = 60_000;
+
+/**
+ * Writes what is wrong to the health file, and calls on-health where that is not
+ * what it was told last: not for another number, nor again after a reboot.
+ */
+async function tellHealth(settings: Settings, paths: Paths): Promise<void> {
+  const lock = await takeLock(join(paths.run, "health.lock"));
+  try {
+    const { problems } = await readStatus(settings);
+    writeHealth(problems, paths);
+    const wrong = problems.filter(({ key }) => key !== UNTOLD);
+    const keys = wrong.map(({ key }) => key).sort();
+    const { told } = readMemory(paths);
+    let untold: string | undefined;
+    if (`${keys}` !== `${told}` && isExecutable(paths.onHealth)) {
+      await run([paths.onHealth], {
+        to: "tell a person what is wrong",
+        stdin: linesOf(wrong),
+        timeoutMs: TIMEOUT.hookMs,
+        isGroup: true,
+      }).then(
+        () => remember(paths, { told: keys }),
+        (error) => say("warning", untold = messageOf(error)),
+      );
+    }
+    remember(paths, { untold });
+    writeHealth([...wrong, ...judgeUntold(untold)], paths);
+  } finally {
+    lock.release();
+  }
+}
+
+const linesOf = (problems: Problem[]) =>
+  problems.map(({ text }) => `${text}\n`).join("");
+
+function writeHealth(problems: Problem[], { health }: Paths): void {
+  fs.mkdirSync(dirname(health), { recursive: true });
+  replaceFile(health, linesOf(problems));
+}
+
+function isExecutable(path: string): boolean {
+  return orUndefined(() => {
+    fs.accessSync(path, fs.constants.X_OK);
+    return fs.statSync(path).isFile();
+  }) ?? false;
+}
+
+/** Counts the time to the next scrub. */
+async function awaitScrub(paths: Paths): Promise<void> {
+  const open = await openFilesystem(paths);
+  if (!open) return;
+  const { scrub, uptimeSeconds: before = 0 } = readMemory(paths);
+  const uptimeSeconds = Number.parseFloat(readText("/proc/uptime") ?? "0");
+  const next = judgeScrub(scrub, {
+    startedSeconds: readScrub(open).startedSeconds,
+    nowSeconds: Math.floor(Date.now() / 1000),
+    ranSeconds: Math.floor(uptimeSeconds - before),
+  });
+  remember(paths, { scrub: next, uptimeSeconds });
+  if (next.isDue) setPending("scrub", true, paths);
+}
+
+/** Lets the kernel move half-empty chunks together, where it can (6.11). */
+function reclaimSpace({ fsid }: DataFilesystem): void {
+  const file = `/sys/fs/btrfs/${fsid}/allocation/data/dynamic_reclaim`;
+  if (readText(file) === "0") fs.writeFileSync(file, "1");
 }
 
 /**
@@ -4445,6 +4789,8 @@ async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
     const plan = decide(await look(settings), settings);
     await attemptEach(plan.repairs, carryOut); // what has taken its place
     const state = plan.data && stateOf(plan.data);
+    if (plan.data) orUndefined(() => reclaimSpace(plan.data!));
+    if (state) plan.joins = plan.joins.filter((j) => mayJoin(j, state, paths));
     if (state?.missing.length === 0) setPending("remove missing", false, paths);
     const job = state && decideJob(plan, state, readPending(paths), paths);
     if (!job || done.has(job.what)) return false;
@@ -4876,18 +5222,20 @@ async function describeContents(device: BlockDevice) {
 type Status = Awaited<ReturnType<typeof readStatus>>;
 
 /** Collects what is mounted where, from what, and how healthy it is. */
-async function readStatus({ root }: Settings) {
+async function readStatus(settings: Settings) {
+  const { root } = settings;
   const paths = pathsBelow(root);
   const base = mountedOn(paths.data);
-  const fsid = base && fsidOf(base);
-  const open = fsid ? { fsid, members: await readMembers(fsid) } : undefined;
+  const open = await openFilesystem(paths);
   const state = open && stateOf(open);
   const targets = [paths.data, paths.state, paths.snapshots]
     .concat(OVERLAYS.map((name) => join(root, name)));
+  const memory = readMemory(paths);
   const status = {
     mode: base ? modeOf(base, paths) : "none",
-    uuid: fsid ?? null,
-    label: fsid ? readText(`/sys/fs/btrfs/${fsid}/label`) ?? null : null,
+    uuid: open?.fsid ?? null,
+    label: open ? readText(`/sys/fs/btrfs/${open.fsid}/label`) ?? null : null,
+    isReadOnly: base?.superOptions.includes("ro") ?? false,
     profiles: state?.profiles ?? null,
     devices: state?.devids.map((devid) => {
       const member = open?.members
@@ -4907,11 +5255,75 @@ async function readStatus({ root }: Settings) {
     swap: readSwaps(),
     work: state ? await readWork(state, paths) : [],
     isDockerHeldBack: base?.type === "tmpfs" && isHeldBack(paths),
+    scrub: open ? describeScrub(open, memory) : null,
+    next: null as string | null,
+    problems: [] as Problem[],
     health: [] as string[],
     lastBoot: readReport(paths) ?? null,
   };
-  status.health.push(...judgeHealth(status, state));
+  if (state) status.next = await readNext(settings, state, memory, paths);
+  status.problems.push(
+    ...judgeHealth(status, state),
+    ...judgeUntold(memory.untold),
+  );
+  status.health.push(...status.problems.map(({ text }) => text));
   return status;
+}
+
+/** The data filesystem in use, with the members that can be read. */
+async function openFilesystem(paths: Paths): Promise<Mounted | undefined> {
+  const base = mountedOn(paths.data);
+  const fsid = base && fsidOf(base);
+  return fsid ? { fsid, members: await readMembers(fsid) } : undefined;
+}
+
+/** The last scrub that finished, for people and for monitoring. */
+function describeScrub(open: Mounted, { scrub, lost = [] }: Memory) {
+  const { devices, startedSeconds } = readScrub(open);
+  if (!startedSeconds) return null;
+  // The clock may have been set since: the time of running is the least.
+  const isKnown = scrub?.startedSeconds === startedSeconds;
+  const endedSeconds = isKnown ? scrub.endedSeconds : startedSeconds;
+  const ageSeconds = Math.max(
+    Date.now() / 1000 - endedSeconds,
+    isKnown ? scrub.ranSeconds : 0,
+  );
+  return {
+    ended: new Date(1000 * endedSeconds).toISOString(),
+    days: Math.floor(ageSeconds / DAY_SECONDS),
+    devices: devices.map(({ devid, repaired, lost }) => ({
+      devid,
+      repaired,
+      lost,
+    })),
+    lostFiles: lost,
+  };
+}
+
+/** What the next pass, or the next boot, is going to do. */
+async function readNext(
+  settings: Settings,
+  state: FilesystemState,
+  { scrub }: Memory,
+  paths: Paths,
+): Promise<string> {
+  const plan = decide(await look(settings), settings);
+  const waiting = plan.joins.filter((join) => !mayJoin(join, state, paths));
+  plan.joins = plan.joins.filter((join) => !waiting.includes(join));
+  const job = decideJob(plan, state, readPending(paths), paths);
+  if (job) return job.what;
+  if (waiting.length > 0) {
+    return `${pathsOf(devicesOf(waiting))} joins the data filesystem at the ` +
+      `next boot`;
+  }
+  const age = scrub
+    ? Math.max(Date.now() / 1000 - scrub.endedSeconds, scrub.ranSeconds)
+    : 0;
+  const days = Math.max(
+    0,
+    Math.ceil((SCRUB_EVERY_SECONDS - age) / DAY_SECONDS),
+  );
+  return `all checksums are verified in ${days} days`;
 }
 
 function readSpace(directory: string) {
@@ -4935,19 +5347,32 @@ function readMetadataSpace({ fsid, members }: Mounted) {
   const deviceBytes = sum(members.map(({ holds }) => holds.btrfs.deviceBytes));
   const sizeBytes = value("metadata/total_bytes");
   const copies = value("metadata/disk_total") / sizeBytes || 1;
-  const freeBytes = sizeBytes - value("metadata/bytes_used") -
-    value("global_rsv_size") + (deviceBytes - allocatedBytes) / copies;
-  return { sizeBytes, freeBytes: Math.max(0, Math.floor(freeBytes)) };
+  const inChunksBytes = sizeBytes - value("metadata/bytes_used") -
+    value("global_rsv_size");
+  const unallocatedBytes = deviceBytes - allocatedBytes;
+  const freeBytes = inChunksBytes + unallocatedBytes / copies;
+  const dataFreeBytes = value("data/total_bytes") - value("data/bytes_used");
+  const chunkBytes = largestChunkBytes([deviceBytes]);
+  return {
+    sizeBytes,
+    freeBytes: Math.max(0, Math.floor(freeBytes)),
+    /** There is room in data chunks, and none for metadata to grow. */
+    isCrowdedOut: unallocatedBytes < chunkBytes &&
+      inChunksBytes < sizeBytes / 4 && dataFreeBytes > 2 * chunkBytes,
+  };
 }
 
 /** The devices in use: sysfs knows their names, superblocks the devids. */
 async function readMembers(fsid: string): Promise<Mounted["members"]> {
   const members: Mounted["members"] = [];
   const names = listDirectory(`/sys/fs/btrfs/${fsid}/devices`);
-  await attemptEach(names.map(nodeOf), async (path) => {
-    const btrfs = await superblockOf(path);
+  for (const path of names.map(nodeOf)) {
+    // One that has gone, or is dead, is missing.
+    const btrfs = await superblockOf(path).catch((error) =>
+      say("debug", messageOf(error))
+    );
     if (btrfs && btrfs.devid > 0) members.push({ path, holds: { btrfs } });
-  });
+  }
   return members;
 }
 
@@ -4978,43 +5403,106 @@ async function readWork({ operation }: FilesystemState, paths: Paths) {
   return work;
 }
 
-/** Says what is wrong, in sentences with a remedy. */
-function* judgeHealth(status: Status, state?: FilesystemState) {
-  const { devices, space, metadataSpace, lastBoot } = status;
+/** Something that is wrong. */
+export interface Problem {
+  /** What it is, the same from hour to hour and from boot to boot. */
+  key: string;
+  /** In a sentence, with a remedy. */
+  text: string;
+  /** Critical: data are lost, cannot be kept, or would be with one more disk. */
+  level: "warning" | "critical";
+}
+
+/** Says what is wrong. */
+function* judgeHealth(
+  status: Status,
+  state?: FilesystemState,
+): Generator<Problem> {
+  const { devices, space, metadataSpace, scrub, lastBoot } = status;
   for (const error of lastBoot?.errors ?? []) {
-    yield `The last boot said: ${error}`;
+    const text = `The last boot said: ${error}`;
+    yield { key: text, text, level: "critical" };
   }
-  if (status.isDockerHeldBack) yield HELD_BACK;
+  if (status.isReadOnly) {
+    const text = `"/${DATA_MOUNT}" is read-only: the kernel found an error ` +
+      `(see dmesg); reboot, and if that happens again, replace the disk`;
+    yield { key: "read-only", text, level: "critical" };
+  }
+  if (status.isDockerHeldBack) {
+    yield { key: "Docker is held back", text: HELD_BACK, level: "critical" };
+  }
   for (const { path, devid, missing, errors } of devices) {
     if (missing) {
-      yield `Device ${devid} is missing: there is no redundancy until it is ` +
-        `back, or a new disk is enabled with persistence.ts --enable`;
+      const text = `Device ${devid} is missing: there is no redundancy until ` +
+        `it is back, or a new disk is enabled with persistence.ts --enable`;
+      yield { key: `missing ${devid}`, text, level: "critical" };
     }
     const counts = Object.entries(errors)
       .map(([kind, count]) => `${count} ${kind.replace("_errs", "")}`);
+    const found = scrub?.devices.find((device) => device.devid === devid);
+    const what = path ?? `device ${devid}`;
     if (counts.length > 0) {
-      yield `${path ?? `device ${devid}`} had errors (${counts.join(", ")}): ` +
-        `replace the disk; if it was the cable, "btrfs device stats --reset" ` +
-        `forgets them`;
+      const repaired = found?.repaired
+        ? `; the scrub of ${scrub?.ended} repaired ${found.repaired} blocks`
+        : "";
+      const text = `${what} had errors (${counts.join(", ")})${repaired}: ` +
+        `replace the disk; if it was the cable, "btrfs device stats --reset ` +
+        `/${DATA_MOUNT}" forgets them`;
+      yield { key: `errors ${devid}`, text, level: "warning" };
+    }
+    if (found?.lost) {
+      const names = scrub?.lostFiles ?? [];
+      const files = names.length > 0
+        ? `restore or delete ${names.join(", ")}`
+        : `restore what dmesg names`;
+      const text = `The scrub of ${scrub?.ended} could not repair ` +
+        `${found.lost} blocks of ${what}: ${files}, then "btrfs scrub start ` +
+        `/${DATA_MOUNT}" looks again`;
+      yield { key: `lost ${devid}`, text, level: "critical" };
     }
   }
+  if (scrub && scrub.days >= 2 * SCRUB_EVERY_SECONDS / DAY_SECONDS) {
+    const text = `All checksums were verified ${scrub.days} days ago for the ` +
+      `last time: leave the system running until that is done`;
+    yield { key: "scrub", text, level: "warning" };
+  }
   if (state && balanceFilters(state).length > 0) {
-    yield "Not all chunks are mirrored yet";
+    const text = "Not all chunks are mirrored yet";
+    yield { key: "not mirrored", text, level: "warning" };
   }
-  if (space && space.freeBytes < space.sizeBytes / 20) {
-    yield `"/${DATA_MOUNT}" is nearly full: ${inMiB(space.freeBytes)} of ` +
-      `${inMiB(space.sizeBytes)} are free: delete something, or enlarge or ` +
-      `add a disk`;
+  if (space && space.freeBytes < space.sizeBytes * LEAST_FREE.warning) {
+    const text = `"/${DATA_MOUNT}" is nearly full: ` +
+      `${inMiB(space.freeBytes)} of ${inMiB(space.sizeBytes)} are free: ` +
+      `delete something, or enlarge or add a disk`;
+    const isFull = space.freeBytes < space.sizeBytes * LEAST_FREE.critical;
+    yield { key: "full", text, level: isFull ? "critical" : "warning" };
   }
-  const leastBytes = Math.max(
-    (metadataSpace?.sizeBytes ?? 0) / 20,
-    LARGEST_METADATA_RESERVATION_BYTES,
-  );
-  if (metadataSpace && metadataSpace.freeBytes < leastBytes) {
-    yield `The metadata of "/${DATA_MOUNT}" are nearly full: ` +
+  if (metadataSpace && metadataSpace.freeBytes < leastMetadata(metadataSpace)) {
+    const text = `The metadata of "/${DATA_MOUNT}" are nearly full: ` +
       `${inMiB(metadataSpace.freeBytes)} are free: delete files or ` +
       `snapshots, or enlarge or add a disk`;
+    yield { key: "metadata full", text, level: "critical" };
+  } else if (metadataSpace?.isCrowdedOut) {
+    const text = `All space of "/${DATA_MOUNT}" is allocated to data, and ` +
+      `metadata cannot grow: "btrfs balance start -dusage=50 ` +
+      `/${DATA_MOUNT}" makes room`;
+    yield { key: "unallocated", text, level: "warning" };
   }
+}
+
+/** The least of a filesystem that should be free. */
+const LEAST_FREE = { warning: 0.05, critical: 0.01 };
+
+const leastMetadata = ({ sizeBytes }: { sizeBytes: number }) =>
+  Math.max(sizeBytes / 20, LARGEST_METADATA_RESERVATION_BYTES);
+
+/** The problem that on-health is not told. */
+const UNTOLD = "on-health";
+
+function judgeUntold(untold?: string): Problem[] {
+  if (!untold) return [];
+  const text = `${untold}: it is called again within the hour`;
+  return [{ key: UNTOLD, text, level: "warning" }];
 }
 
 /** The status for people, line by line. */
@@ -5048,6 +5536,14 @@ function* describeStatus(status: Status): Generator<string> {
     const when = since ? ` since ${since}` : "";
     yield `In the background${when}: ${kind}: ${progress}`;
   }
+  if (status.scrub) {
+    const { ended, devices } = status.scrub;
+    const total = (what: "repaired" | "lost") =>
+      sum(devices.map((device) => device[what]));
+    yield `  last scrub: ended ${ended}, repaired ${total("repaired")} ` +
+      `blocks, lost ${total("lost")}`;
+  } else if (profiles) yield "  last scrub: none has finished yet";
+  if (status.next) yield `  next: ${status.next}`;
   for (const problem of health) yield `Attention: ${problem}`;
   if (mode !== "none" && health.length === 0) yield "Healthy";
 }
@@ -5061,6 +5557,74 @@ async function showStatus(settings: Settings, json: boolean): Promise<void> {
     if (!process.stdout.isTTY || status.work.length === 0) return;
     await sleep(1000);
   }
+}
+
+/**
+ * One line for a monitoring system (Monitoring Plugins Development Guidelines).
+ *
+ * @returns The exit status: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+ */
+async function check(settings: Settings, isExpected: boolean): Promise<number> {
+  const status = await readStatus(settings);
+  const { text, exitStatus } = judgeCheck(status, isExpected);
+  console.log(text);
+  return exitStatus;
+}
+
+const CHECK = ["OK", "WARNING", "CRITICAL", "UNKNOWN"];
+
+function checkLine(exitStatus: number, says: string, figures: string[] = []) {
+  const text = `PERSISTENCE ${CHECK[exitStatus]}: ${says.replaceAll("|", "/")}`
+    .replaceAll(/\p{Cc}+/gu, " ");
+  return {
+    exitStatus,
+    text: [text, figures.join(" ")].join(figures[0] ? " | " : ""),
+  };
+}
+
+/** @param isExpected Persistence is: volatile is then critical. */
+function judgeCheck(status: Status, isExpected: boolean) {
+  const { mode, problems, devices, space, metadataSpace, scrub } = status;
+  if (mode === "none") {
+    return checkLine(3, "persistence.ts has not run in this system");
+  }
+  const isMissed = mode === "fallback" ||
+    (isExpected && mode !== "persistent");
+  const isCritical = isMissed ||
+    problems.some(({ level }) => level === "critical");
+  const exitStatus = isCritical ? 2 : problems.length > 0 ? 1 : 0;
+  const says = [
+    ...isMissed ? ["Volatile: what is written is lost at shutdown"] : [],
+    ...problems.map(({ text }) => text),
+  ];
+  const fine = mode === "persistent"
+    ? `persistent, ${devices.length} device(s), ` +
+      `${inMiB(space?.freeBytes ?? 0)} free`
+    : "volatile, as nothing is enabled";
+  const figures: string[] = [];
+  if (space) {
+    const { warning, critical } = LEAST_FREE;
+    const [least, fewest] = [warning, critical]
+      .map((part) => Math.floor(part * space.sizeBytes));
+    figures.push(
+      `space_free=${space.freeBytes}B;${least}:;${fewest}:;0;${space.sizeBytes}`,
+    );
+  }
+  if (metadataSpace) {
+    const least = Math.floor(leastMetadata(metadataSpace));
+    figures.push(`metadata_free=${metadataSpace.freeBytes}B;;${least}:;0`);
+  }
+  if (mode === "persistent") {
+    const errors = devices.flatMap(({ errors }) => Object.values(errors));
+    figures.push(`device_errors=${sum(errors)};0;;0`);
+    const missing = devices.filter(({ missing }) => missing).length;
+    figures.push(`devices_missing=${missing};;0;0`);
+  }
+  if (scrub) {
+    const days = 2 * SCRUB_EVERY_SECONDS / DAY_SECONDS;
+    figures.push(`days_since_scrub=${scrub.days};${days};;0`);
+  }
+  return checkLine(exitStatus, says.join("; ") || fine, figures);
 }
 
 async function dryRun(settings: Settings, json = false): Promise<void> {
@@ -5083,6 +5647,8 @@ interface RunOptions {
   stdin?: string | Uint8Array;
   /** Is what it writes to stdout wanted? */
   capture?: boolean;
+  /** When the time is up, what it has started ends as well. */
+  isGroup?: boolean;
 }
 
 /**
@@ -5117,7 +5683,8 @@ async function run(command: string[], options: RunOptions) {
   const textOf = (file: Stdio[number]) => readText(`/proc/self/fd/${file}`);
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
-    const end = await endOf(found, what, timeoutMs, [input, output, errors]);
+    const stdio: Stdio = [input, output, errors];
+    const end = await endOf(found, what, timeoutMs, stdio, options.isGroup);
     if (typeof end === "number" && accept.includes(end)) {
       return { status: end, stdout: textOf(output) ?? "" };
     }
@@ -5201,7 +5768,7 @@ function start(command: string[], options: StartOptions) {
     const child = Bun.spawn(command, { ...options, env: process.env });
     const ended = child.exited.then((status) => child.signalCode ?? status);
     if (options.detached) child.unref();
-    return { ended, kill: () => child.kill("SIGKILL") };
+    return { ended, kill: () => kill(child.pid, options) };
   }
   // Not imported, for the executable would then embed it.
   const { spawn } = process.getBuiltinModule("node:child_process");
@@ -5210,16 +5777,28 @@ function start(command: string[], options: StartOptions) {
     child.on("exit", (status, signal) => resolve(status ?? signal ?? "?"))
       .on("error", () => {}) // a failed spawn has no pid: reported below
   );
-  if (child.pid === undefined) throw new Error("It cannot be executed");
+  const { pid } = child;
+  if (pid === undefined) throw new Error("It cannot be executed");
   if (options.detached) child.unref();
-  return { ended, kill: () => child.kill("SIGKILL") };
+  return { ended, kill: () => kill(pid, options) };
+}
+
+/** One in a session of its own is killed with all that it has started. */
+function kill(pid: number, { detached }: StartOptions): void {
+  orUndefined(() => process.kill(detached ? -pid : pid, "SIGKILL"));
 }
 
 /** Runs a program until it ends, or kills it when the time is up. */
-async function endOf(command: string[], what: string, ms: number, io: Stdio) {
+async function endOf(
+  command: string[],
+  what: string,
+  ms: number,
+  stdio: Stdio,
+  detached = false,
+) {
   let child: ReturnType<typeof start> | undefined;
   try {
-    child = start(command, { stdio: io });
+    child = start(command, { stdio, detached });
     return await withTimeout(child.ended, ms, what);
   } catch (error) {
     if (!child) throw new Error(`${what}: ${messageOf(error)}`);
@@ -5262,6 +5841,7 @@ function openUnlinkedFile(contents: string | Uint8Array): number {
 
 /** Where a program is, or undefined where it is not installed. */
 function findProgram(name: string): string | undefined {
+  if (name.startsWith("/")) return name;
   return (process.env.PATH ?? "").split(":").filter(Boolean)
     .map((directory) => join(directory, name)).find(fs.existsSync);
 }
@@ -5497,6 +6077,9 @@ const HELP = `Usage:
                                        files magic: the next boot formats them
   persistence.ts --disable DEVICE...   take the magic away again
   persistence.ts --status [--json]     what is mounted, from what, how healthy
+  persistence.ts --check [persistent]  one line for a monitoring system: 0 OK,
+                                       1 WARNING, 2 CRITICAL, 3 UNKNOWN;
+                                       persistent: volatile is CRITICAL
   persistence.ts --dry-run [--json]    what the next boot would do
 
 Options:
@@ -5526,7 +6109,9 @@ const defaultSettings: Settings = {
   noSwap: false,
 };
 
-const MODES = "enable disable status dry-run maintain help version".split(" ");
+const MODES = "enable disable status check dry-run maintain help version".split(
+  " ",
+);
 const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
 
 /** Reads the command line. What it gives counts more than the kernel's. */
@@ -5554,7 +6139,9 @@ export function parseCommandLine(args: string[]) {
     ? `Options --${mode} and --${second} exclude each other`
     : takesDevices && operands.length === 0
     ? `Option --${mode} needs a DEVICE: see --help`
-    : !takesDevices && operands.length > 0
+    : mode === "check" && `${operands}`.replace("persistent", "")
+    ? `Option --check takes "persistent" or nothing: see --help`
+    : !takesDevices && mode !== "check" && operands.length > 0
     ? `Unexpected argument "${operands[0]}": see --help`
     : force && mode !== "enable"
     ? "Option --force goes with --enable only"
@@ -5673,6 +6260,7 @@ async function main(args: string[]): Promise<number> {
     }
     if (mode === "boot") return await boot(settings);
     if (mode === "maintain") return await maintain(settings);
+    if (mode === "check") return await check(settings, operands.length > 0);
     if (mode === "status") await showStatus(settings, parsed.json);
     else if (mode === "dry-run") await dryRun(settings, parsed.json);
     else {
@@ -5683,6 +6271,11 @@ async function main(args: string[]): Promise<number> {
     }
     return 0;
   } catch (error) {
+    if (args.includes("--check")) {
+      const { text, exitStatus } = checkLine(3, messageOf(error));
+      console.log(text);
+      return exitStatus;
+    }
     sayError(error);
     return error instanceof UsageError ? 2 : 1;
   }

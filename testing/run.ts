@@ -34,6 +34,7 @@ const rough = [
   "testing/lock_test.ts",
   "testing/fault_test.ts",
   "testing/cuts_test.ts",
+  "testing/maintain_test.ts",
 ];
 
 /** In the virtual machine; BOOT=all: every situation, cut and fault. */
