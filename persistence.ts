@@ -938,10 +938,7 @@ function nameAt(path: string): string | undefined {
 const partitionPrefix = (disk: string) => /\d$/.test(disk) ? `${disk}p` : disk;
 
 /** The number in a partition's name, undefined where it is none of the disk. */
-export function partitionNumber(
-  disk: string,
-  name: string,
-): number | undefined {
+export function partitionNumber(disk: string, name: string) {
   const prefix = partitionPrefix(disk);
   const digits = name.startsWith(prefix) ? name.slice(prefix.length) : "";
   return /^[1-9]\d*$/.test(digits) ? Number(digits) : undefined;
@@ -1039,11 +1036,7 @@ function cannotRead(path: string, error: unknown): string {
  * counts only if the start of the device is zero, as Btrfs leaves it: otherwise
  * something newer was written there, a filesystem for example.
  */
-async function readFormats(
-  node: DeviceNode,
-  buffer: Uint8Array,
-  read: Read,
-): Promise<Reading> {
+async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const base = node.entry?.startBytes ?? 0;
   const start = await read(base, START_BYTES, buffer);
   const reading = parseStart(start);
@@ -1084,10 +1077,7 @@ function isBlank(start: Uint8Array, { recordable }: Reading): boolean {
 }
 
 /** Is there nothing around the table that would be a whole disk's filesystem? */
-function isPlainStart(
-  start: Uint8Array,
-  { gpt, onlyHeader }: Reading,
-): boolean {
+function isPlainStart(start: Uint8Array, { gpt, onlyHeader }: Reading) {
   const sector = gpt?.sectorBytes ?? 512;
   const tableEnd = 2 * sector + GPT.entriesArea;
   return isZero(start.subarray(onlyHeader ? 446 : 0, 440)) &&
@@ -1170,10 +1160,7 @@ type Read = (
  * @throws {Error} When it cannot be read or does not answer in time. (A
  * suspended volume, of which the open itself may never end, is not opened.)
  */
-async function withDevice<T>(
-  path: string,
-  use: (read: Read) => Promise<T>,
-): Promise<T> {
+async function withDevice<T>(path: string, use: (read: Read) => Promise<T>) {
   let open: number | undefined;
   const reading = (async () => {
     const file = open = await promisify<number>((done) =>
@@ -1915,10 +1902,7 @@ export function isMagic(device: BlockDevice, devices: BlockDevice[]): boolean {
  * Is libblkid to be asked about a device: is it to be formatted, repaired,
  * grown, blamed, or not plainly a member? The kernel knows best what is open.
  */
-export function isInQuestion(
-  device: BlockDevice,
-  devices: BlockDevice[],
-): boolean {
+export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
   const { read, partitionName, kind } = device;
   if (read.error || isOpen(device)) return false;
   const disk = devices.find(({ name }) => name === device.disk);
@@ -2006,10 +1990,7 @@ function onlySwapIsLeft({ read }: BlockDevice): boolean {
  * be both; RAID metadata behind all partitions overlap nothing; and a Btrfs is
  * older than the table over it, for mkfs.btrfs zeroes the first 2 MiB.
  */
-function whyTableIsDoubted(
-  device: BlockDevice,
-  devices: BlockDevice[],
-): string | undefined {
+function whyTableIsDoubted(device: BlockDevice, devices: BlockDevice[]) {
   const disk = devices.find(({ name }) => name === device.disk);
   if (device.kind !== "partition" || !disk?.read.gpt) return undefined;
   const { lost } = disk.read.gpt;
@@ -2286,11 +2267,7 @@ const isAnothers = ({ members }: DataFilesystem, machine?: string) =>
   members.every((member) => machineRank(member, machine) === 0);
 
 /** Why a device is not used. */
-function whyNotUsed(
-  device: Member,
-  members: Member[],
-  missing: number,
-): string {
+function whyNotUsed(device: Member, members: Member[], missing: number) {
   const same = members.find((member) => devidOf(member) === devidOf(device));
   if (same && isTwin(device, same)) {
     return `is ${same.path} on another path, or holds exactly the same`;
@@ -2739,9 +2716,7 @@ async function showPartitions(disk: BlockDevice): Promise<void> {
 }
 
 /** Lets a partition follow its enlarged disk; moves the backup table too. */
-async function growPartition(
-  { path, disk, number }: BlockDevice,
-): Promise<void> {
+async function growPartition({ path, disk, number }: BlockDevice) {
   const whole = nodeOf(disk);
   await changeTable(whole, words`-N ${number} ${whole}`, {
     to: `grow ${path}`,
@@ -2763,11 +2738,7 @@ async function clearMagic(device: BlockDevice): Promise<void> {
  * @param name The name for a partition; {@linkcode MAGIC} makes a disk magic.
  * @param anyway Format it although other disks are in doubt.
  */
-async function setMagic(
-  device: BlockDevice,
-  name: string,
-  anyway = false,
-): Promise<void> {
+async function setMagic(device: BlockDevice, name: string, anyway = false) {
   const { kind, path, disk, number } = device;
   const was = parseStart(await readBytes(path, 0, 512));
   const lines = MAGIC + (anyway || was.anyway ? `\n${ANYWAY}\n` : "");
@@ -2785,11 +2756,7 @@ async function setMagic(
   });
 }
 
-async function readBytes(
-  path: string,
-  at: number,
-  length: number,
-): Promise<Uint8Array> {
+async function readBytes(path: string, at: number, length: number) {
   return await withDevice(path, (read) => read(at, length));
 }
 
@@ -2798,11 +2765,7 @@ async function readBytes(
  * ends a process that waits for a device which does not answer, and that must
  * not be this one.
  */
-async function writeBytes(
-  path: string,
-  at: number,
-  bytes: Uint8Array,
-): Promise<void> {
+async function writeBytes(path: string, at: number, bytes: Uint8Array) {
   // dd would make a file in /dev in the place of a device that has gone.
   assert(fs.existsSync(path), `Cannot write to ${path}: it is gone`);
   await run(
@@ -2906,10 +2869,7 @@ async function findBusy(devices: BlockDevice[]): Promise<Misfit | undefined> {
  * @param members Devices in use.
  * @returns Of two paths the later one, undefined when all are different disks.
  */
-async function findTwin(
-  devices: BlockDevice[],
-  members: BlockDevice[],
-): Promise<Misfit | undefined> {
+async function findTwin(devices: BlockDevice[], members: BlockDevice[]) {
   const disks = [...new Set([...members, ...devices].map(({ disk }) => disk))];
   if (disks.length < 2) return undefined;
   const bytes = 4 * KiB;
@@ -3098,10 +3058,7 @@ async function waitForNode(path: string): Promise<void> {
  * it by its label. The top level stays mounted until all the rest is: to open
  * the filesystem once more takes longer.
  */
-async function createDataFilesystem(
-  create: NewFilesystem,
-  paths: Paths,
-): Promise<DataFilesystem> {
+async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
   const { members, dataProfile, metadataProfile } = create;
   const nodes = members.map((member) => member.dataPath);
   const shown = nodes.join(", ");
@@ -3142,10 +3099,7 @@ async function createDataFilesystem(
 }
 
 /** The members of a filesystem that was made, with their records. */
-async function recordNew(
-  members: NewMember[],
-  superblocks: Superblock[],
-): Promise<Member[]> {
+async function recordNew(members: NewMember[], superblocks: Superblock[]) {
   const made = members.map((member, i) => memberOf(member, superblocks[i]));
   const failed = await recordMembers(made, superblocks[0].fsid);
   assert(
@@ -3206,10 +3160,7 @@ async function createSubvolume(path: string, nodes: string[]): Promise<void> {
 }
 
 /** Reads back what mkfs or a label was to achieve: one member on each device. */
-async function verifySuperblocks(
-  nodes: string[],
-  label: string,
-): Promise<Superblock[]> {
+async function verifySuperblocks(nodes: string[], label: string) {
   const found = await allOf(nodes.map(superblockOf));
   return found.map((superblock, i) => {
     const isMember = superblock?.intact && superblock.label === label &&
@@ -3292,10 +3243,7 @@ function isFree(target: string): boolean {
 }
 
 /** Mounts the members at the data mount point, unless something is there. */
-async function mountMembers(
-  data: DataFilesystem,
-  paths: Paths,
-): Promise<void> {
+async function mountMembers(data: DataFilesystem, paths: Paths) {
   if (mountedOn(paths.data)) return;
   for (const member of data.members) {
     await waitForNode(member.path)
@@ -3344,11 +3292,7 @@ async function mountMembers(
 }
 
 /** Goes on without some members. */
-function dropMembers(
-  devices: Member[],
-  why: string,
-  data: DataFilesystem,
-): void {
+function dropMembers(devices: Member[], why: string, data: DataFilesystem) {
   say("warning", `${why}: going on without`);
   data.members = data.members.filter((member) => !devices.includes(member));
   data.missing += devices.length;
@@ -3370,10 +3314,7 @@ async function forget(devices: BlockDevice[]): Promise<void> {
  * @returns The members that could not be written to.
  * @throws {Error} When none could.
  */
-async function recordMembers(
-  members: Member[],
-  fsid: string,
-): Promise<Member[]> {
+async function recordMembers(members: Member[], fsid: string) {
   const known = members.map((device) => ({
     device,
     member: device.holds.record?.member ?? crypto.randomUUID(),
@@ -3421,10 +3362,7 @@ async function recordMembers(
 }
 
 /** Who is not present, and the generation and mount of the last time. */
-function absentSince(
-  { holds: { record, btrfs } }: Member,
-  present: string[],
-): Pick<MemberRecord, "absent" | "lastSeen"> {
+function absentSince({ holds: { record, btrfs } }: Member, present: string[]) {
   if (!record) return { absent: {}, lastSeen: {} };
   const update = <T>(old: Record<string, T>, now: T): Record<string, T> => {
     const seen = record.present.map((id): [string, T] => [id, now]);
@@ -3440,9 +3378,7 @@ function absentSince(
 }
 
 /** Tries one after the other; throws the first failure if all of them fail. */
-async function firstThatWorks(
-  attempts: (() => Promise<unknown>)[],
-): Promise<void> {
+async function firstThatWorks(attempts: (() => Promise<unknown>)[]) {
   const failures: unknown[] = [];
   for (const attempt of attempts) {
     try {
@@ -3546,11 +3482,7 @@ async function withTopLevel(
   }
 }
 
-async function mountTopLevel(
-  nodes: string[],
-  options: string[],
-  paths: Paths,
-): Promise<void> {
+async function mountTopLevel(nodes: string[], options: string[], paths: Paths) {
   fs.mkdirSync(paths.topLevel, { recursive: true });
   await mountBtrfs(nodes, ["subvolid=5", ...options], paths.topLevel);
 }
@@ -3828,11 +3760,7 @@ const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
  * @returns Whether any was made: then {@linkcode removeScratch} is to follow,
  * if need be beside the next steps.
  */
-async function makeUppers(
-  names: string[],
-  state: string,
-  paths: Paths,
-): Promise<boolean> {
+async function makeUppers(names: string[], state: string, paths: Paths) {
   const uppers = join(state, UPPER);
   fs.mkdirSync(uppers, { recursive: true });
   for (const name of names) {
@@ -4037,10 +3965,7 @@ async function swapOn(all: BlockDevice[]): Promise<void> {
 }
 
 /** Writes `/run/lightwhale/persistence.json`: what this boot did. */
-function writeReport(
-  { mode, plan, status, startedMs }: Outcome,
-  paths: Paths,
-): void {
+function writeReport({ mode, plan, status, startedMs }: Outcome, paths: Paths) {
   const data = plan?.data;
   const report = {
     version: VERSION,
