@@ -150,7 +150,6 @@ type Paths = ReturnType<typeof pathsBelow>;
 
 /** What the command line and the kernel command line ask for. */
 export interface Settings {
-  /** System root to work on. */
   root: string;
   /** Names of the whole disks to look at (`loop0`); undefined: all of them. */
   only?: string[];
@@ -186,7 +185,6 @@ export interface DeviceNode {
 
 /** What our own reading found on a device, not judged yet. */
 export interface Reading {
-  /** Why it could not be read. */
   error?: string;
   /** It begins with {@linkcode MAGIC}. */
   header: boolean;
@@ -257,10 +255,8 @@ type Holding<Kind extends Holds["kind"]> = BlockDevice & {
   holds: Extract<Holds, { kind: Kind }>;
 };
 
-/** A device that is part of a Btrfs. */
 export type Member = Holding<"member">;
 
-/** All that a plan is computed from. */
 export interface Facts {
   /** Those of the disks that hold something of ours, or may do so. */
   devices: BlockDevice[];
@@ -342,47 +338,38 @@ export function parseSuperblock(
   if (block.length < BTRFS.bytes) return undefined;
   if (text(block, BTRFS.magic, 8) !== BTRFS.magicText) return undefined;
   const view = viewOf(block);
+  const number = (at: number) => Number(view.getBigUint64(at, true));
+  const body = block.subarray(BTRFS.checksummedFrom, BTRFS.bytes);
+  // Checksums other than crc32c are left to the kernel to verify.
+  const isRight = view.getUint16(BTRFS.checksumType, true) !== 0 ||
+    view.getUint32(BTRFS.checksum, true) === crc32c(body);
   return {
     fsid: uuid(block, BTRFS.fsid),
     label: text(block, BTRFS.label, BTRFS.labelBytes),
-    generation: Number(view.getBigUint64(BTRFS.generation, true)),
-    numDevices: Number(view.getBigUint64(BTRFS.numDevices, true)),
-    devid: Number(view.getBigUint64(BTRFS.devid, true)),
-    deviceBytes: Number(view.getBigUint64(BTRFS.deviceBytes, true)),
-    usedBytes: Number(view.getBigUint64(BTRFS.usedBytes, true)),
-    hasLog: view.getBigUint64(BTRFS.logRoot, true) !== 0n,
-    intact: checksumIsRight(block, view) &&
-      Number(view.getBigUint64(BTRFS.ownPlace, true)) === at,
+    generation: number(BTRFS.generation),
+    numDevices: number(BTRFS.numDevices),
+    devid: number(BTRFS.devid),
+    deviceBytes: number(BTRFS.deviceBytes),
+    usedBytes: number(BTRFS.usedBytes),
+    hasLog: number(BTRFS.logRoot) !== 0,
+    intact: isRight && number(BTRFS.ownPlace) === at,
   };
 }
 
-/** Checks a superblock against btrfs_super_block.csum. */
-function checksumIsRight(block: Uint8Array, view: DataView): boolean {
-  // Checksums other than crc32c are left to the kernel to verify.
-  if (view.getUint16(BTRFS.checksumType, true) !== 0) return true;
-  const body = block.subarray(BTRFS.checksummedFrom, BTRFS.bytes);
-  return crc(body, CRC32C) === view.getUint32(BTRFS.checksum, true);
-}
+/** Made when it is needed: not every call of this program reads a disk. */
+let crc32cTable: Uint32Array | undefined;
 
-/** Castagnoli's polynomial, which Btrfs uses, and that of GPT. */
-const CRC32C = 0x82f63b78;
-const CRC32 = 0xedb88320;
-
-/** Made when one is needed: not every call of this program reads a disk. */
-const crcTables = new Map<number, Uint32Array>();
-
-/** CRC is linear: a byte's entry is the XOR of the entries of its bits. */
-function makeCrcTable(polynomial: number): Uint32Array {
-  const table = new Uint32Array(256);
-  let crc = 1;
-  for (let bit = 0x80; bit > 0; bit >>= 1) {
-    crc = crc & 1 ? (crc >>> 1) ^ polynomial : crc >>> 1;
-    for (let byte = 0; byte < 256; byte += 2 * bit) {
-      table[byte + bit] = table[byte] ^ crc;
-    }
+/** CRC-32C, by a table of its reflected polynomial. */
+function crc32c(bytes: Uint8Array): number {
+  const table = crc32cTable ??= Uint32Array.from({ length: 256 }, (_, crc) => {
+    for (let i = 0; i < 8; i++) crc = (crc >>> 1) ^ (crc & 1 ? 0x82f63b78 : 0);
+    return crc;
+  });
+  let remainder = ~0;
+  for (let i = 0; i < bytes.length; i++) {
+    remainder = table[(remainder ^ bytes[i]) & 0xff] ^ (remainder >>> 8);
   }
-  crcTables.set(polynomial, table);
-  return table;
+  return ~remainder >>> 0;
 }
 
 /** Globals that exist only in the executable (Bun), not under Deno. */
@@ -396,19 +383,10 @@ declare const Bun: {
   };
 } | undefined;
 
-/** CRC-32: Bun's own where there is one (node:zlib's would load for 6 ms). */
+/** CRC-32: Bun's own where there is one (node:zlib would load for 6 ms). */
 function crc32(bytes: Uint8Array): number {
-  return typeof Bun === "undefined" ? crc(bytes, CRC32) : Bun.hash.crc32(bytes);
-}
-
-/** Table-driven CRC-32 for a reflected polynomial. */
-function crc(bytes: Uint8Array, polynomial: number): number {
-  const table = crcTables.get(polynomial) ?? makeCrcTable(polynomial);
-  let remainder = ~0;
-  for (let i = 0; i < bytes.length; i++) {
-    remainder = table[(remainder ^ bytes[i]) & 0xff] ^ (remainder >>> 8);
-  }
-  return ~remainder >>> 0;
+  if (typeof Bun !== "undefined") return Bun.hash.crc32(bytes);
+  return process.getBuiltinModule("node:zlib").crc32(bytes);
 }
 
 /** A GUID partition table (UEFI Specification 2.10, chapter 5). */
@@ -640,15 +618,9 @@ function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
-function isZero(bytes: Uint8Array): boolean {
-  for (let at = 0; at < bytes.length; at += ZEROS.length) {
-    const part = bytes.subarray(at, at + ZEROS.length);
-    if (!ZEROS.subarray(0, part.length).equals(part)) return false;
-  }
-  return true;
-}
-
-const ZEROS = Buffer.alloc(4 * KiB);
+/** Is the first byte zero, and each other like the one before it? */
+const isZero = (bytes: Uint8Array) =>
+  !bytes[0] && Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0;
 
 // A byte order mark is a character like others: a name with one is another.
 const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -782,7 +754,7 @@ async function makePlan(
 function whatIsLate(plan: Plan, facts: Facts): string | undefined {
   if (plan.mode === "mounted" || plan.mode === "off") return undefined;
   if (plan.waitFor) return plan.waitFor;
-  const absent = plan.data ? plan.data.absent : 0;
+  const absent = plan.data?.absent ?? 0;
   if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
   const isOwn = plan.data && !isAnothers(plan.data, facts.machine);
   if (!isOwn && facts.diskPending) {
@@ -959,7 +931,6 @@ const START_BYTES = BTRFS.superblockAt + BTRFS.bytes;
  */
 const READERS = { atATime: 8, moreEveryMs: 20 };
 
-/** Reads all devices. */
 async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
   const found: Found[] = [];
   let next = 0;
@@ -1150,8 +1121,7 @@ async function readGpt(
 type Read = (
   at: number,
   length: number,
-  /** Memory of that length to read into. */
-  buffer?: Uint8Array,
+  buffer?: Uint8Array, // of that length
 ) => Promise<Uint8Array>;
 
 /**
@@ -1488,7 +1458,6 @@ function fsidOf({ type, source }: Mount): string | undefined {
 // Decide: facts in, plan out. Nothing below touches a device.
 // ---------------------------------------------------------------------------
 
-/** All that a boot would do. */
 export interface Plan {
   /**
    * Where the writable layer will be: on the data filesystem, on a tmpfs, as
@@ -1499,7 +1468,7 @@ export interface Plan {
   reason: string;
   /** What is to be said, in this order. */
   notes: Note[];
-  /** Small repairs, before anything else. */
+  /** Before anything else. */
   repairs: Repair[];
   create?: NewFilesystem;
   data?: DataFilesystem;
@@ -1517,7 +1486,6 @@ export interface Note {
   text: string;
 }
 
-/** A data filesystem to be made. */
 export interface NewFilesystem {
   members: NewMember[];
   dataProfile: string;
@@ -1554,11 +1522,7 @@ export interface DataFilesystem {
 
 /**
  * Decides what a boot does: sorts out what is there, then plans one of three
- * cases.
- *
- * @param facts What was found.
- * @param settings What was asked for.
- * @returns The plan. Whatever is wrong with a device is said in it.
+ * cases. Whatever is wrong with a device is said in the plan.
  */
 export function decide(facts: Facts, settings: Settings): Plan {
   const plan: Plan = {
@@ -1592,7 +1556,6 @@ export function decide(facts: Facts, settings: Settings): Plan {
   return plan;
 }
 
-/** What is there, sorted out. */
 interface Findings {
   /** Devices but those below an md array or a volume, which is looked at. */
   usable: BlockDevice[];
@@ -1685,7 +1648,6 @@ const warning = (text: string): Note => ({ level: "warning", text });
 const error = (text: string): Note => ({ level: "error", text });
 const isError = ({ level }: Note) => level === "error";
 
-/** There is a data filesystem. */
 function planExisting(data: DataFilesystem, plan: Plan): void {
   const paths = pathsOf(allDevices(data));
   if (data.members.length === 0) {
@@ -2084,11 +2046,8 @@ const devidOf = ({ holds }: Member) => holds.btrfs.devid;
 const epochOf = ({ holds }: Member) => holds.record?.epoch ?? 0;
 const lastMountOf = ({ holds }: Member) => holds.record?.mounts?.at(-1);
 
-function newest(devices: Member[]): Member {
-  return devices.reduce((best, device) =>
-    generationOf(device) > generationOf(best) ? device : best
-  );
-}
+const newest = (devices: Member[]) =>
+  devices.toSorted((a, b) => generationOf(b) - generationOf(a))[0];
 
 /**
  * Was anything written to `writer` while `other` was not there?

@@ -45,27 +45,6 @@ export const survivors: Survivor[] = [
     why: onDevice,
   })),
   {
-    where: "crc",
-    change: "crcTables.get(polynomial) ?? makeCrcTable(polynomial) -> " +
-      "makeCrcTable(polynomial)",
-    why: quicker,
-  },
-  ...["<= 256", "< 257"].map((end) => ({
-    where: "makeCrcTable",
-    change: `byte < 256 -> byte ${end}`,
-    why: "a table of 256 takes no more",
-  })),
-  {
-    where: "makeCrcTable",
-    change: "table = new Uint32Array(256) -> table = new Uint32Array(257)",
-    why: "an index is a byte",
-  },
-  {
-    where: "isZero",
-    change: "at < bytes.length -> at <= bytes.length",
-    why: "of no bytes all are zero",
-  },
-  {
     where: "parseStart",
     change: "btrfs && parseRecord(slots) -> parseRecord(slots)",
     why: quicker,
@@ -128,12 +107,6 @@ export const survivors: Survivor[] = [
     where: "rebuildStale",
     change: 'device.kind === "partition" -> device.kind !== "partition"',
     why: "only the work itself, on real disks, asks for it",
-  },
-  {
-    where: "newest",
-    change: "generationOf(device) > generationOf(best) -> " +
-      "generationOf(device) >= generationOf(best)",
-    why: equals,
   },
   {
     where: "chooseDataFilesystem",
