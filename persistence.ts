@@ -1546,10 +1546,10 @@ export function decide(facts: Facts, settings: Settings): Plan {
   const found = sortOut(facts, settings, plan);
   if (mounted) plan.data = found.chosen;
   else if (found.chosen) planExisting(found.chosen, plan);
-  else planNew(found, facts, settings, plan);
+  else planNew(found, plan);
   if (mounted || plan.data) {
     sayDoubts(found, "warning", plan);
-    planJoins(found, facts, settings, plan);
+    planJoins(found, plan);
   }
   planRepairs(found.usable, plan);
   if (!settings.noSwap) planSwap(found.usable, plan);
@@ -1557,6 +1557,8 @@ export function decide(facts: Facts, settings: Settings): Plan {
 }
 
 interface Findings {
+  facts: Facts;
+  settings: Settings;
   /** Devices but those below an md array or a volume, which is looked at. */
   usable: BlockDevice[];
   chosen?: DataFilesystem;
@@ -1565,6 +1567,8 @@ interface Findings {
   /** What may be a damaged data disk. */
   suspects: Holding<"suspect">[];
   unreadable: Holding<"unreadable">[];
+  /** Both: any of them may be the data disk. */
+  doubted: BlockDevice[];
 }
 
 function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
@@ -1624,20 +1628,20 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
   const suspects = usable.filter(holding("suspect"))
     .filter((device) => !given.includes(device));
   const unreadable = usable.filter(holding("unreadable"));
-  const found = { usable, chosen, candidates, suspects, unreadable };
-  if (!chosen) return found;
+  const doubted = [...suspects, ...unreadable];
+  const found = { facts, settings, usable, candidates, suspects, unreadable };
+  if (!chosen) return { ...found, doubted };
   const known = suspects.filter(({ holds }) => holds.fsid === chosen.fsid);
   chosen.absent = Math.max(0, chosen.absent - known.length);
-  const doubted = [...suspects, ...unreadable];
   const isOther = !mounted && !settings.dataUuid &&
     chosen.members.length > 0 && isAnothers(chosen, machine);
-  if (!isOther || doubted.length === 0) return found;
+  if (!isOther || doubted.length === 0) return { ...found, doubted, chosen };
   plan.notes.push(error(
     `${pathsOf(chosen.members)} holds another machine's data filesystem: it ` +
       `is not used while ${pathsOf(doubted)} may be this machine's (to use ` +
       `it: lightwhale.data=${chosen.fsid} on the kernel command line)`,
   ));
-  return { ...found, chosen: undefined };
+  return { ...found, doubted };
 }
 
 const holding =
@@ -1675,14 +1679,8 @@ function planExisting(data: DataFilesystem, plan: Plan): void {
 }
 
 /** There is no data filesystem: one is made of magic devices, or none. */
-function planNew(
-  found: Findings,
-  facts: Facts,
-  settings: Settings,
-  plan: Plan,
-): void {
-  const { suspects, unreadable } = found;
-  const doubted = [...suspects, ...unreadable];
+function planNew(found: Findings, plan: Plan): void {
+  const { settings, suspects, unreadable, doubted } = found;
   const stopped = settings.dataUuid
     ? found.candidates
     : doubted.length > 0
@@ -1719,7 +1717,7 @@ function planNew(
     }
   }
   sayDoubts(found, candidates.length > 0 ? "warning" : "error", plan);
-  const members = planMembers(candidates, found, facts, settings, plan);
+  const members = planMembers(candidates, found, plan);
   if (members.length === 0) {
     if (settings.required) requireDisk(plan);
     return;
@@ -1786,45 +1784,37 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
   const used = [...members, ...devicesOf([...create?.members ?? [], ...joins])];
   const seen = [...used, ...data ? allDevices(data) : []];
   const repairs: Repair[] = [];
-  for (const disk of devices.filter(({ read }) => read.gpt)) {
+  for (const disk of devices) {
+    const { path, readOnly, sectorBytes, sizeBytes, read: { gpt } } = disk;
+    if (!gpt) continue;
     const isPart = (device: BlockDevice) =>
       device !== disk && device.disk === disk.name;
-    if (used.some(isPart) && isTableDamaged(disk)) {
+    // sfdisk takes a table for one of the disk's own sectors.
+    const canChange = !readOnly && gpt.sectorBytes === sectorBytes;
+    if (canChange && gpt.lost && used.some(isPart)) {
       repairs.push({ do: "restore table", device: disk });
     }
     if (seen.some((device) => isPart(device) && device.entry)) {
       repairs.push({ do: "show partitions", device: disk });
     }
-    const grown = members.find((member) => isGrown(member, disk));
-    if (!grown || mode === "mounted") continue;
+    // The disk is larger than before when the backup table is not at its end;
+    // free space behind the last partition alone may be there on purpose.
+    const isLarger = sizeBytes - gpt.endBytes >= MiB && mode !== "mounted";
+    const last = members.find((member) =>
+      isPart(member) &&
+      member.startBytes + member.sizeBytes === endOfPartitions(gpt)
+    );
+    if (!last || !isLarger || !canChange || gpt.lost) continue;
     const others = othersOn(disk);
-    if (others.length === 0) repairs.push({ do: "grow", device: grown });
+    if (others.length === 0) repairs.push({ do: "grow", device: last });
     else {
       plan.notes.push(warning(
-        `${disk.path} is larger than its partition table, but holds ` +
+        `${path} is larger than its partition table, but holds ` +
           `${others.join(", ")} as well: it is not grown`,
       ));
     }
   }
   plan.repairs.unshift(...repairs);
-}
-
-/** Is there a table that sfdisk can restore? */
-const isTableDamaged = (
-  { read: { gpt }, readOnly, sectorBytes }: BlockDevice,
-) => gpt?.lost !== undefined && !readOnly && gpt.sectorBytes === sectorBytes;
-
-/**
- * A disk is larger than before when the backup table is not at its end; free
- * space behind the last partition alone may be there on purpose.
- */
-function isGrown(member: BlockDevice, disk: BlockDevice): boolean {
-  const { gpt } = disk.read;
-  if (member.disk !== disk.name || member.kind !== "partition") return false;
-  if (!gpt || gpt.lost || disk.readOnly) return false;
-  if (gpt.sectorBytes !== disk.sectorBytes) return false;
-  return member.startBytes + member.sizeBytes === endOfPartitions(gpt) &&
-    disk.sizeBytes - gpt.endBytes >= MiB;
 }
 
 /** Where the last partition ends. */
@@ -2355,9 +2345,7 @@ export function profilesFor(
 /** Lays out each magic device, or leaves it out with its reason. */
 function planMembers(
   magic: BlockDevice[],
-  { usable, chosen }: Findings,
-  facts: Facts,
-  settings: Settings,
+  { facts, settings, usable, chosen }: Findings,
   plan: Plan,
 ): NewMember[] {
   const members: NewMember[] = [];
@@ -2436,12 +2424,7 @@ const inMiB = (bytes: number) => `${Math.floor(bytes / MiB)} MiB`;
  * Adds the magic devices that join the data filesystem in use. Beside a whole
  * one a leftover is no obstacle; where a member is missing, it may be that.
  */
-function planJoins(
-  found: Findings,
-  facts: Facts,
-  settings: Settings,
-  plan: Plan,
-): void {
+function planJoins(found: Findings, plan: Plan): void {
   const { data } = plan;
   if (found.candidates.length === 0) return;
   if (!data) {
@@ -2467,7 +2450,7 @@ function planJoins(
   const candidates = found.candidates
     .filter((device) => !stopped.includes(device));
   const sizes = sizesOf(data);
-  const largestFirst = planMembers(candidates, found, facts, settings, plan)
+  const largestFirst = planMembers(candidates, found, plan)
     .sort((a, b) => b.dataBytes - a.dataBytes);
   for (const member of largestFirst) {
     const problem = whyTooSmall(member.dataBytes, sizes) ??
