@@ -19,9 +19,6 @@ const onDevice = "the tests with real disks fail (persistence_test.ts)";
 /** What this does is done again behind it. */
 const quicker = "it only saves time";
 
-/** Where a list could be in another order, it is of equal things. */
-const equals = "what is equal in this is equal in all that is asked of it";
-
 export const survivors: Survivor[] = [
   ...["65", "63"].map((n) => ({
     where: "BTRFS",
