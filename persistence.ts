@@ -1023,28 +1023,24 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
         isPlainStart(start, reading);
     }
   }
+  const isBlankBeforeBtrfs = reading.recordable &&
+    isZero(start.subarray(0, RECORD.slotsAt[0]));
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
       readSysfsBytes(node.name, "size");
     // RAID metadata (md 0.90 and 1.0, Intel, DDF) lie in the last 128 KiB.
     const endBytes = 128 * KiB;
     const end = await read(base + sizeBytes - endBytes, endBytes);
-    reading.plain = isZero(start.subarray(0, RECORD.slotsAt[0])) &&
-      reading.recordable && isZero(end);
+    reading.plain = isBlankBeforeBtrfs && isZero(end);
   } else if (!reading.btrfs && !reading.gpt) {
-    reading.plain = isBlank(start, reading);
+    reading.plain = isBlankBeforeBtrfs &&
+      isZero(start.subarray(BTRFS.superblockAt));
     if (!reading.plain) return reading;
     const block = await read(base + BTRFS.backupAt, BTRFS.bytes);
     const backup = parseSuperblock(block, BTRFS.backupAt);
     if (backup?.intact) reading.backup = backup;
   }
   return reading;
-}
-
-/** Are there only zeros, but for records of ours? */
-function isBlank(start: Uint8Array, { recordable }: Reading): boolean {
-  return recordable && isZero(start.subarray(0, RECORD.slotsAt[0])) &&
-    isZero(start.subarray(BTRFS.superblockAt));
 }
 
 /** Is there nothing around the table that would be a whole disk's filesystem? */
@@ -1192,13 +1188,15 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
   return found.map((node) => {
     const { name, disk, number, entry } = node;
     const known = entry ? disk : name; // to the kernel
-    const diskBytes = readSysfsBytes(disk, "size");
     const startBytes = entry?.startBytes ??
       (number > 0 ? readSysfsBytes(name, "start") : 0);
     const identity = identities.get(disk) ?? readIdentity(disk);
     identities.set(disk, identity);
     const sizeBytes = entry
-      ? Math.min(entry.sizeBytes, Math.max(0, diskBytes - startBytes))
+      ? Math.min(
+        entry.sizeBytes,
+        Math.max(0, readSysfsBytes(disk, "size") - startBytes),
+      )
       : readSysfsBytes(name, "size");
     const device: BlockDevice = {
       ...node,
@@ -1216,8 +1214,7 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
 
 /** The name in the table, if it is the partition that the kernel knows. */
 function readPartitionName(device: BlockDevice, found: Found[]) {
-  const { name, disk, number, entry } = device;
-  if (number === 0) return undefined;
+  const { name, disk, entry } = device;
   const whole = found.find((other) => other.name === disk)?.read;
   // The kernel's name for it may be old; it serves where the disk is mute.
   if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
@@ -1262,11 +1259,16 @@ const HARDWARE_ATTRIBUTES = [
   "dm/uuid",
 ];
 
+/** What tells hardware, each asked only where those before it say nothing. */
+function* readHardware(disk: string) {
+  yield readImageIdentity(disk);
+  for (const name of HARDWARE_ATTRIBUTES) yield readSysfs(disk, name);
+  yield readUsbSerial(disk);
+}
+
 /** What makes a disk this very one, not only its name. */
 function readIdentity(disk: string): { sequence?: string; hardware?: string } {
-  const attributes = HARDWARE_ATTRIBUTES
-    .map((attribute) => readSysfs(disk, attribute));
-  const hardware = [...attributes, readUsbSerial(disk), readImageIdentity(disk)]
+  const hardware = readHardware(disk)
     .map((value) => value?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
     // Neither nothing, nor one character over and over, nor a placeholder.
     .find((value) => value && !/^(.)\1*$|^0?123456789|^none$/i.test(value));
