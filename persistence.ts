@@ -325,11 +325,9 @@ const BTRFS = {
 };
 
 /**
- * Reads a Btrfs superblock.
+ * Reads a Btrfs superblock, or a copy of it; undefined where there is none.
  *
- * @param block The {@linkcode BTRFS.bytes} bytes at 64 KiB, or a copy of them.
  * @param at Where it was read: a superblock in another place is not intact.
- * @returns The superblock, or undefined where there is none.
  */
 export function parseSuperblock(
   block: Uint8Array,
@@ -426,11 +424,8 @@ const GPT = {
 };
 
 /**
- * Reads a GUID partition table.
- *
- * @param at The byte of the disk at which the sector with its header begins.
- * @param sectorBytes Logical sector size that the table was made for.
- * @returns The table, or undefined where there is none or it is damaged.
+ * Reads the GUID partition table, made for sectors of a size, whose header is
+ * at a byte of a disk; undefined where there is none or it is damaged.
  */
 export async function readGptAt(
   at: number,
@@ -644,11 +639,9 @@ function uuid(bytes: Uint8Array, at: number): string {
 // ---------------------------------------------------------------------------
 
 /**
- * Gives the system its writable filesystem: the nine documented steps.
- * Running it again changes nothing.
- *
- * @returns The exit status: 0 as configured, 1 when something failed and the
- * fallback is in place.
+ * Gives the system its writable filesystem: the nine documented steps. Running
+ * it again changes nothing. Returns the exit status: 0 as configured, 1 when
+ * something failed and the fallback is in place.
  */
 export async function boot(settings: Settings): Promise<number> {
   const startedMs = performance.now();
@@ -1121,10 +1114,8 @@ type Read = (
 ) => Promise<Uint8Array>;
 
 /**
- * Opens a device for reading.
- *
- * @throws {Error} When it cannot be read or does not answer in time. (A
- * suspended volume, of which the open itself may never end, is not opened.)
+ * Opens a device for reading, and gives it up where it does not answer in time.
+ * (A suspended volume, of which the open itself may never end, is not opened.)
  */
 async function withDevice<T>(path: string, use: (read: Read) => Promise<T>) {
   let open: number | undefined;
@@ -1683,11 +1674,9 @@ function planExisting(data: DataFilesystem, plan: Plan): void {
 /** There is no data filesystem: one is made of magic devices, or none. */
 function planNew(found: Findings, plan: Plan): void {
   const { settings, suspects, unreadable, doubted } = found;
-  const stopped = settings.dataUuid
-    ? found.candidates
-    : doubted.length > 0
-    ? found.candidates.filter(({ read }) => !read.anyway)
-    : [];
+  const stopped = found.candidates.filter(({ read }) =>
+    settings.dataUuid || (doubted.length > 0 && !read.anyway)
+  );
   const candidates = found.candidates
     .filter((device) => !stopped.includes(device));
   if (settings.dataUuid) {
@@ -2738,9 +2727,8 @@ async function confirm(device: BlockDevice): Promise<void> {
   const { path, disk, kind, read, magic } = device;
   const cannot = `Cannot use ${path}: it is not the disk any more that was ` +
     `looked at, or not magic any more (nothing was written to it)`;
-  const now = readIdentity(disk);
-  assert(now.sequence === device.sequence, cannot);
-  assert(now.hardware === device.hardware, cannot);
+  const { sequence, hardware } = readIdentity(disk);
+  assert(sequence === device.sequence && hardware === device.hardware, cannot);
   const node = nodeOf(disk);
   await dropCache(node);
   if (!magic) {
