@@ -3170,8 +3170,8 @@ function subvolumeEntry(
 
 /** May something be mounted here? Not over data, nor over a subvolume. */
 function isFree(target: string): boolean {
-  return !mountedOn(target) && listDirectory(target).length === 0 &&
-    !isSubvolume(target);
+  return listDirectory(target).length === 0 && !isSubvolume(target) &&
+    !mountedOn(target);
 }
 
 /** Mounts the members at the data mount point, unless something is there. */
@@ -5537,15 +5537,16 @@ async function run(command: string[], options: RunOptions) {
   const output = options.capture ? openUnlinkedFile("") : "ignore";
   const errors = orUndefined(() => openUnlinkedFile("")) ?? "inherit";
   // The command left the position of such a file at its end.
-  const textOf = (file: Stdio[number]) => readText(`/proc/self/fd/${file}`);
+  const textOf = (file: Stdio[number]) =>
+    typeof file === "number" && readText(`/proc/self/fd/${file}`) || "";
   try {
     const what = `Cannot ${to}: "${command[0]}"`;
     const stdio: Stdio = [input, output, errors];
     const end = await endOf(found, what, timeoutMs, stdio, options.isGroup);
     if (typeof end === "number" && accept.includes(end)) {
-      return { status: end, stdout: textOf(output) ?? "" };
+      return { status: end, stdout: textOf(output) };
     }
-    throw failure(command, to, end, textOf(errors) ?? "");
+    throw failure(command, to, end, textOf(errors));
   } finally {
     for (const file of [input, output, errors]) {
       if (typeof file === "number") fs.closeSync(file);
