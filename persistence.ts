@@ -3112,9 +3112,8 @@ async function verifySuperblocks(nodes: string[], label: string) {
  * write_dev_supers()).
  */
 async function superblockOf(path: string): Promise<Superblock | undefined> {
-  return parseSuperblock(
-    await readBytes(path, BTRFS.superblockAt, BTRFS.bytes),
-  );
+  const { superblockAt, bytes } = BTRFS;
+  return parseSuperblock(await readBytes(path, superblockAt, bytes));
 }
 
 // ---------------------------------------------------------------------------
@@ -3214,12 +3213,11 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     );
   }
   await firstThatWorks(attempts);
-  if (mountedOn(paths.data)?.superOptions.includes("ro")) {
-    throw new Error(
-      `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
-        `kernel mounted it read-only (see dmesg and "btrfs check")`,
-    );
-  }
+  assert(
+    !mountedOn(paths.data)?.superOptions.includes("ro"),
+    `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
+      `kernel mounted it read-only (see dmesg and "btrfs check")`,
+  );
   await growFilesystem(data.members, paths);
 }
 
@@ -3430,9 +3428,8 @@ async function mountBtrfs(
     to: `mount ${[first, ...others].join(", ")} on "${target}"`,
     timeoutMs: TIMEOUT.mountMs,
   });
-  if (!mountedOn(target)) {
-    throw new Error(`Cannot find a mount on "${target}" after mounting it`);
-  }
+  const isThere = mountedOn(target) !== undefined;
+  assert(isThere, `Cannot find a mount on "${target}" after mounting it`);
 }
 
 async function unmount(...targets: string[]): Promise<void> {
