@@ -61,6 +61,13 @@ const SUBVOLUMES = {
   snapshots: "@lightwhale-state-snapshots",
 };
 
+/**
+ * Subvolumes in `@lightwhale-state`, with their modes: a snapshot of the state
+ * stops at them. They are narrower than 0755 as dockerd and containerd make them:
+ * user namespaces pass through, but do not look.
+ */
+const NESTED = { docker: 0o710, containerd: 0o711 };
+
 /** The directories that get an overlay. */
 const OVERLAYS = ["etc", "var", "home"];
 
@@ -70,6 +77,12 @@ const OVERLAYS = ["etc", "var", "home"];
  * filesystems"); a kernel may have them on by default.
  */
 const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
+
+/**
+ * What nobody asks for: reading would write to the disk. An overlay does not
+ * take it over from the filesystem of its upper (fs/overlayfs/super.c).
+ */
+const NO_ATIME = "noatime";
 
 /** Paths below the system root; see {@linkcode pathsBelow}. */
 const DATA_MOUNT = "mnt/lightwhale-data";
@@ -3010,14 +3023,8 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
   const [made] = await allOf([
     verifySuperblocks(nodes, UNFINISHED)
       .then((superblocks) => recordNew(members, superblocks)),
-    mountTopLevel(nodes, [], paths),
+    mountTopLevel(nodes, [], paths).then(() => createSubvolumes(top, nodes)),
   ]);
-  const subvolumes = Object.values(SUBVOLUMES)
-    .map((name) => createSubvolume(join(top, name), nodes));
-  await allOf(subvolumes);
-  for (const name of [STATE, SNAPSHOTS]) {
-    fs.mkdirSync(join(top, SUBVOLUMES.data, name));
-  }
   await allOf([
     makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), paths),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
@@ -3078,6 +3085,30 @@ async function makeSwap(path: string): Promise<void> {
     parseSwapLabel(await readBytes(path, 0, 64 * KiB)) === SWAP,
     `Cannot find swap on ${path} after making it`,
   );
+}
+
+/** Creates the subvolumes; what is made in the state will be compressed. */
+async function createSubvolumes(top: string, nodes: string[]): Promise<void> {
+  const [data, state, snapshots] = Object.values(SUBVOLUMES)
+    .map((name) => join(top, name));
+  const createState = async () => {
+    await createSubvolume(state, nodes);
+    // Inherited by what is made in it from now on (btrfs-property(8)).
+    await run(words`btrfs property set -t inode ${state} compression zstd`, {
+      to: `compress ${SUBVOLUMES.state} on ${nodes.join(", ")}`,
+    });
+    const nested = Object.entries(NESTED).map(async ([name, mode]) => {
+      await createSubvolume(join(state, name), nodes);
+      fs.chmodSync(join(state, name), mode);
+    });
+    await allOf(nested);
+  };
+  await allOf([
+    createState(),
+    createSubvolume(data, nodes),
+    createSubvolume(snapshots, nodes),
+  ]);
+  for (const name of [STATE, SNAPSHOTS]) fs.mkdirSync(join(data, name));
 }
 
 async function createSubvolume(path: string, nodes: string[]): Promise<void> {
@@ -3163,7 +3194,7 @@ function subvolumeEntry(
 ): string[] {
   const [first, ...others] = members.map((member) => member.path);
   const devices = others.map((path) => `device=${path}`);
-  const options = [`subvol=/${SUBVOLUMES[which]}`, ...devices];
+  const options = [NO_ATIME, `subvol=/${SUBVOLUMES[which]}`, ...devices];
   return [first, paths[which], "btrfs", options.join()];
 }
 
@@ -3423,7 +3454,8 @@ async function mountBtrfs(
   options: string[],
   target: string,
 ): Promise<void> {
-  const all = [...options, ...others.map((path) => `device=${path}`)];
+  const devices = others.map((path) => `device=${path}`);
+  const all = [NO_ATIME, ...options, ...devices];
   await run(words`mount -t btrfs -o ${all.join()} ${first} ${target}`, {
     to: `mount ${[first, ...others].join(", ")} on "${target}"`,
     timeoutMs: TIMEOUT.mountMs,
@@ -3477,10 +3509,10 @@ async function mountTmpfs(
 ): Promise<void> {
   fs.mkdirSync(paths.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
-  await run(
-    words`mount -t tmpfs -o mode=0755,size=${sizeBytes} ${DATA} ${paths.data}`,
-    { to: `mount a tmpfs on "${paths.data}"` },
-  );
+  const options = `${NO_ATIME},mode=0755,size=${sizeBytes}`;
+  await run(words`mount -t tmpfs -o ${options} ${DATA} ${paths.data}`, {
+    to: `mount a tmpfs on "${paths.data}"`,
+  });
   fs.mkdirSync(paths.state, { recursive: true });
   if (mode === "fallback") holdBackDocker(paths);
   say(
@@ -3603,6 +3635,7 @@ function overlayEntries(name: string, paths: Paths): string[][] {
     `upperdir=${join(paths.upper, name)}`,
     `workdir=${join(paths.work, name)}`,
     OVERLAY_FEATURES_OFF,
+    NO_ATIME,
   ];
   // private: what is mounted on the directory must not appear in its lower.
   const bind = [directory, lower, "none", "bind,private"];
@@ -3735,8 +3768,7 @@ async function makeUppers(names: string[], state: string, paths: Paths) {
  */
 function configureDocker(mode: Outcome["mode"], paths: Paths): void {
   if (mode !== "fallback") { // there it is for a person to make it
-    // As dockerd makes it: others may pass through, but not look.
-    fs.mkdirSync(paths.docker, { recursive: true, mode: 0o710 });
+    fs.mkdirSync(paths.docker, { recursive: true, mode: NESTED.docker });
   }
   const path = paths.daemonJson;
   try {

@@ -439,7 +439,7 @@ async function persist(system: System): Promise<void> {
   await system.sh(
     `mkdir ${state}/docker/volume; cd ${state}/docker/volume
      for n in 1 2 3 4; do head -c 3M /dev/urandom > file$n; done
-     touch nocow; chattr +C nocow; head -c 1M /dev/urandom >> nocow`,
+     touch nocow; chattr -c nocow; chattr +C nocow; head -c 1M /dev/urandom >> nocow`,
   );
   await system.settle();
 }

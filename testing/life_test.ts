@@ -1029,7 +1029,7 @@ async function write(
 async function writeNoCow(system: System): Promise<string> {
   const name = "no checksums";
   return await system.sh(
-    `cd ${state}; test -e "${name}" || { : > "${name}"; chattr +C "${name}"; }
+    `cd ${state}; test -e "${name}" || { : > "${name}"; chattr -c "${name}"; chattr +C "${name}"; }
      head -c 2M /dev/urandom | dd of="${name}" conv=notrunc status=none
      sync "${name}"; sha256sum < "${name}"`,
   );

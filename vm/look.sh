@@ -86,6 +86,7 @@ keep_in_place() {
   [ -e "$kept/$1" ] || {
     mkdir -p $kept
     : >"$kept/$1"
+    chattr -c "$kept/$1" # compression and +C exclude each other
     chattr +C "$kept/$1"
   }
   keep "$@"
