@@ -92,6 +92,7 @@ const UPPER = "overlay/upper"; // in the state directory
 const WORK = "overlay/work";
 const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/${STATE}/docker`;
 const DOCKER_DEFAULT = "/var/lib/docker"; // its own data root
+const CONTAINERD_ROOT = "var/lib/containerd"; // of one that is a service
 const DAEMON_JSON = "etc/docker/daemon.json";
 
 const KiB = 1024;
@@ -139,6 +140,7 @@ export function pathsBelow(root: string) {
     upper: join(state, UPPER),
     work: join(state, WORK),
     docker: join(root, DOCKER_DATA_ROOT),
+    containerd: join(state, "containerd"),
     daemonJson: join(root, DAEMON_JSON),
     imageDaemonJson: join(run, "overlay/lower", DAEMON_JSON),
     run,
@@ -702,6 +704,7 @@ export async function boot(settings: Settings): Promise<number> {
     await fallBack(paths);
   }
   await attempt(() => configureDocker(mode, paths)); //     step 8
+  await attempt(() => bindContainerd(paths));
   await Promise.all(meanwhile);
   if (plan && mode === "persistent") {
     await attempt(() => startMaintenance(plan, settings, paths));
@@ -3464,6 +3467,12 @@ async function mountBtrfs(
   assert(isThere, `Cannot find a mount on "${target}" after mounting it`);
 }
 
+async function bind(directory: string, target: string): Promise<void> {
+  await run(words`mount --bind ${directory} ${target}`, {
+    to: `bind "${directory}" to "${target}"`,
+  });
+}
+
 async function unmount(...targets: string[]): Promise<void> {
   const quoted = targets.map((target) => `"${target}"`).join(", ");
   await run(words`umount ${targets}`, { to: `unmount ${quoted}` });
@@ -3573,6 +3582,7 @@ async function fallBack(paths: Paths): Promise<void> {
     const targets = OVERLAYS.map((name) => join(paths.root, name))
       .filter((target) => isOurOverlay(mountedOn(target)))
       .concat(paths.snapshots, paths.state, paths.data);
+    targets.unshift(join(paths.root, CONTAINERD_ROOT));
     for (const target of targets) {
       if (mountedOn(target)) await attempt(() => unmount(target));
     }
@@ -3898,6 +3908,31 @@ function listMembers(json: string) {
     end = index + token.length;
   }
   return members;
+}
+
+/**
+ * Binds the root of a containerd that is a service of its own, if the image has
+ * one, to the data filesystem: containers are overlays, and `/var` is one, which
+ * cannot be an upper.
+ */
+async function bindContainerd(paths: Paths): Promise<void> {
+  const target = join(paths.root, CONTAINERD_ROOT);
+  const stat = (path: string) => fs.lstatSync(path, { throwIfNoEntry: false });
+  if (!stat(join(paths.lower, CONTAINERD_ROOT))?.isDirectory()) return;
+  fs.mkdirSync(paths.containerd, { recursive: true, mode: NESTED.containerd });
+  if (isSameFile(target, paths.containerd)) return;
+  const isTaken = stat(target)?.isDirectory() === false ||
+    listDirectory(join(paths.upper, CONTAINERD_ROOT)).length > 0;
+  if (isTaken) {
+    say(
+      "warning",
+      `"${target}" holds what was written there, so "${paths.containerd}" is ` +
+        `not bound to it, and containerd may not run: move that there, reboot`,
+    );
+    return;
+  }
+  fs.mkdirSync(target, { recursive: true });
+  await bind(paths.containerd, target);
 }
 
 /** Replaces a file in one step; mode and owner stay. */

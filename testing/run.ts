@@ -25,6 +25,7 @@ const rough = [
   "testing/decide_test.ts",
   "testing/formats_test.ts",
   "testing/holds_test.ts",
+  "testing/layout_test.ts",
   "testing/cases_test.ts",
   "testing/daemon_json_test.ts",
   "testing/life_test.ts",
