@@ -3185,8 +3185,15 @@ async function mountDataFilesystem(
     "debug",
   );
   await mountMembers(data, paths);
-  await mountSubvolume("state", data, paths);
-  await mountSubvolume("snapshots", data, paths);
+  const nodes = data.members.map((member) => member.path);
+  for (const which of ["state", "snapshots"] as const) {
+    if (isFree(paths[which])) await mountSubvolume(which, nodes, [], paths);
+  }
+  await refuseReadOnly(paths.state);
+  for (const which of ["snapshots", "docker", "containerd"] as const) {
+    await refuseReadOnly(paths[which]) // the system runs without it
+      .catch((error) => say("warning", messageOf(error)));
+  }
 }
 
 /** An fstab(5) entry. */
@@ -3227,7 +3234,8 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
       return await mountWith(devices.filter((d) => !dead.includes(d)), true);
     }
     const options = degraded ? ["degraded"] : [];
-    await mountDataSubvolume(devices.map(({ path }) => path), options, paths);
+    const nodes = devices.map(({ path }) => path);
+    await mountSubvolume("data", nodes, options, paths);
   };
   const target = data.replaceTarget ? [data.replaceTarget] : [];
   // An interrupted replace goes on, if its target is named.
@@ -3252,6 +3260,7 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
       `kernel mounted it read-only (see dmesg and "btrfs check")`,
   );
+  await refuseReadOnly(paths.data);
   await growFilesystem(data.members, paths);
 }
 
@@ -3371,79 +3380,89 @@ async function growFilesystem(members: Member[], paths: Paths): Promise<void> {
 }
 
 /**
- * Mounts `@lightwhale-data`, or the top level of a disk made by hand that
- * keeps its state there; makes the subvolume where there is neither.
+ * Mounts a subvolume by its name, or the plain directory that stands in its
+ * place, as a restored backup may; makes the subvolume where nothing is. The data
+ * may also be the top level of a disk made by hand that keeps its state there.
  */
-async function mountDataSubvolume(
+async function mountSubvolume(
+  which: keyof typeof SUBVOLUMES,
   nodes: string[],
   options: string[],
   paths: Paths,
 ): Promise<void> {
-  const subvolume = [`subvol=/${SUBVOLUMES.data}`, ...options];
-  let atTopLevel = false;
+  const target = paths[which];
+  const name = SUBVOLUMES[which];
+  const subvolume = [`subvol=/${name}`, ...options];
+  fs.mkdirSync(target, { recursive: true });
   try {
-    return await mountBtrfs(nodes, subvolume, paths.data);
+    return await mountBtrfs(nodes, subvolume, target);
   } catch (error) {
     if (error instanceof TimeoutError) throw error;
-    // Is it the filesystem, or only the subvolume that is not there?
-    let isThere = true;
-    await withTopLevel(nodes, options, paths, async (top) => {
-      isThere = fs.existsSync(join(top, SUBVOLUMES.data));
-      if (isThere) return;
-      atTopLevel = fs.existsSync(join(top, STATE));
-      if (!atTopLevel) await createSubvolume(join(top, SUBVOLUMES.data), nodes);
-    }).catch((error) => say("debug", messageOf(error)));
-    if (isThere) throw error;
+    // Is it the filesystem, or only the subvolume?
+    await mountTopLevel(nodes, options, paths).catch((again) => {
+      say("debug", messageOf(again));
+      throw error;
+    });
+    const path = join(paths.topLevel, name);
+    try {
+      const there = fs.lstatSync(path, { throwIfNoEntry: false });
+      if (there && !there.isDirectory()) {
+        throw new Error(
+          `"${name}" at the top level of the data filesystem on ` +
+            `${nodes.join(", ")} is neither a subvolume nor a directory: it ` +
+            `is left as it is; log in, mount it ("mkdir /run/top; mount -o ` +
+            `subvolid=5 ${nodes[0]} /run/top"), rename it, reboot`,
+        );
+      }
+      if (there && isSubvolume(path)) throw error;
+      if (there) return await bind(path, target);
+      const isTop = fs.existsSync(join(paths.topLevel, STATE));
+      if (which === "data" && isTop) subvolume[0] = "subvolid=5";
+      else await createSubvolume(path, nodes);
+    } finally {
+      await unmount(paths.topLevel);
+    }
   }
-  if (atTopLevel) subvolume[0] = "subvolid=5";
-  await mountBtrfs(nodes, subvolume, paths.data);
+  await mountBtrfs(nodes, subvolume, target);
 }
 
 /**
- * Mounts the state or the snapshots, unless a plain directory that holds data
- * stands in their place: then that is used as it is.
+ * Refuses directories in a read-only subvolume, as a snapshot may be: they are
+ * mounted read-write all the same.
+ *
+ * @throws {Error} That names the subvolume and how to make it writable.
  */
-async function mountSubvolume(
-  which: "state" | "snapshots",
-  data: DataFilesystem,
-  paths: Paths,
-): Promise<void> {
-  const target = paths[which];
-  if (!isFree(target)) return;
-  const name = SUBVOLUMES[which];
-  const nodes = data.members.map((member) => member.path);
-  const options = [`subvol=/${name}`];
-  fs.mkdirSync(target, { recursive: true });
-  try {
-    await mountBtrfs(nodes, options, target);
-  } catch (error) {
-    if (error instanceof TimeoutError) throw error;
-    await withTopLevel(nodes, [], paths, async (top) => {
-      if (fs.existsSync(join(top, name))) throw error;
-      await createSubvolume(join(top, name), nodes);
-    });
-    await mountBtrfs(nodes, options, target);
-  }
+async function refuseReadOnly(...directories: string[]): Promise<void> {
+  const isReadOnly = (path: string) => {
+    try {
+      fs.accessSync(path, fs.constants.W_OK);
+    } catch (error) {
+      return error instanceof Error && "code" in error &&
+        error.code === "EROFS";
+    }
+  };
+  let path = directories.find(isReadOnly);
+  if (path === undefined) return;
+  while (!isSubvolume(path) && !mountedOn(path)) path = dirname(path);
+  const what = ["--output", "SOURCE,TARGET,FSROOT", "--target", path];
+  const { stdout } = await run(words`findmnt --noheadings --raw ${what}`, {
+    to: `find out what is mounted on "${path}"`,
+    capture: true,
+  });
+  const [source, target, root] = stdout.trim().split(" ");
+  const [node] = source.split("[");
+  const subvolume = join(root, path.slice(target.length));
+  throw new Error(
+    `Cannot write to "${path}": the subvolume ${subvolume} on ${node} is ` +
+      `read-only, as a snapshot is; make it writable ("mkdir /run/top; mount ` +
+      `-o subvolid=5 ${node} /run/top; btrfs property set -ts ` +
+      `/run/top${subvolume} ro false", -f if it was received), reboot`,
+  );
 }
 
 /** The root of every Btrfs subvolume has the inode number 256 (btrfs(5)). */
 function isSubvolume(path: string): boolean {
   return orUndefined(() => fs.statSync(path).ino) === 256;
-}
-
-/** Mounts the top level of a filesystem for the time of a function. */
-async function withTopLevel(
-  nodes: string[],
-  options: string[],
-  paths: Paths,
-  use: (directory: string) => Promise<void>,
-): Promise<void> {
-  await mountTopLevel(nodes, options, paths);
-  try {
-    await use(paths.topLevel);
-  } finally {
-    await unmount(paths.topLevel);
-  }
 }
 
 async function mountTopLevel(nodes: string[], options: string[], paths: Paths) {
@@ -3601,6 +3620,9 @@ async function fallBack(paths: Paths): Promise<void> {
 
 /** Puts an overlay on each key directory. */
 async function mountOverlays(paths: Paths): Promise<void> {
+  const layers = [paths.upper, paths.work]
+    .flatMap((layer) => OVERLAYS.map((name) => join(layer, name)));
+  await refuseReadOnly(...layers);
   const names = withoutOverlay(paths);
   if (names.length === 0) return;
   for (const name of names) {
