@@ -3254,7 +3254,14 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
       forget(target).then(() => mountWith(data.members, true))
     );
   }
-  await firstThatWorks(attempts);
+  try {
+    await firstThatWorks(attempts);
+  } catch (error) {
+    if (error instanceof TimeoutError) throw error;
+    throw await isLogBroken(data, paths)
+      ? new Error(`${messageOf(error)} (${howToDropLog(data)})`)
+      : error;
+  }
   assert(
     !mountedOn(paths.data)?.superOptions.includes("ro"),
     `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
@@ -3262,6 +3269,31 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
   );
   await refuseReadOnly(paths.data);
   await growFilesystem(data.members, paths);
+}
+
+/** Would the members mount, if only to be read, but for the log tree? */
+async function isLogBroken(
+  { members, missing }: DataFilesystem,
+  paths: Paths,
+): Promise<boolean> {
+  if (!members.some(({ holds }) => holds.btrfs.hasLog)) return false;
+  const options = ["ro", "rescue=nologreplay"];
+  if (missing > 0) options.push("degraded");
+  try {
+    const nodes = members.map(({ path }) => path);
+    await mountTopLevel(nodes, options, paths);
+    await unmount(paths.topLevel);
+    return true;
+  } catch (error) {
+    say("debug", messageOf(error));
+    return false;
+  }
+}
+
+function howToDropLog({ members }: DataFilesystem): string {
+  return `its log tree is broken, and all else is whole: "btrfs rescue ` +
+    `zero-log ${members[0].path}" and a reboot; that loses what programs ` +
+    `wrote with fsync in the last seconds before the power went`;
 }
 
 /** Goes on without some members. */

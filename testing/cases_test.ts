@@ -1822,3 +1822,72 @@ onDisks(
     assertEquals(await bootCode(), before, stderr);
   },
 );
+
+/** A filesystem as a power cut leaves it, with a log tree. */
+const withLog = `old "$DISK"
+  folder=$(mktemp -d); mount "$DISK" $folder
+  echo before > $folder/file; sync -f $folder
+  echo logged | dd of=$folder/file conv=fsync,notrunc status=none
+  # What it writes goes past the cache of the device.
+  dd if="$DISK" of="$folder.copy" bs=1M iflag=direct conv=sparse status=none
+  umount $folder
+  dd if="$folder.copy" of="$DISK" bs=1M oflag=direct status=none
+  rm "$folder.copy"; rmdir $folder
+  blockdev --flushbufs "$DISK"
+  rootOf() { # the logical address of a tree
+    btrfs inspect-internal dump-super "$DISK" |
+      while read -r key value; do [ "$key" != "$1" ] || echo $value; done
+  }
+  test $(rootOf log_root) -gt 0
+  damage() { # both copies: no extent tells where those of the log tree are
+    btrfs-map-logical -l $(rootOf root) "$DISK" | while read -r line; do
+      byte=\${line#*physical }
+      byte=$((\${byte%% *} + $(rootOf $1) - $(rootOf root)))
+      dd if=/dev/urandom of="$DISK" bs=4K seek=$((byte / 4096)) count=1 \\
+        conv=notrunc status=none
+    done
+  }
+`;
+
+situation("the log tree is broken: the cause, and what its remedy costs", {
+  disks: [{
+    ...blankDisk,
+    contents: `${tools} ${withLog} damage log_root`,
+  }],
+  mode: "fallback",
+  status: 1,
+  mayChange: [1],
+  says: [
+    "Cannot mount %1.*log tree is broken.*rescue zero-log %1.*last seconds",
+  ],
+  async also(system) {
+    assertMatch(
+      await system.sh("cat mnt/lightwhale-data/lightwhale-state/docker"),
+      /rescue zero-log/,
+    );
+    await system.sh(`btrfs rescue zero-log ${system.disks[0].path}`);
+    await system.reboot();
+    const boot = await system.boot();
+    assertEquals(boot.report.mode, "persistent", boot.stderr);
+  },
+});
+
+situation("more than the log tree is broken: no word of the log", {
+  disks: [{
+    ...blankDisk,
+    contents: `${tools} ${withLog} damage root`,
+  }],
+  mode: "fallback",
+  status: 1,
+  mayChange: [1],
+  says: ["Cannot mount %1"],
+  neverSays: ["zero-log"],
+});
+
+situation("a log tree that is whole is replayed", {
+  disks: [{ ...blankDisk, contents: `${tools} ${withLog}` }],
+  mode: "persistent",
+  status: 0,
+  uses: [1],
+  neverSays: ["zero-log"],
+});
