@@ -482,7 +482,7 @@ export async function readGptAt(
     const label = entries.subarray(at + name, at + name + nameBytes);
     partitions.push({
       number: at / entryBytes + 1,
-      name: utf16.decode(label).replace(/\0.*$/s, ""),
+      name: decode(label, "utf16le").replace(/\0.*$/s, ""),
       startBytes: from * sectorBytes,
       sizeBytes: (to - from + 1) * sectorBytes,
     });
@@ -632,15 +632,16 @@ function viewOf(bytes: Uint8Array): DataView {
 const isZero = (bytes: Uint8Array) =>
   !bytes[0] && Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0;
 
-// A byte order mark is a character like others: a name with one is another.
-const utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
-const utf16 = new TextDecoder("utf-16le", { ignoreBOM: true });
+/** A byte order mark is a character like others; what is none is U+FFFD. */
+const decode = (bytes: Uint8Array, encoding: "utf8" | "utf16le" = "utf8") =>
+  Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length)
+    .toString(encoding).toWellFormed();
 
-/** Text up to the first NUL; what is not UTF-8 becomes U+FFFD. */
+/** Text up to the first NUL. */
 function text(bytes: Uint8Array, at: number, length: number): string {
   const field = bytes.subarray(at, at + length);
   const end = field.indexOf(0);
-  return utf8.decode(end < 0 ? field : field.subarray(0, end));
+  return decode(end < 0 ? field : field.subarray(0, end));
 }
 
 function uuid(bytes: Uint8Array, at: number): string {
@@ -1072,7 +1073,7 @@ export function parseStart(start: Uint8Array): Reading {
     header,
     anyway: header && second === ANYWAY,
     onlyHeader: header &&
-      new RegExp(`^${onlyText}\0*$`).test(utf8.decode(start.subarray(0, 512))),
+      new RegExp(`^${onlyText}\0*$`).test(decode(start.subarray(0, 512))),
     btrfs,
     record: record?.fsid === btrfs?.fsid ? record : undefined,
     recordable: [0, RECORD.bytes].every((at) =>
