@@ -282,7 +282,7 @@ export interface Facts {
   machine?: string;
   /** What is mounted on the data filesystem's mount point. */
   mounted?: Mount & { fsid?: string };
-  /** Devices that do not fit: found out by {@linkcode tryOut}. */
+  /** Devices that do not fit: found out by {@linkcode makePlan}. */
   misfits: Misfit[];
 }
 
@@ -730,9 +730,10 @@ interface Outcome {
 /**
  * Looks and decides, and looks again while a disk that is needed is late: at
  * most `waitMs`, and only as long as one is missing. A plan that formats is
- * tried out, as far as that changes nothing; what does not fit is left out.
+ * tried out before any disk is wiped for it: each must be free, no two may be
+ * the same, and mkfs.btrfs must find them large enough; others are left out.
  *
- * @param forNextBoot Say what the next boot would do, and try nothing out.
+ * @param forNextBoot Say what the next boot would do, and write to no disk.
  */
 async function makePlan(
   settings: Settings,
@@ -753,8 +754,13 @@ async function makePlan(
       await sleep(200);
       continue;
     }
-    const misfit = plan.create &&
-      await tryOut(plan.create, misfits.length > 0, settings.root, forNextBoot);
+    if (!plan.create) return plan;
+    const devices = devicesOf(plan.create.members);
+    const unfit = forNextBoot
+      ? undefined
+      : await findBusy(devices) ?? await findTwin(devices, []);
+    const misfit = unfit ??
+      await rehearse(plan.create, misfits.length > 0, settings.root);
     if (!misfit) return plan;
     misfits.push(misfit); // and decide without it
   }
@@ -1267,9 +1273,13 @@ const HARDWARE_ATTRIBUTES = [
   "dm/uuid",
 ];
 
+const IMAGE = "file:";
+
 /** What tells hardware, each asked only where those before it say nothing. */
 function* readHardware(disk: string) {
-  yield readImageIdentity(disk);
+  const image = readSysfs(disk, "loop/backing_file"); // it is that file
+  const stat = image && orUndefined(() => fs.statSync(image));
+  if (stat) yield `${IMAGE}${stat.dev}:${stat.ino}`;
   for (const name of HARDWARE_ATTRIBUTES) yield readSysfs(disk, name);
   yield readUsbSerial(disk);
 }
@@ -1295,15 +1305,6 @@ function readUsbSerial(disk: string): string | undefined {
   // A virtual machine invents one from the port.
   if (!vendor || !serial || /[\da-f]{4}:[\da-f]{2}:/.test(serial)) return;
   return `usb-${vendor}-${product}-${serial}`;
-}
-
-const IMAGE = "file:";
-
-/** A loop device is the image file behind it. */
-function readImageIdentity(disk: string): string | undefined {
-  const path = readSysfs(disk, "loop/backing_file");
-  const stat = path && orUndefined(() => fs.statSync(path));
-  return stat ? `${IMAGE}${stat.dev}:${stat.ino}` : undefined;
 }
 
 /**
@@ -1972,10 +1973,7 @@ function whyTableIsDoubted(device: BlockDevice, devices: BlockDevice[]) {
  *
  * @param endBytes From here on RAID metadata do not count.
  */
-function othersOn(
-  { read, signatures = [] }: BlockDevice,
-  endBytes = Infinity,
-): string[] {
+function othersOn({ read, signatures = [] }: BlockDevice, endBytes = Infinity) {
   const isExpected = ({ type, atBytes = 0 }: Signature) => {
     if (type.endsWith("_raid_member") && atBytes >= endBytes) return true;
     // An empty MBR is what boot code looks like, where there is nothing else.
@@ -2775,28 +2773,6 @@ interface Misfit {
   isTwin?: boolean;
 }
 
-/**
- * Tries out whether a filesystem can be made, before any disk is wiped for it:
- * each device must be free, no two may be the same disk, and mkfs.btrfs must
- * find them large enough.
- *
- * @param othersLeftOut Something did not fit before.
- * @param onlyLook Write nothing at all, for `--dry-run`.
- */
-async function tryOut(
-  create: NewFilesystem,
-  othersLeftOut: boolean,
-  root: string,
-  onlyLook: boolean,
-): Promise<Misfit | undefined> {
-  const devices = devicesOf(create.members);
-  if (!onlyLook) {
-    const misfit = await findBusy(devices) ?? await findTwin(devices, []);
-    if (misfit) return misfit;
-  }
-  return await rehearse(create, othersLeftOut, root);
-}
-
 async function findBusy(devices: BlockDevice[]): Promise<Misfit | undefined> {
   const tried = await Promise.allSettled(
     devices.map(({ path, entry }) => entry ? undefined : claim(path)),
@@ -3564,10 +3540,7 @@ function goOn(mounted: Mount, paths: Paths): Outcome["mode"] {
 }
 
 /** At most half of the memory, as tmpfs(5) has it, but given, to say it. */
-async function mountTmpfs(
-  mode: "volatile" | "fallback",
-  paths: Paths,
-): Promise<void> {
+async function mountTmpfs(mode: "volatile" | "fallback", paths: Paths) {
   fs.mkdirSync(paths.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
   const options = `${NO_ATIME},mode=0755,size=${sizeBytes}`;
