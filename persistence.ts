@@ -154,6 +154,7 @@ export function pathsBelow(root: string) {
     health: join(run, "health"),
     memory: [join(run, "maintenance.json"), join(state, ".maintenance.json")],
     onHealth: join(root, "etc/lightwhale/on-health"),
+    left: join(run, "left.json"),
   };
 }
 
@@ -321,6 +322,7 @@ export interface Superblock {
 const BTRFS = {
   superblockAt: 64 * KiB,
   backupAt: 64 * MiB,
+  copiesAt: [64 * KiB, 64 * MiB, 256 * GiB],
   bytes: 4 * KiB,
   checksum: 0x00,
   checksummedFrom: 0x20,
@@ -558,6 +560,14 @@ export interface MemberRecord {
   mounts?: string[];
   /** The last mount that each absent member took part in. */
   lastSeen?: Record<string, string>;
+  /** The member that a person told to leave. */
+  leaving?: Leaving;
+}
+
+/** Told to leave by `--move` or `--remove`: known before the mount. */
+export interface Leaving {
+  member: string;
+  how: "move" | "remove";
 }
 
 /** Two slots, written in turn, so that a torn write leaves the older one. */
@@ -597,7 +607,8 @@ function parseSlot(slot: string): MemberRecord | undefined {
     const { fsid, member, epoch, present, absent } = record;
     const { machine = "", hardware = "", seconds = 0 } = record;
     const { mounts = [], lastSeen = {} } = record;
-    const texts = [fsid, member, machine, hardware]
+    const { leaving = { member: "", how: "" } } = record;
+    const texts = [fsid, member, machine, hardware, leaving.member, leaving.how]
       .concat(present, mounts, Object.values(lastSeen));
     const valid = [present, mounts].every(Array.isArray) &&
       [absent, lastSeen].every((table) => typeof table === "object") &&
@@ -844,6 +855,7 @@ const hasOurNames = (read: Reading) =>
 function mayMatter(read: Reading): boolean {
   return read.header || read.btrfs !== undefined || read.backup !== undefined ||
     read.error !== undefined || read.swapLabel === SWAP ||
+    read.record !== undefined ||
     hasOurNames(read);
 }
 
@@ -1073,7 +1085,7 @@ export function parseStart(start: Uint8Array): Reading {
   const header = first.startsWith(MAGIC);
   const slots = start.subarray(RECORD.slotsAt[0], BTRFS.superblockAt);
   const btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
-  const record = btrfs && parseRecord(slots);
+  const record = parseRecord(slots);
   const onlyText = `${MAGIC}(\r?\n(${ANYWAY}\r?\n?)?)?`;
   return {
     header,
@@ -1081,7 +1093,8 @@ export function parseStart(start: Uint8Array): Reading {
     onlyHeader: header &&
       new RegExp(`^${onlyText}\0*$`).test(decode(start.subarray(0, 512))),
     btrfs,
-    record: record?.fsid === btrfs?.fsid ? record : undefined,
+    // The record of a member that has left is all that is left on it.
+    record: !btrfs || record?.fsid === btrfs.fsid ? record : undefined,
     recordable: [0, RECORD.bytes].every((at) =>
       isRecordSlot(slots.subarray(at, at + RECORD.bytes))
     ),
@@ -1529,6 +1542,12 @@ export interface DataFilesystem {
   conflicting: { device: Member; why: string; isTwin: boolean }[];
   /** A member has missed writes, and no record says which. */
   needsScrub: boolean;
+  /** Which member is to leave, or has left and is not wiped yet. */
+  leaving?: Leaving;
+  /** Its device, where that is not a member any more: never mounted. */
+  leaver?: BlockDevice;
+  /** What else is on the disk of the leaver. */
+  leaverDisk: BlockDevice[];
 }
 
 /**
@@ -1612,6 +1631,8 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
       ));
     }
   }
+  if (chosen && !mounted) leaveOut(chosen);
+  if (chosen) findLeaver(chosen, usable);
   const ours = filesystems.flatMap(allDevices);
   const isData = (device: BlockDevice) =>
     ours.includes(device as Member) ||
@@ -1637,7 +1658,7 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
   const candidates = magic.filter((device) => !forgotten.includes(device));
   const given = candidates.flatMap((device) => partsOf(device, usable));
   const suspects = usable.filter(holding("suspect"))
-    .filter((device) => !given.includes(device));
+    .filter((device) => !given.includes(device) && device !== chosen?.leaver);
   const unreadable = usable.filter(holding("unreadable"));
   const doubted = [...suspects, ...unreadable];
   const found = { facts, settings, usable, candidates, suspects, unreadable };
@@ -2040,6 +2061,7 @@ function findOnlyMember(devices: Member[]): Member | undefined {
 const generationOf = ({ holds }: Member) => holds.btrfs.generation;
 const devidOf = ({ holds }: Member) => holds.btrfs.devid;
 const epochOf = ({ holds }: Member) => holds.record?.epoch ?? 0;
+const idOf = (member?: Member) => member?.holds.record?.member;
 const lastMountOf = ({ holds }: Member) => holds.record?.mounts?.at(-1);
 
 const newest = (devices: Member[]) =>
@@ -2147,11 +2169,14 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   members.sort((a, b) => devidOf(a) - devidOf(b));
   const top = newest(members.length > 0 ? members : devices);
   const missing = Math.max(0, top.holds.btrfs.numDevices - members.length);
+  const leaving = leavingOf(members);
   const isUsed = (device: Member) =>
     device === replaceTarget || members.includes(device);
   const late = devices.filter((device) => !isUsed(device));
+  const isLeft = leaving?.how === "remove" && missing > 0 &&
+    !members.some((member) => idOf(member) === leaving.member);
   const stale = late.filter((device) =>
-    missing > 0 && all.includes(device) &&
+    missing > 0 && all.includes(device) && idOf(device) !== leaving?.member &&
     members.some((member) => isBehind(device, member)) &&
     device.holds.record !== undefined &&
     (isOnItsHardware(device) ?? !isOlderCopy(device, members))
@@ -2160,7 +2185,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     fsid: devices[0].holds.btrfs.fsid,
     members,
     missing,
-    absent: missing - stale.length - (replaceTarget ? 1 : 0),
+    absent: missing - stale.length - (replaceTarget ? 1 : 0) - (isLeft ? 1 : 0),
     replaceTarget,
     stale,
     conflicting: late.filter((device) => !stale.includes(device))
@@ -2171,7 +2196,65 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
       })),
     needsScrub: open.length === 0 &&
       members.some((member) => generationOf(member) < generationOf(top)),
+    leaving,
+    leaverDisk: [],
   };
+}
+
+/**
+ * Which member is to leave, as the newest record says. The one that is to leave
+ * has no say: only what those that stay remember is known at the next boot.
+ */
+function leavingOf(members: Member[]): Leaving | undefined {
+  const [newest, ...others] = members.filter(({ holds }) => holds.record)
+    .sort((a, b) => epochOf(b) - epochOf(a));
+  const leaving = newest?.holds.record?.leaving;
+  if (!leaving || idOf(newest) !== leaving.member) return leaving;
+  const alone = leaving.how === "move" ? leaving : undefined;
+  return others.length > 0 ? others[0].holds.record?.leaving : alone;
+}
+
+/** The member that is to leave, where it is still one. */
+function leavingMember({ members, leaving }: DataFilesystem, how?: string) {
+  if (how && leaving?.how !== how) return undefined;
+  return members.find((member) => leaving && idOf(member) === leaving.member);
+}
+
+/**
+ * Of two members one can leave only while it is not mounted: Btrfs keeps no
+ * mirror on a single device, and to convert with both there would spread the
+ * only copy over both. So it stays whole until the other has all. Of more, what
+ * `btrfs device remove` was at when the power went may have left already.
+ */
+function leaveOut(data: DataFilesystem): void {
+  const leaver = leavingMember(data, "remove");
+  const { members } = data;
+  const { numDevices } = newest(members.length > 0 ? members : allDevices(data))
+    .holds.btrfs;
+  const isLast = members.length === 2 && numDevices === 2;
+  if (!leaver || !(isLast || members.length > numDevices)) return;
+  data.members = members.filter((member) => member !== leaver);
+  data.missing = Math.max(0, numDevices - data.members.length);
+  data.leaver = leaver;
+}
+
+/** Finds what has left: its record says so, and nobody used it since. */
+function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
+  const { fsid, members, leaving } = data;
+  const isKnown = (mount?: string) =>
+    members.some(({ holds }) => mount && holds.record?.mounts?.includes(mount));
+  data.leaver ??= devices.find((device) => {
+    const { record } = device.read;
+    return record?.fsid === fsid && record.member === leaving?.member &&
+      isKnown(record.mounts?.at(-1)) && !isOpen(device) &&
+      !members.includes(device as Member);
+  });
+  const { leaver } = data;
+  if (!leaver) return;
+  data.conflicting = data.conflicting
+    .filter(({ device }) => device !== leaver);
+  data.leaverDisk = devices
+    .filter((device) => device !== leaver && device.disk === leaver.disk);
 }
 
 /**
@@ -2243,7 +2326,8 @@ function whyNotUsed(device: Member, members: Member[], missing: number) {
 function allDevices(data: DataFilesystem): Member[] {
   const target = data.replaceTarget ? [data.replaceTarget] : [];
   const conflicting = data.conflicting.map(({ device }) => device);
-  return [...data.members, ...data.stale, ...target, ...conflicting];
+  const leaver = [data.leaver ?? []].flat().filter(holding("member"));
+  return [...data.members, ...data.stale, ...target, ...conflicting, ...leaver];
 }
 
 /**
@@ -2459,8 +2543,11 @@ function planJoins(found: Findings, plan: Plan): void {
   const largestFirst = planMembers(candidates, found, plan)
     .sort((a, b) => b.dataBytes - a.dataBytes);
   for (const member of largestFirst) {
-    const problem = whyTooSmall(member.dataBytes, sizes) ??
-      whyNotMirrored(data, [...sizes, member.dataBytes]);
+    const isMoved = plan.joins.length === 0 && leavingMember(data, "move");
+    const problem = isMoved // which was checked when it was asked for
+      ? undefined
+      : whyTooSmall(member.dataBytes, sizes) ??
+        whyNotMirrored(data, [...sizes, member.dataBytes]);
     if (!problem) {
       plan.joins.push(member);
       sizes.push(member.dataBytes);
@@ -2509,7 +2596,7 @@ function whyNotMirrored(
     `something`;
 }
 
-const sizesOf = ({ members }: DataFilesystem) =>
+const sizesOf = ({ members }: Pick<DataFilesystem, "members">) =>
   members.map(({ holds }) => holds.btrfs.deviceBytes);
 
 /** A tenth of the filesystem, at most 1 GiB (fs/btrfs/volumes.c). */
@@ -2548,8 +2635,19 @@ export function* describePlan(plan: Plan): Generator<string> {
   for (const device of data?.stale ?? []) {
     yield `wipe ${device.path}, which missed writes, and rebuild it`;
   }
-  for (const { device } of plan.joins) {
-    yield `let ${device.path} join the data filesystem`;
+  const moved = data && leavingMember(data, "move");
+  const removed = data && leavingMember(data, "remove");
+  for (const [i, { device }] of plan.joins.entries()) {
+    yield i === 0 && moved
+      ? `move the data from ${moved.path} to ${device.path}`
+      : `let ${device.path} join the data filesystem`;
+  }
+  if (removed) yield `remove ${removed.path} from the data filesystem`;
+  if (data?.leaver) {
+    yield data.missing > 0
+      ? `leave ${data.leaver.path} out, make ${pathsOf(data.members)} hold ` +
+        `all, then wipe ${data.leaver.path}`
+      : `wipe ${data.leaver.path}, which has left the data filesystem`;
   }
   if (plan.mode === "volatile" || plan.mode === "off") {
     yield `mount a tmpfs on /${DATA_MOUNT}`;
@@ -3198,8 +3296,9 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     await waitForNode(member.path)
       .catch((error) => dropMembers([member], messageOf(error), data));
   }
+  const { leaver, members } = data;
   const unwanted = data.conflicting.map(({ device }) => device);
-  await forget([...unwanted, ...data.stale]);
+  await forget([...unwanted, ...data.stale, ...leaver ? [leaver] : []]);
   fs.mkdirSync(paths.data, { recursive: true });
   const mountWith = async (
     devices: Member[],
@@ -3230,6 +3329,17 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     attempts.push(() =>
       forget(target).then(() => mountWith(data.members, true))
     );
+  }
+  if (data.missing > 0 && leaver && holding("member")(leaver)) {
+    // It has all as long as nothing was written without it.
+    const isWhole = !members.some((member) => isBehind(leaver, member));
+    if (isWhole) {
+      attempts.push(() => {
+        Object.assign(data, { members: [...members, leaver], missing: 0 });
+        data.leaver = undefined;
+        return mountWith(data.members);
+      });
+    }
   }
   try {
     await firstThatWorks(attempts);
@@ -3293,10 +3403,15 @@ async function forget(devices: BlockDevice[]): Promise<void> {
  * Writes a record to each member that is present, before a read-write mount.
  * Called with all members that will be written to, and no others.
  *
+ * @param leaving What a person asked for, null to forget that.
  * @returns The members that could not be written to.
  * @throws {Error} When none could.
  */
-async function recordMembers(members: Member[], fsid: string) {
+async function recordMembers(
+  members: Member[],
+  fsid: string,
+  leaving: Leaving | null = leavingOf(members) ?? null,
+) {
   const known = members.map((device) => ({
     device,
     member: device.holds.record?.member ?? crypto.randomUUID(),
@@ -3310,6 +3425,7 @@ async function recordMembers(members: Member[], fsid: string) {
       Math.floor(Date.now() / 1000),
       ...members.map(({ holds }) => 1 + (holds.record?.seconds ?? 0)),
     ),
+    leaving: leaving ?? undefined,
   };
   const failed: Member[] = [];
   const written = new Map<Member, MemberRecord>();
@@ -4026,7 +4142,10 @@ export type FilesystemState = NonNullable<ReturnType<typeof stateOf>>;
 /** A mounted Btrfs, as far as its superblocks tell. */
 interface Mounted {
   fsid: string;
-  members: { path: string; holds: { btrfs: Superblock } }[];
+  members: {
+    path: string;
+    holds: { btrfs: Superblock; record?: MemberRecord };
+  }[];
 }
 
 /**
@@ -4100,7 +4219,11 @@ const JOBS: ((situation: Situation) => Job | undefined)[] = [
   releaseTarget,
   rebuildStale,
   removeMissing,
+  moveMember,
   joinMagic,
+  unmirror,
+  removeMember,
+  freeLeaver,
   convertProfiles,
   scrub,
 ];
@@ -4211,6 +4334,7 @@ function joinMagic(situation: Situation): Job | undefined {
   const { data, joins: [member], state } = situation;
   if (!member) return undefined;
   if (state.missing.length > 0) return replaceMissing(member, situation);
+  if (leavingMember(data)) return undefined; // one after the other
   const { device } = member;
   return {
     kind: "add",
@@ -4252,6 +4376,171 @@ function replaceMissing(member: NewMember, situation: Situation): Job {
     work: finish,
   };
   return job;
+}
+
+/** `--move`: a magic disk takes the place of a member that is there. */
+function moveMember(situation: Situation): Job | undefined {
+  const { data, joins: [member], state, paths } = situation;
+  const source = leavingMember(data, "move");
+  if (!member || !source || state.missing.length > 0) return undefined;
+  const device = { ...member.device, path: member.dataPath };
+  const { btrfs } = source.holds;
+  const { begin, finish } = replacement(btrfs.devid, device, situation);
+  return {
+    kind: "move",
+    device: member.device,
+    what: `the data of ${source.path} move to ${member.dataPath}`,
+    async change() {
+      await cancelReplace(paths);
+      await prepareMember(member, data);
+      if (data.replaceTarget) await wipe(device);
+    },
+    async work() {
+      await shrinkTo(
+        readSysfsBytes(nameOf(device.path), "size"),
+        source,
+        paths,
+      );
+      const lock = await takeLock(join(paths.run, "lock"));
+      await begin().finally(lock.release);
+      await finish();
+    },
+  };
+}
+
+/** Makes a member as small as what it moves to; a later boot may undo that. */
+async function shrinkTo(bytes: number, member: Member, paths: Paths) {
+  const { path, holds: { btrfs: { devid, deviceBytes } } } = member;
+  if (bytes >= deviceBytes) return;
+  const shrink = () =>
+    run(words`btrfs filesystem resize ${devid}:${bytes} ${paths.data}`, {
+      to: `shrink the data filesystem on ${path} to ${inMiB(bytes)}`,
+      timeoutMs: Infinity,
+    });
+  await firstThatWorks([shrink, () => packChunks(paths).then(shrink)]);
+}
+
+/**
+ * `--remove` of one of two: the other one, mounted without it, gets all, which
+ * is read back before the one that leaves is given up.
+ */
+function unmirror({ data, state, paths }: Situation): Job | undefined {
+  const { leaving, members: [member, another] } = data;
+  if (leaving?.how !== "remove" || leavingMember(data) || another) return;
+  if (state.missing.length === 0) return undefined;
+  const steps: [to: string, command: string[]][] = [
+    [
+      `keep all on ${member.path}`,
+      words`btrfs balance start --force -dconvert=single,soft
+        -mconvert=dup,soft -sconvert=dup,soft ${paths.data}`,
+    ],
+    [
+      `verify what is on ${member.path}`,
+      words`btrfs scrub start -B ${member.path}`,
+    ],
+    [
+      `give up the mirror of ${member.path}`,
+      words`btrfs device remove missing ${paths.data}`,
+    ],
+  ];
+  return {
+    kind: "remove",
+    what: `${member.path} gets all that was mirrored`,
+    async work() {
+      for (const [to, command] of steps) {
+        // Taken back with --cancel meanwhile?
+        const { record } = parseStart(
+          await readBytes(member.path, 0, START_BYTES),
+        );
+        if (record?.leaving === undefined) return;
+        await run(command, { to, timeoutMs: Infinity });
+      }
+    },
+  };
+}
+
+/** `--remove` of one of three or more, while all are there. */
+function removeMember({ data, state, paths }: Situation): Job | undefined {
+  const member = leavingMember(data, "remove");
+  const count = data.members.length - 1;
+  if (!member || count < 2 || state.missing.length > 0) return undefined;
+  const { metadataProfile } = profilesFor(count);
+  const tooMany = [...state.profiles.metadata, ...state.profiles.system]
+    .filter((profile) => RANK.indexOf(profile) > RANK.indexOf(metadataProfile));
+  return {
+    kind: "remove",
+    device: member,
+    what: `${member.path} hands its data to the other members`,
+    async work() {
+      const { path, holds: { btrfs: { devid } } } = member;
+      if (tooMany.length > 0) {
+        const filter = `-mconvert=${metadataProfile},soft`;
+        await run(words`btrfs balance start --force ${filter} ${paths.data}`, {
+          to: `keep the metadata on ${count} devices`,
+          timeoutMs: Infinity,
+        });
+      }
+      await run(words`btrfs device remove ${devid} ${paths.data}`, {
+        to: `remove ${path} from the data filesystem`,
+        timeoutMs: Infinity,
+      });
+    },
+  };
+}
+
+/** Wipes what has left, once the filesystem is whole without it. */
+function freeLeaver({ data, state, paths }: Situation): Job | undefined {
+  const { leaver, leaverDisk, members, missing, fsid } = data;
+  if (!leaver || missing > 0 || state.missing.length > 0) return undefined;
+  return {
+    kind: "free",
+    device: leaver,
+    what: `${leaver.path}, which has left the data filesystem, is wiped`,
+    async change() {
+      await confirm(leaver);
+      const path = await free(leaver, leaverDisk);
+      await recordMembers(members, fsid, null);
+      const { disk, sequence } = leaver;
+      replaceFile(paths.left, JSON.stringify({ path, disk, sequence }) + "\n");
+    },
+  };
+}
+
+/**
+ * Wipes a data partition and, of a disk that is ours alone, swap and table. Its
+ * record goes last but for the table: by that the next boot finds it again.
+ *
+ * @returns What is blank now.
+ */
+async function free(device: BlockDevice, others: BlockDevice[]) {
+  const { path, sizeBytes, kind } = device;
+  const whole = others.find(({ kind }) => kind === "disk");
+  const names = whole ? namesIn(whole.read) : [];
+  const isOurs = whole?.read.plain &&
+    names.filter((name) => name === DATA).length === 1 &&
+    names.every((name) => name === DATA || name === SWAP);
+  for (const swap of others.filter(({ holds }) => holds.kind === "swap")) {
+    if (readSwaps().some((path) => nameAt(path) === swap.name)) {
+      await run(words`swapoff ${swap.path}`, { to: `let go of ${swap.path}` });
+    }
+    if (isOurs) await wipe(swap);
+  }
+  for (const at of BTRFS.copiesAt) {
+    if (at + BTRFS.bytes > sizeBytes) break;
+    const copy = parseSuperblock(await readBytes(path, at, BTRFS.bytes), at);
+    if (!copy) continue;
+    await writeBytes(path, at, new Uint8Array(BTRFS.bytes));
+  }
+  if (whole?.magic) await setMagic(whole, "");
+  if (kind === "partition") await setMagic(device, "");
+  await wipe(device);
+  if (!isOurs) return path;
+  await run(words`wipefs --quiet --all ${whole.path}`, {
+    to: `wipe ${whole.path}`,
+  });
+  await writeBytes(whole.path, 0, new Uint8Array(MiB)); // what the table was
+  await deleteOldPartitions(whole);
+  return whole.path;
 }
 
 /** Chunks written while a member was missing; a disk that has just joined. */
@@ -4444,7 +4733,8 @@ function mountOf(subvolume: string, paths: Paths): string {
 }
 
 /** Profiles from the weakest to the strongest. */
-const RANK = ["single", "dup", "raid1", "raid1c3", "raid1c4"];
+const MIRRORED = ["raid1", "raid1c3", "raid1c4"];
+const RANK = ["single", "dup", ...MIRRORED];
 
 /**
  * The filters of the balance that gives every chunk its profile (btrfs-balance
@@ -4918,8 +5208,17 @@ interface Target {
   devices: BlockDevice[];
 }
 
-/** Makes devices magic, to be formatted at the next boot: all of them or none. */
-async function enable(paths: string[], force: boolean, settings: Settings) {
+/**
+ * Makes devices magic, to be formatted at the next boot: all of them or none.
+ *
+ * @param now Let them join the data filesystem at once.
+ */
+async function enable(
+  paths: string[],
+  force: boolean,
+  now: boolean,
+  settings: Settings,
+) {
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
     const disk = wholeDisk(name);
@@ -4928,14 +5227,12 @@ async function enable(paths: string[], force: boolean, settings: Settings) {
       `Cannot enable ${paths[i]}: its whole disk is to be enabled as well`,
     );
   }
+  if (now) await findRunning(settings, "Cannot enable a disk with --now");
   const targets: Target[] = [];
   for (const path of paths) {
     const target = await targetAt(path);
-    const held = await listContents(target);
-    const refusal = await whyNotEnabled(target) ??
-      (held && !force && !isEnabled(target)
-        ? `it holds ${held}: use --force to give that up, for ever`
-        : undefined);
+    const refusal = await whyNotTaken(target, force) ??
+      (now ? await whyNotJoined(target, settings) : undefined);
     if (refusal) refuse(`Cannot enable ${path}: ${refusal}`);
     targets.push(target);
   }
@@ -4960,8 +5257,283 @@ async function enable(paths: string[], force: boolean, settings: Settings) {
     throw error;
   }
   if (!names.some(Boolean)) return;
+  if (now) return await startNow(settings, names);
   console.log("At the next boot:");
   await dryRun(settings);
+}
+
+/** Lists what is on a target; why it must not become magic. */
+async function whyNotTaken(target: Target, force: boolean) {
+  const held = await listContents(target);
+  return await whyNotEnabled(target) ??
+    (held && !force && !isEnabled(target)
+      ? `it holds ${held}: use --force to give that up, for ever`
+      : undefined);
+}
+
+/** Why a target would not join what is mounted, if it were magic. */
+async function whyNotJoined({ device }: Target, settings: Settings) {
+  if (!device.disk) return "an image file joins nothing: attach it as a disk";
+  const facts = await look(settings, device.disk);
+  const found = facts.devices.find(({ name }) => name === device.name);
+  if (!found) return "--devices does not name it";
+  for (const part of partsOf(found, facts.devices)) {
+    part.holds = { kind: "nothing of ours" };
+  }
+  found.magic = true;
+  const plan = decide(facts, settings);
+  if (plan.joins.some((member) => member.device === found)) return undefined;
+  return plan.notes.find(({ text }) => text.includes(`${found.path} `))?.text ??
+    "the data filesystem does not take it";
+}
+
+/** The data filesystem that is mounted, or a refusal. */
+async function findRunning(settings: Settings, cannot: string) {
+  const plan = decide(await look(settings), settings);
+  const state = plan.data && stateOf(plan.data);
+  if (plan.mode !== "mounted" || !plan.data || !state) {
+    refuse(`${cannot}: no data filesystem is mounted, the system is volatile`);
+  }
+  return { plan, data: plan.data, state };
+}
+
+/** Starts the work that a boot would start, and says what happens. */
+async function startNow(settings: Settings, joining: string[] = []) {
+  const plan = decide(await look(settings), settings);
+  plan.joins = plan.joins.filter(({ device }) => joining.includes(device.name));
+  startMaintenance(plan, settings, pathsBelow(settings.root));
+  console.log("It goes on in the background: see persistence.ts --status");
+}
+
+// ---------------------------------------------------------------------------
+// --move and --remove.
+// ---------------------------------------------------------------------------
+
+/** Moves the data of a member to another disk, while the system runs. */
+async function move(
+  [from, to]: string[],
+  force: boolean,
+  settings: Settings,
+): Promise<void> {
+  const cannot = `Cannot move ${from} to ${to}`;
+  const { plan, data, member } = await findMember(from, cannot, settings);
+  const target = await targetAt(to);
+  const { device } = target;
+  const { name, path } = device;
+  const others = data.members.filter((other) => other !== member);
+  if (data.members.some((other) => other.name === name)) {
+    refuse(`${cannot}: ${to} is a member of the data filesystem already`);
+  }
+  if (device.disk === member.disk) {
+    refuse(`${cannot}: both are on the same disk`);
+  }
+  const waiting = devicesOf(plan.joins)
+    .find((other) => other.name !== name);
+  if (waiting) {
+    refuse(
+      `${cannot}: ${waiting.path} is enabled and joins first (let it: ` +
+        `reboot, or take that back with --disable)`,
+    );
+  }
+  const sizeBytes = layOut(device, readMemoryBytes(), settings.noSwap)
+    .dataBytes;
+  const bytes = readUsage(data);
+  const fits = (sizeBytes: number) =>
+    whyNotHeld(data, bytes, [...sizesOf({ members: others }), sizeBytes]);
+  const problem = sizeBytes < member.holds.btrfs.deviceBytes
+    ? fits(sizeBytes)
+    : undefined;
+  const refusal = await whyNotTaken(target, force) ??
+    (problem && `it has ${inMiB(sizeBytes)} for data, and ${problem}: ` +
+        `${
+          inMiB(Math.min(leastBytes(fits), member.holds.btrfs.deviceBytes))
+        } would do`);
+  if (refusal) refuse(`${cannot}: ${refusal}`);
+  await tellToLeave(data, { member: idOf(member)!, how: "move" });
+  try {
+    await makeMagic(target, false);
+    assert(
+      isEnabled(await targetAt(to)),
+      `Cannot read the magic back from ${to}: the disk may be broken`,
+    );
+  } catch (error) {
+    await attempt(() => tellToLeave(data, null));
+    await attempt(() => takeMagic(target));
+    throw error;
+  }
+  console.log(
+    `The data of ${member.path} move to ${path}, while the system runs; then ` +
+      `${member.path} is wiped and can be pulled`,
+  );
+  await startNow(settings, [name]);
+}
+
+/** Lets a member leave: at once where two others stay, else at a boot. */
+async function remove([path]: string[], settings: Settings): Promise<void> {
+  const cannot = `Cannot remove ${path}`;
+  const { data, state, member } = await findMember(path, cannot, settings);
+  const others = data.members.filter((other) => other !== member);
+  if (others.length === 0) {
+    refuse(
+      `${cannot}: it is the only disk that holds the data (--move OLD NEW ` +
+        `moves them to another)`,
+    );
+  }
+  if (balanceFilters(state).length > 0) {
+    refuse(`${cannot}: not all chunks are mirrored yet (see --status)`);
+  }
+  const all = Object.values(state.profiles).flat();
+  const other = all.find((profile) => !MIRRORED.includes(profile));
+  if (other) refuse(`${cannot}: some data have the profile "${other}"`);
+  const problem = whyNotHeld(
+    data,
+    readUsage(data),
+    sizesOf({ members: others }),
+  );
+  if (problem) {
+    refuse(`${cannot}: ${pathsOf(others)} would hold all: ${problem}`);
+  }
+  await tellToLeave(data, { member: idOf(member)!, how: "remove" });
+  if (others.length > 1) {
+    console.log(
+      `${member.path} hands its data to the other members, while the system ` +
+        `runs; then it is wiped and can be pulled`,
+    );
+    return await startNow(settings);
+  }
+  console.log(
+    `At the next boot ${member.path} is left out, and ${
+      pathsOf(others)
+    } gets ` +
+      `all. Then ${member.path} is wiped and can be pulled. Until then ` +
+      `--remove --cancel takes it back`,
+  );
+}
+
+/** Takes back what was asked for by --move or --remove. */
+async function cancelLeaving(settings: Settings): Promise<void> {
+  const cannot = "Cannot take anything back";
+  const { data, state } = await findRunning(settings, cannot);
+  const { leaving, leaver } = data;
+  const isThere = leavingMember(data) !== undefined;
+  if (!leaving || (!isThere && !leaver && data.missing === 0)) {
+    refuse(`${cannot}: no disk was told to leave`);
+  }
+  const { operation } = state;
+  if (!isThere && data.missing === 0) {
+    refuse(
+      `${cannot}: ${leaver?.path} has left already (--enable lets it join again)`,
+    );
+  }
+  if (!["none", "balance"].includes(operation)) {
+    refuse(`${cannot}: the ${operation} goes on (see --status)`);
+  }
+  const paths = pathsBelow(settings.root);
+  await tellToLeave(data, null);
+  await run(words`btrfs balance cancel ${paths.data}`, {
+    to: "stop the work that was begun",
+    accept: [0, 1, 2], // 2: there is none (btrfs-balance(8))
+  });
+  await run(words`btrfs scrub cancel ${paths.data}`, {
+    to: "stop the work that was begun",
+    accept: [0, 1, 2],
+  });
+  console.log(
+    isThere
+      ? "Nothing leaves the data filesystem"
+      : `Nothing leaves the data filesystem: ${leaver?.path ?? "the disk"} ` +
+        `missed writes and is rebuilt`,
+  );
+  await startNow(settings);
+}
+
+/** A member that a person names, of a filesystem that is whole and at rest. */
+async function findMember(path: string, cannot: string, settings: Settings) {
+  const found = await findRunning(settings, cannot);
+  const { data, state } = found;
+  const name = nameAt(path) ??
+    refuse(`${cannot}: "${path}" is no block device`);
+  const onDisk = data.members.filter(({ disk }) => disk === name);
+  const member = data.members.find((member) => member.name === name) ??
+    (onDisk.length === 1 ? onDisk[0] : undefined) ??
+    refuse(
+      `${cannot}: ${path} is no member of the data filesystem, which is on ` +
+        pathsOf(data.members),
+    );
+  if (data.missing > 0 || state.missing.length > 0) {
+    refuse(`${cannot}: the data filesystem lacks a device (see --status)`);
+  }
+  const note = readJob(pathsBelow(settings.root));
+  const busy = state.operation !== "none" ? state.operation : note?.what;
+  if (busy) refuse(`${cannot}: other work goes on first (${busy})`);
+  const leaving = leavingMember(data);
+  if (leaving) {
+    refuse(
+      `${cannot}: ${leaving.path} was told to leave, and has not left yet ` +
+        `(--remove --cancel takes that back)`,
+    );
+  }
+  if (!idOf(member)) {
+    refuse(
+      `${cannot}: ${member.path} has no record of ours by which it could be ` +
+        `told from others (is something else at its byte 57344?)`,
+    );
+  }
+  return { ...found, member };
+}
+
+/** Has all members remember who is to leave. */
+async function tellToLeave(
+  { members, fsid }: DataFilesystem,
+  leaving: Leaving | null,
+) {
+  const failed = await recordMembers(members, fsid, leaving);
+  assert(
+    failed.length === 0,
+    `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
+  );
+}
+
+/** What is used, each byte counted once. */
+function readUsage({ fsid }: Mounted) {
+  const [data, metadata, system] = ["data", "metadata", "system"].map((type) =>
+    Number(readText(`/sys/fs/btrfs/${fsid}/allocation/${type}/bytes_used`) ?? 0)
+  );
+  return { data, metadata: metadata + system };
+}
+
+/**
+ * Why devices of these sizes cannot hold what is used, with a chunk of each kind
+ * to spare; undefined if they can.
+ */
+export function whyNotHeld(
+  data: DataFilesystem,
+  used: ReturnType<typeof readUsage>,
+  sizesBytes: number[],
+): string | undefined {
+  const spareBytes = 3 * largestChunkBytes(sizesBytes) + 64 * MiB;
+  if (sizesBytes.length > 1) {
+    const smallest = Math.min(...sizesBytes);
+    return smallest < spareBytes
+      ? `${inMiB(spareBytes)} are needed for a chunk of each kind`
+      : whyNotMirrored(data, sizesBytes, spareBytes);
+  }
+  const neededBytes = used.data + 2 * used.metadata + spareBytes;
+  if (sizesBytes[0] >= neededBytes) return undefined;
+  return `${inMiB(used.data + 2 * used.metadata)} are used, with ` +
+    `${inMiB(spareBytes)} to spare for new chunks`;
+}
+
+/** The smallest size that would do, in whole MiB. */
+export function leastBytes(whyNot: (bytes: number) => unknown): number {
+  let [low, high] = [0, MiB];
+  while (whyNot(high) && high < 2 ** 50) [low, high] = [high, 2 * high];
+  while (high - low > MiB) {
+    const middle = Math.floor((low + high) / 2 / MiB) * MiB;
+    if (whyNot(middle)) low = middle;
+    else high = middle;
+  }
+  return high;
 }
 
 /** Takes the magic away again. */
@@ -5204,6 +5776,8 @@ async function readStatus(settings: Settings) {
     swap: readSwaps(),
     work: state ? await readWork(state, paths) : [],
     isDockerHeldBack: base?.type === "tmpfs" && isHeldBack(paths),
+    leaving: open?.members.length ? describeLeaving(open) : null,
+    left: readLeft(paths),
     scrub: open ? describeScrub(open, memory) : null,
     next: null as string | null,
     problems: [] as Problem[],
@@ -5317,17 +5891,48 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
   const names = listDirectory(`/sys/fs/btrfs/${fsid}/devices`);
   for (const path of names.map(nodeOf)) {
     // One that has gone, or is dead, is missing.
-    const btrfs = await superblockOf(path).catch((error) =>
+    const start = await readBytes(path, 0, START_BYTES).catch((error) =>
       say("debug", messageOf(error))
     );
-    if (btrfs && btrfs.devid > 0) members.push({ path, holds: { btrfs } });
+    const { btrfs, record } = parseStart(start ?? new Uint8Array());
+    if (btrfs && btrfs.devid > 0) {
+      members.push({ path, holds: { btrfs, record } });
+    }
   }
   return members;
 }
 
+/** What `--move` or `--remove` has still to do, in a sentence. */
+function describeLeaving({ members }: Mounted): string | null {
+  const leaving = leavingOf(members as Member[]);
+  if (!leaving) return null;
+  const member = members
+    .find(({ holds }) => holds.record?.member === leaving.member);
+  const back = `(--${leaving.how} --cancel takes that back)`;
+  if (leaving.how === "move") {
+    return member
+      ? `${member.path} hands its data to a new disk ${back}`
+      : null;
+  }
+  if (member) {
+    const when = members.length === 2 ? "At the next boot " : "";
+    return `${when}${member.path} leaves the data filesystem ${back}`;
+  }
+  return members.length < members[0].holds.btrfs.numDevices
+    ? `${members[0].path} gets all that is on the disk which leaves ${back}`
+    : null;
+}
+
+/** What has left and is wiped, as long as it stays plugged in. */
+function readLeft(paths: Paths): string | null {
+  const left = orUndefined(() => JSON.parse(readText(paths.left) ?? ""));
+  const isThere = left && readIdentity(left.disk).sequence === left.sequence;
+  return isThere ? left.path : null;
+}
+
 /** What runs in the background, in the words of btrfs(8). */
 async function readWork({ operation }: FilesystemState, paths: Paths) {
-  const note = orUndefined(() => JSON.parse(readText(paths.job) ?? ""));
+  const note = readJob(paths);
   const since = note?.since ?? null;
   const work: { kind: string; progress: string; since: string | null }[] = [];
   const askBtrfs = async (...command: string[]) => {
@@ -5346,10 +5951,16 @@ async function readWork({ operation }: FilesystemState, paths: Paths) {
   }
   if (readPending(paths).scrub) await askBtrfs("scrub", "status");
   // Between two of these, or while a disk is wiped and partitioned.
-  if (note && work.length === 0 && fs.existsSync(`/proc/${note.pid}`)) {
+  if (note && work.length === 0) {
     work.push({ kind: "maintenance", progress: note.what, since });
   }
   return work;
+}
+
+/** What the process in the background says that it does; none: undefined. */
+function readJob(paths: Paths) {
+  const note = orUndefined(() => JSON.parse(readText(paths.job) ?? ""));
+  return note && fs.existsSync(`/proc/${note.pid}`) ? note : undefined;
 }
 
 /** Something that is wrong. */
@@ -5367,7 +5978,8 @@ function* judgeHealth(
   status: Status,
   state?: FilesystemState,
 ): Generator<Problem> {
-  const { devices, space, metadataSpace, scrub, lastBoot } = status;
+  const { devices, space, metadataSpace, scrub, lastBoot, leaving, left } =
+    status;
   for (const error of lastBoot?.errors ?? []) {
     const text = `The last boot said: ${error}`;
     yield { key: text, text, level: "critical" };
@@ -5381,7 +5993,7 @@ function* judgeHealth(
     yield { key: "Docker is held back", text: HELD_BACK, level: "critical" };
   }
   for (const { path, devid, missing, errors } of devices) {
-    if (missing) {
+    if (missing && !leaving) {
       const text = `Device ${devid} is missing: there is no redundancy until ` +
         `it is back, or a new disk is enabled with persistence.ts --enable`;
       yield { key: `missing ${devid}`, text, level: "critical" };
@@ -5410,12 +6022,16 @@ function* judgeHealth(
       yield { key: `lost ${devid}`, text, level: "critical" };
     }
   }
+  if (left) {
+    const text = `${left} holds none of the data any more: it can be pulled`;
+    yield { key: `left ${left}`, text, level: "warning" };
+  }
   if (scrub && scrub.days >= 2 * SCRUB_EVERY_SECONDS / DAY_SECONDS) {
     const text = `All checksums were verified ${scrub.days} days ago for the ` +
       `last time: leave the system running until that is done`;
     yield { key: "scrub", text, level: "warning" };
   }
-  if (state && balanceFilters(state).length > 0) {
+  if (state && !leaving && balanceFilters(state).length > 0) {
     const text = "Not all chunks are mirrored yet";
     yield { key: "not mirrored", text, level: "warning" };
   }
@@ -5493,6 +6109,7 @@ function* describeStatus(status: Status): Generator<string> {
       `blocks, lost ${total("lost")}`;
   } else if (profiles) yield "  last scrub: none has finished yet";
   if (status.next) yield `  next: ${status.next}`;
+  if (status.leaving) yield `Asked for: ${status.leaving}`;
   for (const problem of health) yield `Attention: ${problem}`;
   if (mode !== "none" && health.length === 0) yield "Healthy";
 }
@@ -6026,6 +6643,10 @@ const HELP = `Usage:
   persistence.ts --enable DEVICE...    make disks, GPT partitions or raw image
                                        files magic: the next boot formats them
   persistence.ts --disable DEVICE...   take the magic away again
+  persistence.ts --move OLD NEW        move the data from one disk to another,
+                                       while the system runs
+  persistence.ts --remove DEVICE       take a disk out of the data filesystem
+  persistence.ts --remove --cancel     take that, or --move, back
   persistence.ts --status [--json]     what is mounted, from what, how healthy
   persistence.ts --check [persistent]  one line for a monitoring system: 0 OK,
                                        1 WARNING, 2 CRITICAL, 3 UNKNOWN;
@@ -6034,7 +6655,8 @@ const HELP = `Usage:
 
 Options:
   --force           with --enable: also a device that holds data, and although
-                    other disks are in doubt
+                    other disks are in doubt; with --move: for NEW
+  --now             with --enable: join the data filesystem at once
   --wait SECONDS    how long to wait for missing devices (default: 10)
   --devices LIST    look at these devices only, comma separated; loop devices
                     are looked at only when they are listed
@@ -6059,10 +6681,20 @@ const defaultSettings: Settings = {
   noSwap: false,
 };
 
-const MODES = "enable disable status check dry-run maintain help version".split(
-  " ",
-);
-const FLAGS = [...MODES, "force", "json", "quiet", "verbose"];
+const MODES =
+  "enable disable move remove status check dry-run maintain help version"
+    .split(" ");
+const FLAGS = [...MODES, "force", "now", "cancel", "json", "quiet", "verbose"];
+
+/** What a mode is to be told, and how many of it at most. */
+const OPERANDS: Record<string, { names: string[]; most: number } | undefined> =
+  {
+    enable: { names: ["a DEVICE"], most: Infinity },
+    disable: { names: ["a DEVICE"], most: Infinity },
+    move: { names: ["OLD", "NEW"], most: 2 },
+    remove: { names: ["a DEVICE"], most: 1 },
+    check: { names: [], most: Infinity },
+  };
 
 /** Reads the command line. What it gives counts more than the kernel's. */
 export function parseCommandLine(args: string[]) {
@@ -6083,18 +6715,23 @@ export function parseCommandLine(args: string[]) {
   });
   const operands: string[] = parsed._.map(String);
   const [mode = "boot", second] = MODES.filter((mode) => parsed[mode]);
-  const takesDevices = mode === "enable" || mode === "disable";
-  const { force, json, root, devices, wait } = parsed;
+  const { force, now, cancel, json, root, devices, wait } = parsed;
+  const takesBack = cancel && (mode === "move" || mode === "remove");
+  const needed = takesBack ? undefined : OPERANDS[mode];
   const mistake = second
     ? `Options --${mode} and --${second} exclude each other`
-    : takesDevices && operands.length === 0
-    ? `Option --${mode} needs a DEVICE: see --help`
+    : needed && operands.length < needed.names.length
+    ? `Option --${mode} needs ${needed.names.join(" and ")}: see --help`
     : mode === "check" && `${operands}`.replace("persistent", "")
     ? `Option --check takes "persistent" or nothing: see --help`
-    : !takesDevices && mode !== "check" && operands.length > 0
-    ? `Unexpected argument "${operands[0]}": see --help`
-    : force && mode !== "enable"
-    ? "Option --force goes with --enable only"
+    : operands.length > (needed?.most ?? 0)
+    ? `Unexpected argument "${operands[needed?.most ?? 0]}": see --help`
+    : force && mode !== "enable" && (mode !== "move" || takesBack)
+    ? "Option --force goes with --enable or --move only"
+    : now && mode !== "enable"
+    ? "Option --now goes with --enable only"
+    : cancel && !takesBack
+    ? "Option --cancel goes with --remove or --move only"
     : json && mode !== "status" && mode !== "dry-run"
     ? "Option --json goes with --status or --dry-run only"
     : undefined;
@@ -6215,8 +6852,12 @@ async function main(args: string[]): Promise<number> {
     else if (mode === "dry-run") await dryRun(settings, parsed.json);
     else {
       const lock = await takeLock(join(pathsBelow(settings.root).run, "lock"));
+      const { force, now, cancel } = parsed;
       if (mode === "disable") await disable(operands);
-      else await enable(operands, parsed.force, settings);
+      else if (mode === "enable") await enable(operands, force, now, settings);
+      else if (cancel) await cancelLeaving(settings);
+      else if (mode === "move") await move(operands, force, settings);
+      else await remove(operands, settings);
       lock.release();
     }
     return 0;

@@ -1178,6 +1178,7 @@ const starts: {
     name: "a record and no Btrfs",
     pieces: [[recordAt[0], ownRecord]],
     found: {},
+    member: "2f1e", // which has left
   },
   {
     name: "swap and, behind it, a Btrfs",

@@ -1,0 +1,464 @@
+/**
+ * Disks that change while the system runs: the data move to another disk, a
+ * member leaves, a disk joins at once. Files are written meanwhile, all are
+ * compared by checksum, and the disk that has left must be blank.
+ */
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import {
+  type Boot,
+  command,
+  type Disk,
+  type DiskSpec,
+  header,
+  MiB,
+  onDisks,
+  type Result,
+  type System,
+} from "./system.ts";
+
+const magicDisk: DiskSpec = { sizeBytes: 800 * MiB, contents: header };
+const emptyDisk: DiskSpec = { sizeBytes: 800 * MiB };
+const state = "mnt/lightwhale-data/lightwhale-state";
+
+/** By the number of disks: profiles of data, metadata, system. */
+const whole = [
+  "",
+  "single dup dup",
+  "raid1 raid1 raid1",
+  "raid1 raid1c3 raid1c3",
+  "raid1 raid1c4 raid1c4",
+];
+
+/** `--status --json`, as far as it matters here. */
+interface Status {
+  devices: { path: string | null }[];
+  work: { kind: string }[];
+  health: string[];
+  leaving: string | null;
+}
+
+onDisks(
+  "--enable --now: a disk joins while the system runs",
+  { disks: [magicDisk, emptyDisk] },
+  async (system) => {
+    await persist(system);
+    const [, fresh] = system.disks;
+    const done = await asked(system, ["--enable", "--now", fresh.path]);
+    assertMatch(done.stdout, /in the background/);
+    await idle(system);
+    assertEquals(await profiles(system), whole[2]);
+    await assertKept(system);
+    assertEquals((await status(system)).health, []);
+    await assertReadableOn(system, [[0], [1]]);
+  },
+);
+
+// Moved
+
+/** NEW, in MiB: one disk of 800 MiB moves to it. */
+const sizes = { "as large": 800, larger: 1100, smaller: 700 };
+
+for (const [what, mebibytes] of Object.entries(sizes)) {
+  onDisks(
+    `--move: the data move to a disk that is ${what}, under load`,
+    { disks: [magicDisk, { sizeBytes: mebibytes * MiB }] },
+    async (system) => {
+      await persist(system);
+      const [old, fresh] = system.disks;
+      await underLoad(system, async () => {
+        const done = await asked(system, ["--move", old.path, fresh.path]);
+        assertMatch(done.stdout, /in the background/);
+        await idle(system);
+      });
+      await assertKept(system);
+      assertEquals(await memberDisks(system), [fresh.path]);
+      const { health, leaving } = await status(system);
+      assertEquals(leaving, null);
+      assertMatch(
+        health.join("; "),
+        new RegExp(`^${old.path} .*can be pulled`),
+      );
+      await assertBlank(old);
+      assertEquals(await profiles(system), whole[1]);
+      const size = await system.sh(
+        "df --output=size -B 1M mnt/lightwhale-data | tail -n 1",
+      );
+      assert(Number(size) > mebibytes - 10, size);
+
+      // With both, then with the new one alone.
+      for (const without of [[], [old]]) {
+        await system.reboot({ without });
+        const boot = await system.boot();
+        assertPersistent(boot, 1);
+        assertEquals(boot.report.warnings, []);
+        await assertKept(system);
+        assertEquals((await status(system)).health, []);
+      }
+    },
+  );
+}
+
+onDisks(
+  "--move: each member of a mirror to another disk, one of them a partition",
+  {
+    disks: [magicDisk, magicDisk, emptyDisk, {
+      sizeBytes: 1000 * MiB,
+      contents: `printf '%s\\n' 'size=100MiB, name=other' 'name=free' |
+          sfdisk -q --no-tell-kernel --label gpt "$DISK"
+        yes 'not yours' | head -c 100M |
+          dd of="$DISK" bs=1M seek=1 conv=notrunc status=none`,
+    }],
+  },
+  async (system) => {
+    await persist(system);
+    const [first, second, third, shared] = system.disks;
+    await command(["partx", "--update", shared.path]);
+    const neighbour = () =>
+      command([
+        "sh",
+        "-euc",
+        'head -c 100M "$1" | sha256sum',
+        "sh",
+        `${shared.path}p1`,
+      ]);
+    const before = await neighbour();
+    await asked(system, ["--move", `${first.path}p1`, third.path]);
+    await idle(system);
+    await asked(system, ["--move", second.path, `${shared.path}p2`]);
+    await idle(system);
+    await assertKept(system);
+    assertEquals(await memberDisks(system), [third.path, shared.path]);
+    for (const disk of [first, second]) await assertBlank(disk);
+    assertEquals(await profiles(system), whole[2]);
+    // And back from the shared disk.
+    await asked(system, ["--move", `${shared.path}p2`, first.path]);
+    await idle(system);
+    assertEquals(await memberDisks(system), [first.path, third.path].sort());
+    assertEquals(await partitions(shared), [
+      `${shared.path}p1`,
+      `${shared.path}p2`,
+    ]);
+    assertEquals(await neighbour(), before);
+    assertEquals(await holds(`${shared.path}p2`), "");
+    await assertKept(system);
+    await assertReadableOn(system, [[0], [2]]);
+  },
+);
+
+// Removed
+
+for (const count of [2, 3, 4]) {
+  const disks: [DiskSpec, ...DiskSpec[]] = [magicDisk];
+  while (disks.length < count) disks.push(magicDisk);
+  onDisks(
+    `--remove: one of ${count} leaves, under load`,
+    { disks },
+    async (system) => {
+      await persist(system);
+      assertEquals(await profiles(system), whole[count]);
+      const [gone] = system.disks;
+      const staying = system.disks.slice(1);
+      await underLoad(system, async () => {
+        const done = await asked(system, ["--remove", gone.path]);
+        if (count > 2) return await idle(system);
+        assertMatch(done.stdout, /next boot/);
+        assertMatch((await status(system)).leaving ?? "", /next boot/);
+        const { stdout } = await system.run([...system.place(), "--dry-run"]);
+        assertMatch(stdout, new RegExp(`leave ${gone.path}p1 out`));
+      });
+      if (count === 2) {
+        await system.reboot();
+        const boot = await system.boot();
+        assertEquals(boot.status, 0, boot.stderr);
+        await underLoad(system, () => idle(system));
+      }
+      await assertKept(system);
+      assertEquals(
+        await memberDisks(system),
+        staying.map(({ path }) => path),
+      );
+      assertEquals(await profiles(system), whole[count - 1]);
+      await assertBlank(gone);
+      const { health } = await status(system);
+      assertMatch(health.join("; "), /can be pulled$/);
+      for (const without of [[], [gone]]) {
+        await system.reboot({ without });
+        const boot = await system.boot();
+        assertPersistent(boot, count - 1);
+        assertEquals(boot.report.warnings, []);
+        await assertKept(system);
+      }
+      if (count > 2) {
+        await assertReadableOn(
+          system,
+          staying.map((disk) =>
+            staying.filter((other) => other !== disk)
+              .map((other) => system.disks.indexOf(other))
+          ),
+        );
+      }
+    },
+  );
+}
+
+onDisks(
+  "--remove --cancel takes it back: before the boot, and after it",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [gone] = system.disks;
+    await asked(system, ["--remove", gone.path]);
+    await asked(system, ["--remove", "--cancel"]);
+    await system.reboot();
+    assertPersistent(await system.boot(), 2);
+
+    await asked(system, ["--remove", gone.path]);
+    await system.reboot();
+    // Its balance does not begin, so that there is something to take back.
+    const traps = await Deno.makeTempDir({ prefix: "persistence-programs-" });
+    await Deno.writeTextFile(
+      `${traps}/btrfs`,
+      `#!/bin/sh
+test "$1" = balance && test "$2" = start && exit 1
+PATH=\${PATH#*:}
+exec btrfs "$@"
+`,
+      { mode: 0o755 },
+    );
+    try {
+      const path = `${traps}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin`;
+      const boot = await system.boot([], { path });
+      assertEquals([boot.status, boot.report.degraded], [0, true], boot.stderr);
+      await write(system, "meanwhile");
+      await idle(system);
+      assert((await status(system)).leaving?.includes(system.disks[1].path));
+      await asked(system, ["--remove", "--cancel"]);
+      await idle(system);
+      assertEquals(await profiles(system), whole[2]);
+      assertEquals((await status(system)).health, []);
+      await assertReadableOn(system, [[0], [1]]);
+    } finally {
+      await Deno.remove(traps, { recursive: true });
+    }
+  },
+);
+
+// Refused
+
+onDisks(
+  "--move, --remove and --enable --now refuse in one sentence, and lose nothing",
+  { disks: [magicDisk, emptyDisk, { sizeBytes: 300 * MiB }] },
+  async (system) => {
+    const [old, fresh, small] = system.disks;
+    const place = system.place();
+    const refused = async (args: string[], why: RegExp) => {
+      const before = await Promise.all([fresh, small].map(system.checksum));
+      const { status, stderr } = await system.run([...place, ...args]);
+      assertEquals([status, stderr.trim().split("\n").length], [2, 1], stderr);
+      assertMatch(stderr, why);
+      assertEquals(
+        await Promise.all([fresh, small].map(system.checksum)),
+        before,
+      );
+    };
+    const off = await system.boot(["--devices", fresh.path]);
+    assertEquals(off.report.mode, "volatile");
+    await refused(["--move", old.path, fresh.path], /volatile/);
+    await refused(["--remove", old.path], /volatile/);
+    await refused(["--enable", "--now", fresh.path], /volatile/);
+    await refused(["--remove", "--cancel"], /volatile/);
+    await system.reboot();
+    await persist(system);
+    await system.sh(`head -c 250M /dev/urandom > ${state}/much; sync`);
+    await refused(["--move", fresh.path, small.path], /no member/);
+    await refused(["--move", old.path, old.path], /already|same disk/);
+    await refused(["--move", old.path, `${old.path}p1`], /already/);
+    await refused(["--move", old.path, small.path], /\d+ MiB would do/);
+    await refused(["--move", old.path, "/dev/null"], /neither a block device/);
+    await refused(["--move", old.path, "/dev/nothing"], /no such device/);
+    await refused(["--remove", old.path], /only disk/);
+    await refused(["--remove", fresh.path], /no member/);
+    await refused(["--remove", "--cancel"], /no disk was told to leave/);
+    await refused(
+      ["--enable", "--now", small.path],
+      /too small|only mirror|needs/,
+    );
+    await command(["mkfs.ext4", "-q", fresh.path]);
+    await refused(["--move", old.path, fresh.path], /--force/);
+    await assertKept(system);
+    assertEquals((await status(system)).leaving, null);
+    const done = await asked(system, [
+      "--move",
+      "--force",
+      old.path,
+      fresh.path,
+    ]);
+    assertStringIncludes(done.stdout, "ext4");
+    await refused(["--remove", fresh.path], /first|only disk|no member/);
+    await idle(system);
+    assertEquals(await memberDisks(system), [fresh.path]);
+    await assertKept(system);
+  },
+);
+
+// What is looked at
+
+async function asked(system: System, args: string[]): Promise<Result> {
+  const result = await system.run([...system.place(), ...args]);
+  assertEquals(result.status, 0, result.stderr);
+  return result;
+}
+
+/** Boots for the first time and writes something. */
+async function persist(system: System): Promise<void> {
+  const boot = await system.boot();
+  assertEquals(boot.report.mode, "persistent", boot.stderr);
+  await write(system, "one");
+  await system.sh(
+    `cd ${state}; : > nocow; chattr +C nocow
+     head -c 2M /dev/urandom >> nocow; sync nocow; sha256sum nocow >> sums`,
+  );
+}
+
+async function write(system: System, name: string): Promise<void> {
+  await system.sh(
+    `cd ${state}; head -c 20M /dev/urandom > "${name}"
+     sync "${name}"; sha256sum "${name}" >> sums; sync sums`,
+  );
+}
+
+/** Lets files be written, and their checksums, for as long as that takes. */
+async function underLoad(
+  system: System,
+  use: () => Promise<void>,
+): Promise<void> {
+  let isOver = false;
+  let round = 0;
+  const load = (async () => {
+    while (!isOver) {
+      const name = `load${round++ % 4}`;
+      await system.sh(
+        `cd ${state}; head -c 3M /dev/urandom > ${name}
+         grep -v " ${name}$" sums > sums.new || :
+         sha256sum ${name} >> sums.new; mv sums.new sums`,
+      );
+      await sleep(50);
+    }
+  })();
+  try {
+    await use();
+  } finally {
+    isOver = true;
+    await load;
+  }
+  await system.sh(`sync -f ${state}`);
+  assert(round > 0);
+}
+
+async function assertKept(system: System): Promise<void> {
+  await system.sh(
+    `cd ${state}; sync -f .; for file in *; do
+       dd if="$file" iflag=nocache count=0 status=none 2>/dev/null || :
+     done; sha256sum --quiet -c sums >&2; test -s sums`,
+  );
+}
+
+/** Reboots, and reads what these disks hold without the others. */
+async function assertReadableOn(
+  system: System,
+  places: number[][],
+): Promise<void> {
+  for (const some of places) {
+    const there = some.map((place) => system.disks[place]);
+    await system.reboot({
+      without: system.disks.filter((disk) => !there.includes(disk)),
+    });
+    await system.sh(
+      `set --
+       for disk in ${there.map(({ path }) => path).join(" ")}; do
+         partx --update "$disk"
+         for node in "$disk"p*; do
+           case $(blkid -p -s LABEL -o value "$node" 2>/dev/null) in
+             lightwhale-data) set -- "$@" "$node" ;;
+           esac
+         done
+       done
+       options=ro,degraded,subvol=/@lightwhale-state
+       for node; do options=$options,device=$node; done
+       mount -t btrfs -o "$options" "$1" mnt/lightwhale-data
+       cd mnt/lightwhale-data; test -s sums; sha256sum --quiet -c sums`,
+    );
+  }
+}
+
+/** The disks of the members. */
+async function memberDisks(system: System): Promise<string[]> {
+  const { devices } = await status(system);
+  return devices.map(({ path }) => path?.replace(/p\d+$/, "") ?? "").sort();
+}
+
+async function assertBlank({ path }: Disk): Promise<void> {
+  assertEquals(await partitions({ path }), []);
+  assertEquals(await holds(path), "");
+  const swaps = await Deno.readTextFile("/proc/swaps");
+  assert(!swaps.includes(path), swaps);
+}
+
+async function holds(path: string): Promise<string> {
+  return await command(["wipefs", "--noheadings", path]);
+}
+
+async function partitions({ path }: Pick<Disk, "path">): Promise<string[]> {
+  return (await command(["lsblk", "-rno", "PATH", path])).trim().split("\n")
+    .slice(1).sort();
+}
+
+function assertPersistent({ status, report, stderr }: Boot, devices: number) {
+  const { mode, degraded } = report;
+  assertEquals(
+    { status, mode, degraded, devices: report.devices.length },
+    { status: 0, mode: "persistent", degraded: false, devices },
+    stderr,
+  );
+}
+
+/** Waits for the work in the background. */
+async function idle(system: System): Promise<void> {
+  const giveUpAt = Date.now() + 120_000;
+  const isDone = async () => {
+    const { work } = await status(system);
+    const isRunning = await system.sh(
+      `pgrep -f -- "--maintain --root $PWD" || :`,
+    );
+    return work.length === 0 && isRunning === "";
+  };
+  while (!await isDone()) {
+    assert(Date.now() < giveUpAt, "The work in the background does not end");
+    await sleep(100);
+  }
+}
+
+async function status(system: System): Promise<Status> {
+  const args = [...system.place(), "--status", "--json"];
+  const { stdout, stderr } = await system.run(args);
+  assert(stdout.startsWith("{"), stderr);
+  return JSON.parse(stdout);
+}
+
+/** Of data, metadata and system chunks. */
+async function profiles(system: System): Promise<string> {
+  const found = await system.sh("btrfs filesystem df mnt/lightwhale-data");
+  return ["Data", "Metadata", "System"].map((type) =>
+    [...found.matchAll(new RegExp(`^${type}, ([^:]+):`, "gm"))]
+      .map(([, profile]) => profile.toLowerCase()).sort().join("+")
+  ).join(" ");
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
