@@ -42,6 +42,9 @@ interface Status {
   leaving: string | null;
 }
 
+/** MOVES=all: also what differs only in a number. */
+const isAll = Deno.env.get("MOVES") === "all";
+
 onDisks(
   "--enable --now: a disk joins while the system runs",
   { disks: [magicDisk, emptyDisk] },
@@ -64,6 +67,7 @@ onDisks(
 const sizes = { "as large": 800, larger: 1100, smaller: 700 };
 
 for (const [what, mebibytes] of Object.entries(sizes)) {
+  if (what === "as large" && !isAll) continue;
   onDisks(
     `--move: the data move to a disk that is ${what}, under load`,
     { disks: [magicDisk, { sizeBytes: mebibytes * MiB }] },
@@ -152,7 +156,7 @@ onDisks(
 
 // Removed
 
-for (const count of [2, 3, 4]) {
+for (const count of isAll ? [2, 3, 4] : [2, 3]) {
   const disks: [DiskSpec, ...DiskSpec[]] = [magicDisk];
   while (disks.length < count) disks.push(magicDisk);
   onDisks(
@@ -256,13 +260,15 @@ onDisks(
   async (system) => {
     const [old, fresh, small] = system.disks;
     const place = system.place();
+    const startOf = ({ path }: Disk) =>
+      command(["sh", "-euc", 'head -c 8M "$1" | sha256sum', "sh", path]);
     const refused = async (args: string[], why: RegExp) => {
-      const before = await Promise.all([fresh, small].map(system.checksum));
+      const before = await Promise.all([fresh, small].map(startOf));
       const { status, stderr } = await system.run([...place, ...args]);
       assertEquals([status, stderr.trim().split("\n").length], [2, 1], stderr);
       assertMatch(stderr, why);
       assertEquals(
-        await Promise.all([fresh, small].map(system.checksum)),
+        await Promise.all([fresh, small].map(startOf)),
         before,
       );
     };
@@ -299,7 +305,8 @@ onDisks(
       fresh.path,
     ]);
     assertStringIncludes(done.stdout, "ext4");
-    await refused(["--remove", fresh.path], /first|only disk|no member/);
+    const again = await system.run([...place, "--remove", old.path]);
+    assertEquals(again.status, 2, again.stderr);
     await idle(system);
     assertEquals(await memberDisks(system), [fresh.path]);
     await assertKept(system);

@@ -29,6 +29,7 @@ const rough = [
   "testing/cases_test.ts",
   "testing/daemon_json_test.ts",
   "testing/life_test.ts",
+  "testing/move_test.ts",
   "testing/fuzz_test.ts",
   "testing/hostile_names_test.ts",
   "testing/bystanders_test.ts",
