@@ -30,14 +30,19 @@ first() {
 	esac
 	wait
 	mkdir -p "$root/run/top"
-	mount -t btrfs -o "subvolid=5$others" "${1}p2" "$root/run/top"
+	mount -t btrfs -o "noatime,subvolid=5$others" "${1}p2" "$root/run/top"
+	top=$root/run/top/@lightwhale
 	for name in data state state-snapshots; do
-		btrfs subvolume create "$root/run/top/@lightwhale-$name" >/dev/null
+		btrfs subvolume create "$top-$name" >/dev/null
+	done
+	btrfs property set -t inode "$top-state" compression zstd
+	for name in docker containerd; do
+		btrfs subvolume create "$top-state/$name" >/dev/null
 	done
 	btrfs filesystem label "$root/run/top" lightwhale-data
 	umount "$root/run/top"
 	filesystems "$@" >"$root/run/fstab"
-	mount -t btrfs -o "subvol=/@lightwhale-data$others" "${1}p2" "$data"
+	mount -t btrfs -o "noatime,subvol=/@lightwhale-data$others" "${1}p2" "$data"
 	mkdir "$state" "$data/lightwhale-state-snapshots"
 	mount --all --fstab "$root/run/fstab"
 	for name in etc var home; do
@@ -68,7 +73,7 @@ existing() {
 }
 
 volatile() {
-	mount -t tmpfs -o mode=0755 lightwhale-data "$data"
+	mount -t tmpfs -o noatime,mode=0755 lightwhale-data "$data"
 	for name in etc var home; do
 		mkdir -p "$state/overlay/upper/$name" "$state/overlay/work/$name"
 	done
@@ -82,7 +87,7 @@ filesystems() {
 		data) target=$data ;;
 		*) target=$data/lightwhale-$name ;;
 		esac
-		echo "${1}p2 $target btrfs subvol=/@lightwhale-$name$others 0 0"
+		echo "${1}p2 $target btrfs noatime,subvol=/@lightwhale-$name$others 0 0"
 	done
 }
 
@@ -90,7 +95,7 @@ overlays() {
 	for name in etc var home; do
 		mkdir -p "$lower/$name"
 		echo "$root/$name $lower/$name none bind,private 0 0"
-		echo "overlay $root/$name overlay lowerdir=$lower/$name,$off,\
+		echo "overlay $root/$name overlay noatime,lowerdir=$lower/$name,$off,\
 upperdir=$state/overlay/upper/$name,workdir=$state/overlay/work/$name 0 0"
 	done
 }

@@ -16,7 +16,7 @@ label=lightwhale-data
 swap_label=lightwhale-swap
 unfinished=lightwhale-unfinished
 data_root=/mnt/lightwhale-data/lightwhale-state/docker
-overlay_options=index=off,redirect_dir=off,metacopy=off,xino=off
+overlay_options=noatime,index=off,redirect_dir=off,metacopy=off,xino=off
 newline='
 '
 
@@ -211,11 +211,18 @@ create() {
 	for job in $jobs; do wait "$job"; done
 
 	mkdir -p "$run/top-level"
-	mount -t btrfs -o "subvolid=5$(other_members "$@")" "$1" "$run/top-level"
-	btrfs subvolume create "$run/top-level/@lightwhale-data" >/dev/null
-	btrfs subvolume create "$run/top-level/@lightwhale-state" >/dev/null
-	btrfs subvolume create \
-		"$run/top-level/@lightwhale-state-snapshots" >/dev/null
+	mount -t btrfs -o "noatime,subvolid=5$(other_members "$@")" "$1" \
+		"$run/top-level"
+	top=$run/top-level/@lightwhale
+	for name in data state state-snapshots; do
+		btrfs subvolume create "$top-$name" >/dev/null
+	done
+	btrfs property set -t inode "$top-state" compression zstd
+	for name in docker containerd; do
+		btrfs subvolume create "$top-state/$name" >/dev/null
+	done
+	chmod 0710 "$top-state/docker"
+	chmod 0711 "$top-state/containerd"
 	btrfs filesystem sync "$run/top-level"
 	btrfs filesystem label "$run/top-level" $label # the commit
 	umount "$run/top-level"
@@ -346,7 +353,7 @@ mark_members() {
 mount_subvolume() { # SUBVOLUME TARGET
 	# shellcheck disable=SC2086 # $members are words
 	set -- "$1" "$2" $members
-	options=subvol=/$1$degraded target=$2
+	options=noatime,subvol=/$1$degraded target=$2
 	shift 2
 	mount -t btrfs -o "$options$(other_members "$@")" "$1" "$target"
 }
@@ -372,7 +379,7 @@ mount_volatile() {
 	read -r _ memory_kib _ </proc/meminfo
 	mkdir -p "$data"
 	half_mib=$((memory_kib / 2048))
-	mount -t tmpfs -o "mode=0755,size=${half_mib}m" $label "$data"
+	mount -t tmpfs -o "noatime,mode=0755,size=${half_mib}m" $label "$data"
 	mkdir -p "$state"
 	say 6 "Volatile: what is written below $data is lost at shutdown"
 }

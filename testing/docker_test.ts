@@ -56,6 +56,69 @@ onDisks(
       "written\n",
     );
     await stopDocker(system);
+
+    /** An archive as `docker save` writes it, of an image that is BusyBox. */
+    const saveTiny = `
+  mkdir -p tmp/image/bin tmp/save; cp /bin/busybox tmp/image/bin/
+  ln -s busybox tmp/image/bin/sh
+  tar -C tmp/image -cf tmp/save/layer.tar .; cd tmp/save
+  id=$(sha256sum < layer.tar | cut -d ' ' -f 1)
+  printf '{"architecture": "amd64", "os": "linux", "config": {},
+    "rootfs": {"type": "layers", "diff_ids": ["sha256:%s"]}}' $id > config.json
+  printf '[{"Config": "config.json", "Layers": ["layer.tar"],
+    "RepoTags": ["docker.io/library/tiny:latest"]}]' > manifest.json
+  tar -cf ../tiny.tar manifest.json config.json layer.tar`;
+
+    for (const mode of ["volatile", "persistent"]) {
+      onDisks(
+        `containerd as a service, and a Docker Engine that uses it: ${mode}`,
+        {
+          disks: [{
+            sizeBytes: 3 * GiB,
+            contents: mode === "persistent" ? header : undefined,
+          }],
+          needs: ["containerd", "dockerd", "busybox"],
+          root: "mkdir -p var/lib/containerd",
+        },
+        async (system) => {
+          const rounds = mode === "persistent"
+            ? ["first", "second"]
+            : ["first"];
+          for (const round of rounds) {
+            const { status, report, stderr } = await system.boot();
+            assertEquals([status, report.mode], [0, mode], stderr);
+            await startDocker(system, "", { command: containerd, socket });
+            if (round === "first") {
+              await system.sh(`(${saveTiny}); ${ctr} image import tmp/tiny.tar
+            docker -H unix:///run/docker.sock load < tmp/tiny.tar`);
+            }
+            const tiny = "docker.io/library/tiny:latest";
+            assertEquals(
+              await system.sh(
+                `${ctr} run --rm --snapshotter overlayfs ${tiny} c${round} \\
+               /bin/sh -c 'echo it runs > /file; busybox cat /file'`,
+              ),
+              "it runs\n",
+            );
+            assertEquals(
+              await docker(
+                system,
+                "run --rm --network none tiny /bin/sh -c 'echo it runs'",
+              ),
+              "it runs\n",
+            );
+            assertStringIncludes(
+              await system.sh(
+                "ls mnt/lightwhale-data/lightwhale-state/containerd",
+              ),
+              "io.containerd.snapshotter.v1.overlayfs\n",
+            );
+            await stopDocker(system);
+            await system.reboot();
+          }
+        },
+      );
+    }
   },
 );
 
@@ -224,8 +287,22 @@ const dockerd = `dockerd --config-file etc/docker/daemon.json \\
   --host unix:///run/docker.sock --exec-root /run/docker \\
   --pidfile /run/docker.pid`;
 
-/** @param first Commands to run as a person who is logged in. */
-async function startDocker(system: System, first = ""): Promise<void> {
+/** A containerd that is a service of its own, and its client. */
+const socket = "/run/containerd/own.sock";
+const containerd = `containerd --config /dev/null --address ${socket} \\
+  --root "$PWD/var/lib/containerd" --state /run/containerd/own`;
+const ctr = `ctr --address ${socket}`;
+
+/**
+ * @param first Commands to run as a person who is logged in.
+ * @param service A command that runs beside the daemon, and its socket.
+ */
+async function startDocker(
+  system: System,
+  first = "",
+  service?: { command: string; socket: string },
+): Promise<void> {
+  const { command, socket } = service ?? { command: ":", socket: "." };
   await system.sh(
     `${asInit}
      ${first}
@@ -233,8 +310,11 @@ async function startDocker(system: System, first = ""): Promise<void> {
      # system's; a process namespace ends it as well.
      mkfifo tmp/stop
      unshare --pid --fork --kill-child sh -c 'mount -t proc proc /proc
-       ${dockerd} &
-       read word < tmp/stop; kill $!; wait $!; rm tmp/stop
+       ${command} & service=$!
+       until [ -e ${socket} ]; do sleep 0.1; done
+       ${dockerd} ${service ? `--containerd ${socket}` : ""} &
+       read word < tmp/stop; kill $!; wait $!
+       kill $service; wait $service; rm tmp/stop
      ' > tmp/docker.log 2>&1 &
      for try in $(seq 300); do
        if docker -H unix:///run/docker.sock version >/dev/null 2>&1; then

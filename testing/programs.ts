@@ -9,6 +9,7 @@
 const packages: Record<string, string> = {
   "btrfs": "btrfs-progs",
   "busybox": "busybox-static",
+  "containerd": "containerd",
   "cpio": "cpio",
   "cryptsetup": "cryptsetup-bin",
   "depmod": "kmod",
