@@ -3,6 +3,7 @@
  *
  *     npm run bench [-- [--pairs N] [--scenes LIST] [--contenders LIST]
  *                       [--executable PATH]]
+ *     npm run bench -- compression       see compression.ts
  *
  * All contenders take turns on the same loop devices and the same root, in a
  * mount namespace of their own, so that what disturbs one disturbs all. First
@@ -53,6 +54,10 @@ type Times = Partial<Record<Contender, number[]>>;
 const options = parseArgs(Deno.args, {
   string: ["pairs", "scenes", "contenders", "executable"],
 });
+if (options._[0] === "compression") {
+  await import("./compression.ts");
+  Deno.exit();
+}
 const pairs = Number(options.pairs ?? 15);
 const executable = options.executable ?? `${projectFolder}dist/persistence`;
 const bun = `${projectFolder}node_modules/.bin/bun`;
