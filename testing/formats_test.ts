@@ -1227,6 +1227,16 @@ const starts: {
     found: {},
   },
   {
+    name: "a slot full of spaces",
+    pieces: [[recordAt[0], " ".repeat(4 * KiB)]],
+    found: withoutRecord,
+  },
+  {
+    name: "text at the very start of a slot",
+    pieces: [[recordAt[0], "x"]],
+    found: withoutRecord,
+  },
+  {
     name: "text in the first sector of a slot",
     pieces: [[recordAt[0] + 511, "x"]],
     found: withoutRecord,

@@ -26,6 +26,7 @@ const functions = [
   "byName",
   "convertProfiles",
   "decideJob",
+  "isStartedOver",
   "joinMagic",
   "nameOf",
   "nodeOf",

@@ -42,6 +42,24 @@ export const survivors: Survivor[] = [
     why: onDevice,
   })),
   {
+    where: "crc32c",
+    change: "{ length: 256 } -> { length: 257 }",
+    why: "an index is a byte",
+  },
+  {
+    where: "isZero",
+    change: "!bytes[0] && Buffer.compare(bytes.subarray(1), " +
+      "bytes.subarray(0, -1)) === 0 -> !bytes[1] && " +
+      "Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0",
+    why: "where all bytes are the same, any of them will do",
+  },
+  {
+    where: "parseSlot",
+    change: '{ machine = "", hardware = "", seconds = 0 } -> ' +
+      '{ machine = "", hardware = "", seconds = (-1) }',
+    why: "only the kind of a default is asked for",
+  },
+  {
     where: "parseStart",
     change: "btrfs && parseRecord(slots) -> parseRecord(slots)",
     why: quicker,
