@@ -5026,7 +5026,8 @@ async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
   let mayGoOn = false;
   try {
     const plan = decide(await look(settings), settings);
-    await attemptEach(plan.repairs, carryOut); // what has taken its place
+    // Without a data filesystem no disk is touched: it may be off on purpose.
+    if (plan.data) await attemptEach(plan.repairs, carryOut);
     const state = plan.data && stateOf(plan.data);
     if (plan.data) orUndefined(() => reclaimSpace(plan.data!));
     if (state) plan.joins = plan.joins.filter((j) => mayJoin(j, state, paths));
@@ -6838,6 +6839,7 @@ async function main(args: string[]): Promise<number> {
     const { PATH = "" } = process.env;
     process.env.PATH = `${PATH}:/usr/sbin:/usr/bin:/sbin:/bin`;
     process.env.LC_ALL = "C"; // what programs say is read, and quoted
+    process.umask(0o022); // init's may be any, and what is made stays
     if (mode === "boot" || mode === "maintain") {
       speech.inKernelLog = true;
     }

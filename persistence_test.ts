@@ -22,6 +22,7 @@ import {
   onDisks,
   type System,
   type SystemOptions,
+  tool,
 } from "./testing/system.ts";
 
 /** What a boot leaves behind, as far as an operator can see it. */
@@ -382,6 +383,24 @@ onDisks(
     for (const { start } of table.partitiontable.partitions) {
       assertEquals(start % 2048, 0, "a partition is not aligned to 1 MiB");
     }
+  },
+);
+
+onDisks(
+  "whatever the umask is, others may look at what a boot makes",
+  { disks: [smallMagicDisk] },
+  async (system) => {
+    const script = 'umask 077; exec "$@"';
+    await system.boot([], { tool: ["sh", "-c", script, "sh", ...tool] });
+    const state = "mnt/lightwhale-data/lightwhale-state";
+    assertEquals(
+      await system.sh(
+        `stat -c %a mnt/lightwhale-data ${state} ${state}/overlay/upper \
+          ${state}/docker etc etc/docker etc/docker/daemon.json run/lightwhale |
+          tr '\\n' ' '`,
+      ),
+      "755 755 755 710 755 755 644 755 ",
+    );
   },
 );
 
