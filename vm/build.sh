@@ -181,9 +181,10 @@ build_system() {
   cp -al "$cache/base/root" "$staging"
   cd "$staging"
   mkdir -p dev proc sys run tmp root mnt/lightwhale-data home/lightwhale \
-    var/log var/lib/misc var/spool/mail var/tmp etc/docker etc/init.d
+    var/log var/lib/misc var/spool/mail var/tmp etc/docker etc/init.d etc/profile.d
   cp -RP "$here/system/." .
   cp "$here/../S11persistence" etc/init.d/S11persistence
+  cp "$here/../profile.d/persistence.sh" etc/profile.d/persistence.sh
   chmod 755 etc/init.d/* usr/sbin/vm-check
   cp "$executable" usr/sbin/persistence.ts
   chmod 755 usr/sbin/persistence.ts

@@ -441,7 +441,8 @@ export function systemImage(
     build("base", cache);
     Deno.writeTextFileSync(`${cache}/base.hash`, base);
   }
-  const parts = [`${here}system`, `${here}../S11persistence`, executable];
+  const scripts = [`${here}../S11persistence`, `${here}../profile.d`];
+  const parts = [`${here}system`, ...scripts, executable];
   const hash = hashOf([...recipe, ...parts, ...(changes ? [changes] : [])]);
   // The hash in the name: another run may be about to boot its own image.
   const image = `${cache}/${name}-${hash.slice(0, 16)}.squashfs`;
