@@ -52,10 +52,12 @@ interface DiskBefore extends Omit<VmDisk, "file"> {
 }
 
 /** One boot of a situation. */
-interface Step
-  extends
-    Expected,
-    Pick<BootOptions, "append" | "before" | "on" | "pullThePlug" | "uuid"> {
+interface Step extends
+  Expected,
+  Pick<
+    BootOptions,
+    "append" | "before" | "cpu" | "on" | "pullThePlug" | "uuid"
+  > {
   /** What is done to the disks before, while the machine is off. */
   whileOff?: (disks: VmDisk[]) => void;
   /** The disks that are there, in this order; default: all. */
@@ -159,6 +161,14 @@ const dataVolume = `modprobe dm_mod
   echo "0 $size linear /dev/vda 2048" | dmsetup create data
   dmsetup mknodes
   [ -b /dev/mapper/data ]`;
+
+/** The init script alone has made the system writable. */
+const byInitScript = {
+  ...volatile,
+  mode: "fallback",
+  status: 1,
+  boots: "1 1 1 0", // Docker is held back
+};
 
 const situations: Situation[] = [
   {
@@ -353,6 +363,51 @@ const situations: Situation[] = [
       image: bareInitImage,
       after: { ...single, boots: boots(n) },
     })),
+  },
+  {
+    name: "the user's start scripts, care of the disks, and an older processor",
+    disks: [{ ...small, bus: "scsi" }, { sizeMiB: 64, bus: "scsi" }],
+    boots: [
+      {
+        present: [0],
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: `cd /etc/init.d
+          for name in S05user S50user; do
+            printf '#!/bin/sh\necho "%s $1" >>/run/user\n' $name >$name
+            chmod 755 $name
+          done
+          echo 'echo "S60user $1" >>/run/user' >S60user.sh`,
+      },
+      {
+        late: 1,
+        after: { ...single, swaps: 0, boots: boots(2) },
+        run: `wait_for 20 grep -q S60 /run/user
+          [ "$(tr '\n' ' ' </run/user)" = "S05user start S50user start S60user start " ]
+          wait_for 60 background_is_done
+          pid=$(cat /run/lightwhale/caretaker)
+          for pid in $pid $(pgrep -P $pid); do grep ^Pss: /proc/$pid/smaps_rollup; done
+          [ -z "$(. /etc/profile.d/persistence.sh)" ]
+          # A run of --maintain writes it.
+          rm /run/lightwhale/health
+          echo @plug 1
+          wait_for 60 test -e /run/lightwhale/health
+          begun=$(cut -d . -f 1 /proc/uptime)
+          /etc/init.d/S11persistence stop
+          state=$data/lightwhale-state
+          umount /home /var /etc $state-snapshots $state $data
+          [ $(($(cut -d . -f 1 /proc/uptime) - begun)) -lt 30 ]`,
+        on: { plug: (vm, [, disk]) => vm.plug(Number(disk)) },
+      },
+      {
+        present: [0],
+        cpu: "core2duo",
+        after: { ...byInitScript, errors: /persistence.ts was killed/ },
+        says: /persistence: .*persistence.ts was killed/,
+        unchanged: ([{ file }]) => checksum(file),
+        run: `. /etc/profile.d/persistence.sh 2>&1 | grep 'was killed'
+          grep 'Docker is held back' $data/lightwhale-state/docker`,
+      },
+    ],
   },
   {
     name: "a mirror's second disk appears when it is waited for",
