@@ -562,12 +562,25 @@ export interface MemberRecord {
   lastSeen?: Record<string, string>;
   /** The member that a person told to leave. */
   leaving?: Leaving;
+  settled?: Settled;
 }
 
 /** Told to leave by `--move` or `--remove`: known before the mount. */
 export interface Leaving {
   member: string;
   how: "move" | "remove";
+}
+
+/**
+ * For which devices the profiles are settled. Only what is not, because a
+ * device was added or chunks were written while one was missing, is converted:
+ * all else is as a person wants it.
+ */
+export interface Settled {
+  /** How many there were; 0 while one is missing. */
+  devices: number;
+  /** Types of chunks that a person keeps without a mirror on several devices. */
+  unmirrored: string[];
 }
 
 /** Two slots, written in turn, so that a torn write leaves the older one. */
@@ -578,6 +591,8 @@ const RECORD = {
   /** There is room for so many absent members, and so many mounts. */
   remembered: 16,
 };
+
+const UNSETTLED: Settled = { devices: 0, unmirrored: [] };
 
 /** Writes a record as text: a title, the CRC-32 of the rest, and JSON. */
 export function formatRecord(record: MemberRecord): Uint8Array {
@@ -608,12 +623,14 @@ function parseSlot(slot: string): MemberRecord | undefined {
     const { machine = "", hardware = "", seconds = 0 } = record;
     const { mounts = [], lastSeen = {} } = record;
     const { leaving = { member: "", how: "" } } = record;
+    const { devices, unmirrored } = record.settled ?? UNSETTLED;
     const texts = [fsid, member, machine, hardware, leaving.member, leaving.how]
-      .concat(present, mounts, Object.values(lastSeen));
-    const valid = [present, mounts].every(Array.isArray) &&
+      .concat(present, mounts, unmirrored, Object.values(lastSeen));
+    const valid = [present, mounts, unmirrored].every(Array.isArray) &&
       [absent, lastSeen].every((table) => typeof table === "object") &&
       texts.every((value) => typeof value === "string") &&
-      [epoch, seconds, ...Object.values(absent)].every(Number.isSafeInteger);
+      [epoch, seconds, devices, ...Object.values(absent)]
+        .every(Number.isSafeInteger);
     return valid ? record : undefined;
   } catch {
     return undefined;
@@ -2587,6 +2604,7 @@ function whyNotMirrored(
   spareBytes = largestChunkBytes(sizesBytes),
 ): string | undefined {
   const { usedBytes } = newest(members).holds.btrfs;
+  if (settledOf(members).unmirrored.includes("data")) return undefined;
   const totalBytes = sum(sizesBytes);
   const mirroredBytes = -spareBytes +
     Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
@@ -3118,7 +3136,8 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
 /** The members of a filesystem that was made, with their records. */
 async function recordNew(members: NewMember[], superblocks: Superblock[]) {
   const made = members.map((member, i) => memberOf(member, superblocks[i]));
-  const failed = await recordMembers(made, superblocks[0].fsid);
+  const settled = { devices: made.length, unmirrored: [] };
+  const failed = await recordMembers(made, superblocks[0].fsid, { settled });
   assert(
     failed.length === 0,
     `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
@@ -3304,7 +3323,9 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     devices: Member[],
     degraded = data.missing > 0,
   ): Promise<void> => {
-    const dead = await recordMembers(devices, data.fsid);
+    const settled = settledOf(devices);
+    if (degraded) settled.devices = 0;
+    const dead = await recordMembers(devices, data.fsid, { settled });
     if (dead.length > 0) {
       dropMembers(dead, `${pathsOf(dead)} cannot be written to`, data);
       return await mountWith(devices.filter((d) => !dead.includes(d)), true);
@@ -3410,7 +3431,10 @@ async function forget(devices: BlockDevice[]): Promise<void> {
 async function recordMembers(
   members: Member[],
   fsid: string,
-  leaving: Leaving | null = leavingOf(members) ?? null,
+  { settled = settledOf(members), leaving = leavingOf(members) ?? null }: {
+    settled?: Settled;
+    leaving?: Leaving | null;
+  } = {},
 ) {
   const known = members.map((device) => ({
     device,
@@ -3420,6 +3444,7 @@ async function recordMembers(
   const common = {
     epoch: Math.max(...members.map(epochOf)) + 1,
     present: known.map(({ member }) => member),
+    settled,
     machine: readMachine(),
     seconds: Math.max(
       Math.floor(Date.now() / 1000),
@@ -3458,6 +3483,23 @@ async function recordMembers(
   for (const [{ holds }, record] of written) holds.record = record;
   return [];
 }
+
+/**
+ * What the last record says of the profiles. Version 1.0 did not keep that: it
+ * converted all, and may have been interrupted. A filesystem of several devices
+ * without any record was made by a person, as that person wants it.
+ */
+function settledOf(members: Pick<Member, "holds">[]): Settled {
+  const [last] = members.map(({ holds }) => holds.record)
+    .filter((record) => record !== undefined)
+    .sort((a, b) => b.epoch - a.epoch);
+  if (last) return { ...last.settled ?? UNSETTLED };
+  const devices = Math.max(...members.map((m) => m.holds.btrfs.numDevices));
+  return { devices, unmirrored: devices > 1 ? CHUNKS : [] };
+}
+
+/** Types of chunks; those of metadata are also for system chunks. */
+const CHUNKS: ("data" | "metadata")[] = ["data", "metadata"];
 
 /** Who is not present, and the generation and mount of the last time. */
 function absentSince({ holds: { record, btrfs } }: Member, present: string[]) {
@@ -4142,10 +4184,7 @@ export type FilesystemState = NonNullable<ReturnType<typeof stateOf>>;
 /** A mounted Btrfs, as far as its superblocks tell. */
 interface Mounted {
   fsid: string;
-  members: {
-    path: string;
-    holds: { btrfs: Superblock; record?: MemberRecord };
-  }[];
+  members: Pick<Member, "path" | "holds">[];
 }
 
 /**
@@ -4225,6 +4264,7 @@ const JOBS: ((situation: Situation) => Job | undefined)[] = [
   removeMember,
   freeLeaver,
   convertProfiles,
+  settleProfiles,
   scrub,
 ];
 
@@ -4499,7 +4539,7 @@ function freeLeaver({ data, state, paths }: Situation): Job | undefined {
     async change() {
       await confirm(leaver);
       const path = await free(leaver, leaverDisk);
-      await recordMembers(members, fsid, null);
+      await recordMembers(members, fsid, { leaving: null });
       const { disk, sequence } = leaver;
       replaceFile(paths.left, JSON.stringify({ path, disk, sequence }) + "\n");
     },
@@ -4545,7 +4585,7 @@ async function free(device: BlockDevice, others: BlockDevice[]) {
 
 /** Chunks written while a member was missing; a disk that has just joined. */
 function convertProfiles({ data, state, paths }: Situation): Job | undefined {
-  const filters = balanceFilters(state);
+  const filters = balanceFilters(state, settledOf(data.members));
   if (filters.length === 0) return undefined;
   if (whyNotMirrored(data, sizesOf(data), 0)) return undefined;
   const convert = async (filter: string) => {
@@ -4565,6 +4605,22 @@ function convertProfiles({ data, state, paths }: Situation): Job | undefined {
         await firstThatWorks([again, again, again]);
       }
     },
+  };
+}
+
+/** All chunks have their profiles: from now on a person may choose others. */
+function settleProfiles({ data, state }: Situation): Job | undefined {
+  const { fsid, members } = data;
+  const old = settledOf(members);
+  if (state.missing.length > 0 || balanceFilters(state, old).length > 0) return;
+  const devices = state.devids.length;
+  const settled = { devices, unmirrored: unmirroredTypes(state) };
+  if (JSON.stringify(settled) === JSON.stringify(old)) return;
+  if (!members.some(({ read }) => read.recordable)) return;
+  return {
+    kind: "settle",
+    what: `the profiles are recorded as settled for ${devices} device(s)`,
+    change: async () => void await recordMembers(members, fsid, { settled }),
   };
 }
 
@@ -4732,31 +4788,58 @@ function mountOf(subvolume: string, paths: Paths): string {
   return paths.data;
 }
 
-/** Profiles from the weakest to the strongest. */
+/** Profiles from the weakest to the strongest, each by the devices it needs. */
 const MIRRORED = ["raid1", "raid1c3", "raid1c4"];
 const RANK = ["single", "dup", ...MIRRORED];
+
+/** Types of chunks that are lost with one device, although there are several. */
+function unmirroredTypes({ profiles, devids }: FilesystemState) {
+  const isLost = (profile: string) => /^(single|dup|raid0)$/.test(profile);
+  return CHUNKS.filter((type) =>
+    devids.length > 1 && profiles[type].length > 0 &&
+    profiles[type].every(isLost)
+  );
+}
 
 /**
  * The filters of the balance that gives every chunk its profile (btrfs-balance
  * (8)), none when all have it. Chunks written while a member was missing are
  * `single`; a device added just before a power cut has left all as it was.
+ * Where the profile is a person's choice, only what differs from the rest gets
+ * the best that is there.
  */
-export function balanceFilters(state: FilesystemState): string[] {
+export function balanceFilters(
+  state: FilesystemState,
+  settled: Settled = UNSETTLED,
+): string[] {
   const present = state.devids.length - state.missing.length;
   const { data, metadata, system } = state.profiles;
   const all = [...data, ...metadata, ...system];
   if (present < 2 || all.some((profile) => !RANK.includes(profile))) return [];
   const { dataProfile, metadataProfile } = profilesFor(present);
-  const filter = (type: "d" | "m", profiles: string[], target: string) => {
+  const rank = (profile: string) => RANK.indexOf(profile);
+  const isSettled = state.devids.length <= settled.devices;
+  const filter = (
+    type: typeof CHUNKS[number],
+    profiles: string[],
+    ours: string,
+  ) => {
+    const isChosen = isSettled || settled.unmirrored.includes(type);
+    const possible = profiles.map(rank).filter((each) => each <= present);
+    const target = isChosen ? Math.max(0, ...possible) : rank(ours);
+    if (target < rank("raid1")) return [];
     // While a member is missing nothing but what has no mirror is touched.
-    const least = RANK.indexOf(state.missing.length > 0 ? "raid1" : target);
-    const old = [...new Set(profiles)].filter((p) => RANK.indexOf(p) < least);
+    const least = state.missing.length > 0 ? rank("raid1") : target;
+    const old = [...new Set(profiles)].filter((each) => rank(each) < least);
     if (old.length === 0) return [];
-    return [`-${type}profiles=${old.join("|")},convert=${target},soft`];
+    const letter = type[0];
+    return [
+      `-${letter}profiles=${old.join("|")},convert=${RANK[target]},soft`,
+    ];
   };
   return [ // metadata first: it needs little room, and data leave none
-    ...filter("m", [...metadata, ...system], metadataProfile),
-    ...filter("d", data, dataProfile),
+    ...filter("metadata", [...metadata, ...system], metadataProfile),
+    ...filter("data", data, dataProfile),
   ];
 }
 
@@ -5088,7 +5171,8 @@ async function addDevice(member: NewMember, { data, paths }: Situation) {
     `let ${dataPath} join the data filesystem`,
   );
   const added = await newMember({ ...device, path: dataPath });
-  await recordMembers([...data.members, added], data.fsid);
+  const settled = settledOf(data.members);
+  await recordMembers([...data.members, added], data.fsid, { settled });
 }
 
 /** The disk that has the header, or the partition that has the name. */
@@ -5130,7 +5214,8 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
     while (performance.now() < giveUpAt) {
       if ((await superblockOf(path))?.fsid === data.fsid) {
         const members = [...data.members, await newMember(device)];
-        return void await recordMembers(members, data.fsid);
+        const settled = settledOf(data.members);
+        return void await recordMembers(members, data.fsid, { settled });
       }
       await sleep(50);
     }
@@ -5380,7 +5465,7 @@ async function remove([path]: string[], settings: Settings): Promise<void> {
         `moves them to another)`,
     );
   }
-  if (balanceFilters(state).length > 0) {
+  if (balanceFilters(state, settledOf(data.members)).length > 0) {
     refuse(`${cannot}: not all chunks are mirrored yet (see --status)`);
   }
   const all = Object.values(state.profiles).flat();
@@ -5488,7 +5573,9 @@ async function tellToLeave(
   { members, fsid }: DataFilesystem,
   leaving: Leaving | null,
 ) {
-  const failed = await recordMembers(members, fsid, leaving);
+  // What --remove converts before --remove --cancel gets its profile again.
+  const settled = { ...settledOf(members), devices: 0 };
+  const failed = await recordMembers(members, fsid, { leaving, settled });
   assert(
     failed.length === 0,
     `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
@@ -5783,14 +5870,17 @@ async function readStatus(settings: Settings) {
     next: null as string | null,
     problems: [] as Problem[],
     health: [] as string[],
+    notes: [] as string[],
     lastBoot: readReport(paths) ?? null,
   };
+  const settled = open && settledOf(open.members);
   if (state) status.next = await readNext(settings, state, memory, paths);
   status.problems.push(
-    ...judgeHealth(status, state),
+    ...judgeHealth(status, state, settled),
     ...judgeUntold(memory.untold),
   );
   status.health.push(...status.problems.map(({ text }) => text));
+  status.notes.push(...listNotes(status, state, settled));
   return status;
 }
 
@@ -5896,9 +5986,8 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
       say("debug", messageOf(error))
     );
     const { btrfs, record } = parseStart(start ?? new Uint8Array());
-    if (btrfs && btrfs.devid > 0) {
-      members.push({ path, holds: { btrfs, record } });
-    }
+    if (!btrfs || btrfs.devid === 0) continue;
+    members.push({ path, holds: { kind: "member", btrfs, record } });
   }
   return members;
 }
@@ -5978,6 +6067,7 @@ export interface Problem {
 function* judgeHealth(
   status: Status,
   state?: FilesystemState,
+  settled?: Settled,
 ): Generator<Problem> {
   const { devices, space, metadataSpace, scrub, lastBoot, leaving, left } =
     status;
@@ -6032,7 +6122,7 @@ function* judgeHealth(
       `last time: leave the system running until that is done`;
     yield { key: "scrub", text, level: "warning" };
   }
-  if (state && !leaving && balanceFilters(state).length > 0) {
+  if (state && !leaving && balanceFilters(state, settled).length > 0) {
     const text = "Not all chunks are mirrored yet";
     yield { key: "not mirrored", text, level: "warning" };
   }
@@ -6069,6 +6159,30 @@ function judgeUntold(untold?: string): Problem[] {
   if (!untold) return [];
   const text = `${untold}: it is called again within the hour`;
   return [{ key: UNTOLD, text, level: "warning" }];
+}
+
+/** Says what a person should know although nothing is wrong. */
+function* listNotes(
+  { devices, lastBoot }: Status,
+  state?: FilesystemState,
+  settled?: Settled,
+) {
+  for (const type of state ? unmirroredTypes(state) : []) {
+    const letter = type[0];
+    const isToBe = balanceFilters(state!, settled)
+      .some((filter) => filter.startsWith(`-${letter}`));
+    if (isToBe) continue;
+    const profiles = state!.profiles[type];
+    const isAll = type === "metadata" || profiles.includes("raid0");
+    yield `The ${type} are not mirrored (${profiles.join("+")}), as a person ` +
+      `chose: when one of ${devices.length} disks fails, ` +
+      `${isAll ? "all files are lost" : "the files on it are lost"} (to ` +
+      `mirror them: btrfs balance start -${letter}convert=raid1,soft ` +
+      `/${DATA_MOUNT})`;
+  }
+  for (const warning of lastBoot?.warnings ?? []) {
+    yield `The last boot said: ${warning}`;
+  }
 }
 
 /** The status for people, line by line. */
@@ -6112,6 +6226,7 @@ function* describeStatus(status: Status): Generator<string> {
   if (status.next) yield `  next: ${status.next}`;
   if (status.leaving) yield `Asked for: ${status.leaving}`;
   for (const problem of health) yield `Attention: ${problem}`;
+  for (const note of status.notes) yield `Note: ${note}`;
   if (mode !== "none" && health.length === 0) yield "Healthy";
 }
 

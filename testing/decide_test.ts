@@ -15,6 +15,7 @@ import {
   findDataFilesystems,
   layOut,
   MAGIC,
+  type MemberRecord,
   nameOf,
   nodeOf,
   partitionNumber,
@@ -98,16 +99,26 @@ const nothing: Decision = {
 const two = { of: 2 };
 const three = { of: 3 };
 /** Two members that were there at the last mount. */
-const pair = [
-  data("sda", { ...two, record: record("a", 5, ["a", "b"]) }),
-  data("sdb", { ...two, devid: 2, record: record("b", 5, ["a", "b"]) }),
-];
+const pairWith = (
+  more: Partial<MemberRecord>,
+  of: Parameters<typeof data>[1] = two,
+) =>
+  ["a", "b"].map((member, i) =>
+    data(`sd${member}`, {
+      ...of,
+      devid: i + 1,
+      record: record(member, 5, ["a", "b"], {}, more),
+    })
+  );
+const pair = pairWith({ settled: { devices: 2, unmirrored: [] } });
 const [first, second] = pair;
 /** The same, after the first was mounted without the second. */
 const writtenAlone = data("sda", {
   ...two,
   generation: 12,
-  record: record("a", 6, ["a"], { b: 10 }),
+  record: record("a", 6, ["a"], { b: 10 }, {
+    settled: { devices: 2, unmirrored: [] },
+  }),
 });
 const single: Partial<Decision> = { mode: "persistent", members: ["sda2"] };
 const mirrored: Partial<Decision> = {
@@ -3062,6 +3073,11 @@ const whole: FilesystemState = {
   errors: {},
 };
 const lacking: FilesystemState = { ...whole, missing: [2] };
+/** As mkfs.btrfs makes it of two devices by itself. */
+const unmirrored: FilesystemState = {
+  ...whole,
+  profiles: { ...whole.profiles, data: ["single"] },
+};
 
 const jobs: {
   name: string;
@@ -3074,10 +3090,7 @@ const jobs: {
   { name: "all is well", devices: pair, state: whole, job: undefined },
   {
     name: "chunks without a mirror, and no room to mirror them",
-    devices: [
-      data("sda", { ...two, usedBytes: 150 * GiB }),
-      data("sdb", { ...two, devid: 2, usedBytes: 150 * GiB }),
-    ],
+    devices: pairWith({}, { ...two, usedBytes: 150 * GiB }),
     state: {
       ...whole,
       profiles: { data: ["single"], metadata: ["raid1"], system: ["raid1"] },
@@ -3148,7 +3161,7 @@ const jobs: {
   },
   {
     name: "chunks without a mirror, and checksums to verify",
-    devices: pair,
+    devices: pairWith({ settled: { devices: 1, unmirrored: [] } }),
     state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
     pending: { scrub: true },
     job: "balance",
@@ -3206,28 +3219,110 @@ const jobs: {
   },
   {
     name: "chunks without a mirror, and just room to mirror them",
-    devices: [
-      data("sda", { ...two, usedBytes: diskBytes - GiB - 2 * MiB }),
-      data("sdb", {
-        ...two,
-        devid: 2,
-        usedBytes: diskBytes - GiB - 2 * MiB,
-      }),
-    ],
+    devices: pairWith({}, {
+      ...two,
+      usedBytes: diskBytes - GiB - 2 * MiB,
+    }),
     state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
     job: "balance",
   },
   {
     name: "chunks without a mirror, and a byte too many to mirror them",
+    devices: pairWith({}, {
+      ...two,
+      usedBytes: diskBytes - GiB - 2 * MiB + 1,
+    }),
+    state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
+    job: undefined,
+  },
+  {
+    name: "a person converted a mirror back to single: it is recorded",
+    devices: pair,
+    state: unmirrored,
+    job: "settle",
+  },
+  {
+    name: "a person's single stays, and is recorded once",
+    devices: pairWith({ settled: { devices: 2, unmirrored: ["data"] } }),
+    state: unmirrored,
+    job: undefined,
+  },
+  {
+    name: "a person's single stays when another disk has joined",
+    devices: pairWith({ settled: { devices: 2, unmirrored: ["data"] } }),
+    state: { ...unmirrored, devids: [1, 2, 3] },
+    job: "balance -m",
+  },
+  {
+    name: "version 1.0 let a disk join, and the power went before the balance",
+    devices: pairWith({}),
+    state: unmirrored,
+    job: "balance -d",
+  },
+  {
+    name: "a mirror of version 1.0: it is recorded",
+    devices: pairWith({}),
+    state: whole,
+    job: "settle",
+  },
+  {
+    name: "a disk joined, and the power went before it got a record",
     devices: [
-      data("sda", { ...two, usedBytes: diskBytes - GiB - 2 * MiB + 1 }),
-      data("sdb", {
+      data("sda", {
         ...two,
-        devid: 2,
-        usedBytes: diskBytes - GiB - 2 * MiB + 1,
+        record: record("a", 5, ["a"], {}, {
+          settled: { devices: 1, unmirrored: [] },
+        }),
+      }),
+      data("sdb", { ...two, devid: 2 }),
+    ],
+    state: {
+      ...whole,
+      profiles: { data: ["single"], metadata: ["dup"], system: ["dup"] },
+    },
+    job: "balance -m -d",
+  },
+  {
+    name: "made by a person and never mounted: it stays, and is recorded",
+    devices: [data("sda", two), data("sdb", { ...two, devid: 2 })],
+    state: unmirrored,
+    job: "settle",
+  },
+  {
+    name: "written while a member was missing, which was replaced",
+    devices: pairWith({ settled: { devices: 0, unmirrored: [] } }),
+    state: unmirrored,
+    job: "balance -d",
+  },
+  {
+    name: "a person's single, of which a member was missing, is whole again",
+    devices: pairWith({ settled: { devices: 0, unmirrored: ["data"] } }),
+    state: unmirrored,
+    job: "settle",
+  },
+  {
+    name: "a mirror of which one half was removed: another disk may join again",
+    devices: [
+      data("sda", {
+        record: record("a", 9, ["a"], {}, {
+          settled: { devices: 2, unmirrored: [] },
+        }),
       }),
     ],
-    state: { ...whole, profiles: { ...whole.profiles, data: ["single"] } },
+    state: {
+      ...whole,
+      devids: [1],
+      profiles: { data: ["single"], metadata: ["dup"], system: ["dup"] },
+    },
+    job: "settle",
+  },
+  {
+    name: "no member has room for a record",
+    devices: [
+      data("sda", { ...two, main: { recordable: false } }),
+      data("sdb", { ...two, devid: 2, main: { recordable: false } }),
+    ],
+    state: whole,
     job: undefined,
   },
 ];
@@ -3242,7 +3337,9 @@ for (const { name, devices, state, pending, job } of jobs) {
     const object = found?.device ? ` ${found.device.name}` : "";
     const [, devid] = /place of device (\d+)$/.exec(found?.what ?? "") ?? [];
     const place = devid ? ` for ${devid}` : "";
-    assertEquals(found && found.kind + object + place, job);
+    const filters = found?.what.match(/-[md](?=profiles)/g) ?? [];
+    const types = job?.includes("-") ? filters.map((f) => ` ${f}`) : [];
+    assertEquals(found && found.kind + object + place + types.join(""), job);
   });
 }
 
@@ -3253,6 +3350,8 @@ const balances: {
   /** Profiles of data, metadata and system chunks. */
   profiles: [string, string, string];
   filters: string[];
+  /** By default nothing is settled. */
+  settled?: MemberRecord["settled"];
 }[] = [
   {
     name: "a single disk stays as it is",
@@ -3365,15 +3464,66 @@ const balances: {
     profiles: ["raid10", "raid10", "raid10"],
     filters: [],
   },
+  {
+    name: "settled: a person's single and dup stay",
+    devices: 2,
+    settled: { devices: 2, unmirrored: [] },
+    profiles: ["single", "dup", "dup"],
+    filters: [],
+  },
+  {
+    name: "settled: a mirror gets what has none beside it",
+    devices: 2,
+    settled: { devices: 2, unmirrored: [] },
+    profiles: ["single+raid1", "raid1", "single"],
+    filters: [
+      "-mprofiles=single,convert=raid1,soft",
+      "-dprofiles=single,convert=raid1,soft",
+    ],
+  },
+  {
+    name: "settled: fewer copies than ours stay, what has fewer gets them",
+    devices: 3,
+    settled: { devices: 3, unmirrored: [] },
+    profiles: ["raid1c3+raid1", "raid1", "raid1"],
+    filters: ["-dprofiles=raid1,convert=raid1c3,soft"],
+  },
+  {
+    name: "a person's single stays beside metadata that are to be mirrored",
+    devices: 2,
+    settled: { devices: 0, unmirrored: ["data"] },
+    profiles: ["single", "dup", "dup"],
+    filters: ["-mprofiles=dup,convert=raid1,soft"],
+  },
+  {
+    name: "a person's mirror was half converted while it is kept single",
+    devices: 2,
+    settled: { devices: 2, unmirrored: ["data"] },
+    profiles: ["single+raid1", "raid1", "raid1"],
+    filters: ["-dprofiles=single,convert=raid1,soft"],
+  },
+  {
+    name:
+      "settled, one of three is missing: no more copies than there are disks",
+    devices: 3,
+    missing: [3],
+    settled: { devices: 3, unmirrored: [] },
+    profiles: ["raid1", "raid1c3+raid1+single", "raid1c3"],
+    filters: ["-mprofiles=single,convert=raid1,soft"],
+  },
 ];
 
-for (const { name, devices, missing = [], profiles, filters } of balances) {
+for (const { name, devices, missing = [], filters, ...given } of balances) {
   Deno.test(`balanceFilters(): ${name}`, () => {
+    const { profiles, settled } = given;
     const [data, metadata, system] = profiles.map((all) => all.split("+"));
     const devids = Array.from({ length: devices }, (_, index) => index + 1);
     const state = { ...whole, devids, missing };
     assertEquals(
-      balanceFilters({ ...state, profiles: { data, metadata, system } }),
+      balanceFilters(
+        { ...state, profiles: { data, metadata, system } },
+        settled,
+      ),
       filters,
     );
   });

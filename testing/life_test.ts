@@ -10,6 +10,7 @@ import {
   assertStringIncludes,
 } from "@std/assert";
 import { systemPath } from "./programs.ts";
+import { formatRecord } from "../persistence.ts";
 import { becomeReplaceTarget } from "./superblock.ts";
 import {
   type Boot,
@@ -40,6 +41,7 @@ interface Status {
   }[];
   work: { kind: string }[];
   health: string[];
+  notes: string[];
 }
 
 /** Checksums by the names of the files in the state directory. */
@@ -1002,6 +1004,129 @@ onDisks(
     assert(!frames.at(-1)?.includes("In the background"), frames.at(-1));
   },
 );
+
+// Profiles that a person chose
+
+/** What a person makes of two disks, its profiles, and what is said of them. */
+const choices: Record<string, { made: string; kept: string; note?: RegExp }> = {
+  "as mkfs.btrfs does by itself": {
+    made: "",
+    kept: "single raid1 raid1",
+    note: /^The data are not mirrored \(single\).* the files on it are lost/,
+  },
+  "with nothing mirrored": {
+    made: "--data single --metadata dup",
+    kept: "single dup dup",
+    note: /^The data .*\nThe metadata are not mirrored \(dup\).* all files/,
+  },
+  "striped": {
+    made: "--data raid0 --metadata raid1",
+    kept: "raid0 raid1 raid1",
+    note: /^The data are not mirrored \(raid0\).* all files are lost/,
+  },
+  "mirrored": { made: "--data raid1", kept: mirrors[2] },
+};
+
+for (const [how, { made, kept, note }] of Object.entries(choices)) {
+  onDisks(
+    `a Btrfs that a person made of two disks, ${how}, stays so`,
+    { disks: [{ sizeBytes: 600 * MiB }, { sizeBytes: 600 * MiB }] },
+    async (system) => {
+      const paths = system.disks.map(({ path }) => path).join(" ");
+      await command([
+        ...["sh", "-c"],
+        `mkfs.btrfs -q -f -L lightwhale-data ${made} ${paths}`,
+      ]);
+      for (let boots = 0; boots < 2; boots++) {
+        assertPersistent(await system.boot(), { devices: 2 });
+        await idle(system);
+        await write(system, "some");
+        assertEquals(await profiles(system), kept);
+        const { health, notes } = await status(system);
+        assertEquals(health, []);
+        assertMatch(notes.join("\n"), note ?? /^$/);
+        await system.reboot();
+      }
+    },
+  );
+}
+
+onDisks(
+  "a person converts a mirror back to single: it stays, until a disk is lost",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const back = "balance start -f -dconvert=single -mconvert=raid1";
+    await system.boot();
+    await system.sh(`btrfs -q ${back} mnt/lightwhale-data`);
+    await system.reboot();
+    for (let boots = 0; boots < 2; boots++) {
+      assertPersistent(await system.boot(), { devices: 2 });
+      await idle(system);
+      assertEquals(await profiles(system), "single raid1 raid1");
+      await assertKept(system, sums);
+      await system.reboot();
+    }
+    // And mirrored by hand again it is a mirror again, with all that goes with.
+    await system.boot();
+    await idle(system);
+    await system.sh(
+      "btrfs -q balance start -dconvert=raid1 mnt/lightwhale-data",
+    );
+    await system.reboot();
+    await system.boot();
+    await idle(system);
+    const lost = system.disks[1];
+    await system.reboot({ without: [lost] });
+    await bootDegraded(system, 1);
+    sums.alone = await write(system, "alone");
+    // Nothing is left of what was mirrored: only a record tells what it was.
+    await system.sh(
+      "btrfs -q balance start -f -dconvert=single,soft mnt/lightwhale-data",
+    );
+    assertMatch(await profiles(system), /^single /);
+    await system.plug({ sizeBytes: 800 * MiB, contents: header });
+    await system.reboot({ without: [lost] });
+    await system.boot();
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    await assertKept(system, sums);
+  },
+);
+
+onDisks(
+  "version 1.0 let a disk join, and the power went before the balance",
+  { disks: [magicDisk] },
+  async (system) => {
+    const sums = await persist(system);
+    const disk = await system.plug(emptyDisk);
+    await system.sh(
+      `btrfs -q device add -f ${disk.path} mnt/lightwhale-data
+       btrfs filesystem sync mnt/lightwhale-data`,
+    );
+    const members = [`${system.disks[0].path}p1`, disk.path];
+    const common = { fsid: await fsidOf(system), epoch: 7, absent: {} };
+    for (const [i, path] of members.entries()) {
+      const member = `${i}`;
+      const record = formatRecord({ ...common, member, present: ["0", "1"] });
+      const file = await Deno.open(path, { write: true });
+      for (const at of [56 * 1024, 60 * 1024]) {
+        await file.seek(at, Deno.SeekMode.Start);
+        await file.write(record);
+      }
+      await file.sync();
+      file.close();
+    }
+    await system.reboot();
+    assertPersistent(await system.boot(), { devices: 2 });
+    await idle(system);
+    assertEquals(await profiles(system), mirrors[2]);
+    await assertMirrored(system, sums);
+  },
+);
+
+const fsidOf = async (system: System) =>
+  (await system.sh("findmnt -no UUID -M mnt/lightwhale-data")).trim();
 
 /** Boots for the first time and writes something. */
 async function persist(system: System): Promise<Sums> {
