@@ -56,9 +56,11 @@ onDisks(
       "written\n",
     );
     await stopDocker(system);
+  },
+);
 
-    /** An archive as `docker save` writes it, of an image that is BusyBox. */
-    const saveTiny = `
+/** An archive as `docker save` writes it, of an image that is BusyBox. */
+const saveTiny = `
   mkdir -p tmp/image/bin tmp/save; cp /bin/busybox tmp/image/bin/
   ln -s busybox tmp/image/bin/sh
   tar -C tmp/image -cf tmp/save/layer.tar .; cd tmp/save
@@ -69,58 +71,57 @@ onDisks(
     "RepoTags": ["docker.io/library/tiny:latest"]}]' > manifest.json
   tar -cf ../tiny.tar manifest.json config.json layer.tar`;
 
-    for (const mode of ["volatile", "persistent"]) {
-      onDisks(
-        `containerd as a service, and a Docker Engine that uses it: ${mode}`,
-        {
-          disks: [{
-            sizeBytes: 3 * GiB,
-            contents: mode === "persistent" ? header : undefined,
-          }],
-          needs: ["containerd", "dockerd", "busybox"],
-          root: "mkdir -p var/lib/containerd",
-        },
-        async (system) => {
-          const rounds = mode === "persistent"
-            ? ["first", "second"]
-            : ["first"];
-          for (const round of rounds) {
-            const { status, report, stderr } = await system.boot();
-            assertEquals([status, report.mode], [0, mode], stderr);
-            await startDocker(system, "", { command: containerd, socket });
-            if (round === "first") {
-              await system.sh(`(${saveTiny}); ${ctr} image import tmp/tiny.tar
+for (const mode of ["volatile", "persistent"]) {
+  onDisks(
+    `containerd as a service, and a Docker Engine that uses it: ${mode}`,
+    {
+      disks: [{
+        sizeBytes: 3 * GiB,
+        contents: mode === "persistent" ? header : undefined,
+      }],
+      needs: ["containerd", "dockerd", "busybox"],
+      root: "mkdir -p var/lib/containerd",
+    },
+    async (system) => {
+      const rounds = mode === "persistent" ? ["first", "second"] : ["first"];
+      for (const round of rounds) {
+        const { status, report, stderr } = await system.boot();
+        assertEquals([status, report.mode], [0, mode], stderr);
+        await startDocker(system, "", { command: containerd, socket });
+        if (round === "first") {
+          await system.sh(`(${saveTiny}); ${ctr} image import tmp/tiny.tar
             docker -H unix:///run/docker.sock load < tmp/tiny.tar`);
-            }
-            const tiny = "docker.io/library/tiny:latest";
-            assertEquals(
-              await system.sh(
-                `${ctr} run --rm --snapshotter overlayfs ${tiny} c${round} \\
-               /bin/sh -c 'echo it runs > /file; busybox cat /file'`,
-              ),
-              "it runs\n",
-            );
-            assertEquals(
-              await docker(
-                system,
-                "run --rm --network none tiny /bin/sh -c 'echo it runs'",
-              ),
-              "it runs\n",
-            );
-            assertStringIncludes(
-              await system.sh(
-                "ls mnt/lightwhale-data/lightwhale-state/containerd",
-              ),
-              "io.containerd.snapshotter.v1.overlayfs\n",
-            );
-            await stopDocker(system);
-            await system.reboot();
-          }
-        },
-      );
-    }
-  },
-);
+        }
+        const tiny = "docker.io/library/tiny:latest";
+        assertEquals(
+          await system.sh(
+            `# Not on its stdout: /proc is that of the other process namespace.
+             mkdir tmp/out; ${ctr} run --rm --null-io --snapshotter overlayfs \\
+               --mount "type=bind,src=$PWD/tmp/out,dst=/out,options=bind:rw" \\
+               ${tiny} c${round} /bin/sh -c 'echo it runs > /out/said'
+             cat tmp/out/said`,
+          ),
+          "it runs\n",
+        );
+        assertEquals(
+          await docker(
+            system,
+            "run --rm --network none tiny /bin/sh -c 'echo it runs'",
+          ),
+          "it runs\n",
+        );
+        assertStringIncludes(
+          await system.sh(
+            "ls mnt/lightwhale-data/lightwhale-state/containerd",
+          ),
+          "io.containerd.snapshotter.v1.overlayfs\n",
+        );
+        await stopDocker(system);
+        await system.reboot();
+      }
+    },
+  );
+}
 
 // Docker never starts empty by accident
 
