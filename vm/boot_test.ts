@@ -170,6 +170,17 @@ const byInitScript = {
   boots: "1 1 1 0", // Docker is held back
 };
 
+/** As a start script before S11 would open these disks, or make them first. */
+const encrypted = (open: string[], make: string[] = []) =>
+  `modprobe -a dm_mod dm_crypt xts; export DM_DISABLE_UDEV=1
+  printf secret >/tmp/key; set -- --batch-mode --key-file /tmp/key
+  for disk in ${make.join(" ")}; do
+    cryptsetup luksFormat "$@" --pbkdf pbkdf2 --pbkdf-force-iterations 1000 /dev/$disk
+  done
+  for disk in ${open.join(" ")}; do
+    cryptsetup open "$@" /dev/$disk open-$disk
+  done`;
+
 const situations: Situation[] = [
   {
     name: "nothing is enabled: volatile, no disk is touched, 512 MiB, Nehalem",
@@ -827,6 +838,39 @@ const situations: Situation[] = [
         after: { ...atWork, boots: boots(2) },
         run: "keep joining 4",
         settled: whole,
+      },
+    ],
+  },
+  {
+    name: "disks inside LUKS: found, mirrored by hand, grown; closed: expected",
+    everyTime: false,
+    disks: [{ sizeMiB: 600 }, { sizeMiB: 600 }],
+    boots: [
+      {
+        before: `${encrypted(["vda"], ["vda"])}
+          mkfs.btrfs -q --label lightwhale-data /dev/mapper/open-vda`,
+        after: { ...single, swaps: 0, partitions: "", boots: boots(1) },
+        run: "keep first 8",
+      },
+      {
+        before: encrypted(["vda", "vdb"], ["vdb"]),
+        after: { ...single, swaps: 0, boots: boots(2) },
+        run: `btrfs device add -f /dev/mapper/open-vdb $data
+          btrfs balance start -dconvert=raid1 -mconvert=raid1 $data
+          keep second 8`,
+      },
+      {
+        whileOff: (disks) =>
+          disks.forEach(({ file }) => Deno.truncateSync(file, 700 * 2 ** 20)),
+        before: encrypted(["vda", "vdb"]),
+        after: { ...mirroredSmall, boots: boots(3) },
+        run: `btrfs filesystem show --raw $data | tee /run/sizes
+          [ "$(grep -c "size $((684 << 20)) " /run/sizes)" = 2 ]`,
+        settled: whole,
+      },
+      {
+        append: "lightwhale.persistence=required lightwhale.wait=1",
+        after: { mode: "fallback", status: 1, type: "tmpfs" },
       },
     ],
   },

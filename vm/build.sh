@@ -21,11 +21,12 @@ packages="
   libselinux1 libpcre2-8-0 libcap2 libcap-ng0 liblzo2-2 liblzma5 libzstd1 zlib1g libssl3
   libtinfo6 libncursesw6 libreadline8 libcom-err2 libext2fs2 libss2
   libdevmapper1.02.1
+  cryptsetup-bin libcryptsetup12 libpopt0 libargon2-1 libjson-c5
 "
 programs="
   dash mount umount sfdisk blkid wipefs mkswap swapon swapoff lsblk findmnt partx
   blockdev flock losetup fsfreeze btrfs mkfs.btrfs btrfstune kmod dmsetup mdadm mke2fs
-  chattr
+  chattr cryptsetup
 "
 # What the initramfs loads: the drivers in order and the filesystems meanwhile,
 # because the benchmarks of btrfs (raid6, xor) take a second.
@@ -36,7 +37,7 @@ driver_modules="
 filesystem_modules="btrfs overlay"
 # For situations: modprobe finds them in the system image.
 more_modules="
-  dm_mod dm_flakey dm_delay dm_crypt dm_log_writes raid1 zram
+  dm_mod dm_flakey dm_delay dm_crypt xts ecb aes_generic dm_log_writes raid1 zram
   scsi_debug null_blk ext4 vfat nls_cp437 nls_ascii
 "
 
