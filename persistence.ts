@@ -4139,7 +4139,21 @@ function replaceFile(path: string, contents: string | Uint8Array): void {
 }
 
 async function swapOn(all: BlockDevice[]): Promise<void> {
-  const areas = all.slice(0, 16); // MAX_SWAPFILES is 23 or more
+  const found = await allOf(all.map(async (area) => {
+    const isOld = area.holds.kind === "swap";
+    const others = (isOld ? await listSignatures(area) : [])
+      .filter(({ type }) => type !== "swap");
+    return { area, others };
+  }));
+  for (const { area, others } of found.filter((f) => f.others.length > 0)) {
+    const what = describeSignatures(others);
+    say(
+      "warning",
+      `${area.path} holds ${what} as well as swap: it is not used`,
+    );
+  }
+  const areas = found.filter(({ others }) => others.length === 0)
+    .map(({ area }) => area).slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
   await run(words`swapon ${areas.map((area) => area.path)}`, {
     to: `turn on swap on ${pathsOf(areas)}`,

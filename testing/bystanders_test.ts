@@ -612,7 +612,9 @@ function drawCovered(random: Random): Draft {
       // partitions, do not make it another one; what overlaps it does.
       const beside = where === "swap partition" ||
         (where === "disk" && behindAll.includes(above));
-      return { is: "unsure", may: beside && !isWhole ? [at] : nothing };
+      const swap = where === "disk" ? partitions.get("lightwhale-swap") : [];
+      const may = [at].concat(swap ?? []);
+      return { is: "unsure", may: beside && !isWhole ? may : nothing };
     },
   };
 }

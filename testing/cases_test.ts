@@ -1629,6 +1629,17 @@ async function mountElsewhere(path: string): Promise<() => Promise<void>> {
 
 const swapDisk: DiskSpec = { ...magicDisk, sizeBytes: 2100 * MiB };
 
+situation("a swap partition became a volume of LVM: it is not swap", {
+  disks: [swapDisk],
+  earlier: [[1]],
+  then: `partx -u "$1"
+    printf 'LABELONE\\001\\0\\0\\0\\0\\0\\0\\0' | put "$1"p1 512
+    printf '\\0\\0\\0\\0\\040\\0\\0\\0LVM2 001' | put "$1"p1 528`,
+  keeps: 'head -c 64K "$1"p1 | sha256sum; ! grep "$1"p1 /proc/swaps',
+  uses: [1],
+  says: ["%1p1", "LVM2_member"],
+});
+
 /** What mkswap does instead. */
 const mkswaps: Record<string, string> = {
   "makes pages of 8 KiB": '*) exec mkswap --pagesize 8192 "$@"',
