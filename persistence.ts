@@ -79,8 +79,8 @@ const OVERLAYS = ["etc", "var", "home"];
 const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
 
 /**
- * What nobody asks for: reading would write to the disk. An overlay does not
- * take it over from the filesystem of its upper (fs/overlayfs/super.c).
+ * Reading must not write. An overlay has to be told as well: it does not take
+ * the option over from the filesystem of its upper (fs/overlayfs/super.c).
  */
 const NO_ATIME = "noatime";
 
@@ -3611,14 +3611,14 @@ async function refuseReadOnly(...directories: string[]): Promise<void> {
   let path = directories.find(isReadOnly);
   if (path === undefined) return;
   while (!isSubvolume(path) && !mountedOn(path)) path = dirname(path);
-  const what = ["--output", "SOURCE,TARGET,FSROOT", "--target", path];
-  const { stdout } = await run(words`findmnt --noheadings --raw ${what}`, {
-    to: `find out what is mounted on "${path}"`,
-    capture: true,
-  });
-  const [source, target, root] = stdout.trim().split(" ");
-  const [node] = source.split("[");
-  const subvolume = join(root, path.slice(target.length));
+  let top = path;
+  while (!mountedOn(top)) top = dirname(top);
+  const { stdout } = await run(
+    words`findmnt --noheadings --output FSROOT --mountpoint ${top}`,
+    { to: `find out what is mounted on "${top}"`, capture: true },
+  );
+  const subvolume = join(stdout.trim(), path.slice(top.length));
+  const node = mountedOn(top)?.source;
   throw new Error(
     `Cannot write to "${path}": the subvolume ${subvolume} on ${node} is ` +
       `read-only, as a snapshot is; make it writable ("mkdir /run/top; mount ` +
