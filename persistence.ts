@@ -568,7 +568,8 @@ export interface MemberRecord {
 /** Told to leave by `--move` or `--remove`: known before the mount. */
 export interface Leaving {
   member: string;
-  how: "move" | "remove";
+  /** `left`: it is no member any more, and was not there to be wiped. */
+  how: "move" | "remove" | "left";
 }
 
 /**
@@ -2139,7 +2140,7 @@ const isBehind = (device: Member, other: Member) =>
   !wroteWithout(device, other);
 
 /** Is it on the hardware that its record names? Undefined: nobody can tell. */
-function isOnItsHardware({ holds: { record }, hardware }: Member) {
+function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {
   if (!record?.hardware || !hardware) return undefined;
   if (record.hardware === hardware) return true;
   // An image file says nothing of the disk that it became, nor that of it.
@@ -2248,24 +2249,29 @@ function leaveOut(data: DataFilesystem): void {
   const { members } = data;
   const { numDevices } = newest(members.length > 0 ? members : allDevices(data))
     .holds.btrfs;
-  const isLast = members.length === 2 && numDevices === 2;
+  const isLast = members.length === 2 && numDevices === 2 &&
+    members.every((member) => member === leaver || !member.readOnly);
   if (!leaver || !(isLast || members.length > numDevices)) return;
   data.members = members.filter((member) => member !== leaver);
   data.missing = Math.max(0, numDevices - data.members.length);
   data.leaver = leaver;
 }
 
-/** Finds what has left: its record says so, and nobody used it since. */
+/**
+ * Finds what has left: the very disk that its record names, and nobody used it
+ * since. Of two that look so one is a copy: neither is touched.
+ */
 function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
   const { fsid, members, leaving } = data;
   const isKnown = (mount?: string) =>
     members.some(({ holds }) => mount && holds.record?.mounts?.includes(mount));
-  data.leaver ??= devices.find((device) => {
+  const found = devices.filter((device) => {
     const { record } = device.read;
     return record?.fsid === fsid && record.member === leaving?.member &&
-      isKnown(record.mounts?.at(-1)) && !isOpen(device) &&
-      !members.includes(device as Member);
+      isKnown(record.mounts?.at(-1)) && isOnItsHardware(device) !== false &&
+      !isOpen(device) && !members.includes(device as Member);
   });
+  data.leaver ??= found.length === 1 ? found[0] : undefined;
   const { leaver } = data;
   if (!leaver) return;
   data.conflicting = data.conflicting
@@ -4272,11 +4278,11 @@ const JOBS: ((situation: Situation) => Job | undefined)[] = [
   releaseTarget,
   rebuildStale,
   removeMissing,
+  freeLeaver,
   moveMember,
   joinMagic,
   unmirror,
   removeMember,
-  freeLeaver,
   convertProfiles,
   settleProfiles,
   scrub,
@@ -4513,29 +4519,32 @@ function unmirror({ data, state, paths }: Situation): Job | undefined {
   };
 }
 
-/** `--remove` of one of three or more, while all are there. */
+/** `--remove` of one of three or more, which may have been pulled too early. */
 function removeMember({ data, state, paths }: Situation): Job | undefined {
-  const member = leavingMember(data, "remove");
-  const count = data.members.length - 1;
-  if (!member || count < 2 || state.missing.length > 0) return undefined;
+  const { leaving, members } = data;
+  const member = leavingMember(data);
+  const count = member ? members.length - 1 : members.length;
+  if (leaving?.how !== "remove" || count < 2) return undefined;
+  if (state.missing.length !== (member ? 0 : 1)) return undefined;
   const { metadataProfile } = profilesFor(count);
-  const tooMany = [...state.profiles.metadata, ...state.profiles.system]
-    .filter((profile) => RANK.indexOf(profile) > RANK.indexOf(metadataProfile));
+  const isTooMany = [...state.profiles.metadata, ...state.profiles.system]
+    .some((profile) => RANK.indexOf(profile) > RANK.indexOf(metadataProfile));
+  const what = member?.path ?? "the disk that was pulled";
   return {
     kind: "remove",
     device: member,
-    what: `${member.path} hands its data to the other members`,
+    what: `the data of ${what} go to the other members`,
     async work() {
-      const { path, holds: { btrfs: { devid } } } = member;
-      if (tooMany.length > 0) {
+      if (isTooMany) {
         const filter = `-mconvert=${metadataProfile},soft`;
         await run(words`btrfs balance start --force ${filter} ${paths.data}`, {
           to: `keep the metadata on ${count} devices`,
           timeoutMs: Infinity,
         });
       }
-      await run(words`btrfs device remove ${devid} ${paths.data}`, {
-        to: `remove ${path} from the data filesystem`,
+      const which = member ? devidOf(member) : "missing";
+      await run(words`btrfs device remove ${which} ${paths.data}`, {
+        to: `remove ${what} from the data filesystem`,
         timeoutMs: Infinity,
       });
     },
@@ -4544,8 +4553,20 @@ function removeMember({ data, state, paths }: Situation): Job | undefined {
 
 /** Wipes what has left, once the filesystem is whole without it. */
 function freeLeaver({ data, state, paths }: Situation): Job | undefined {
-  const { leaver, leaverDisk, members, missing, fsid } = data;
-  if (!leaver || missing > 0 || state.missing.length > 0) return undefined;
+  const { leaver, leaverDisk, leaving, members, missing, fsid } = data;
+  if (!leaving || leavingMember(data)) return undefined;
+  if (missing > 0 || state.missing.length > 0) return undefined;
+  if (!leaver && leaving.how === "left") return undefined;
+  if (!leaver) {
+    return {
+      kind: "forget",
+      what: "the disk that was to leave has left",
+      async change() {
+        const left: Leaving = { ...leaving, how: "left" };
+        await recordMembers(members, fsid, { leaving: left });
+      },
+    };
+  }
   return {
     kind: "free",
     device: leaver,
@@ -6006,25 +6027,24 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
   return members;
 }
 
-/** What `--move` or `--remove` has still to do, in a sentence. */
-function describeLeaving({ members }: Mounted): string | null {
+/** What `--move` or `--remove` has still to do. */
+function describeLeaving({ members }: Mounted) {
   const leaving = leavingOf(members as Member[]);
   if (!leaving) return null;
   const member = members
     .find(({ holds }) => holds.record?.member === leaving.member);
+  const isOut = !member && leaving.how === "remove" &&
+    members.length < members[0].holds.btrfs.numDevices;
+  if (!member && !isOut) return null;
+  const when = members.length === 2 ? "at the next boot " : "";
+  const text = !member
+    ? `${members.map(({ path }) => path).join(", ")} gets all that is on the ` +
+      `disk which leaves`
+    : leaving.how === "move"
+    ? `${member.path} hands its data to a new disk`
+    : `${when}${member.path} leaves the data filesystem`;
   const back = `(--${leaving.how} --cancel takes that back)`;
-  if (leaving.how === "move") {
-    return member
-      ? `${member.path} hands its data to a new disk ${back}`
-      : null;
-  }
-  if (member) {
-    const when = members.length === 2 ? "At the next boot " : "";
-    return `${when}${member.path} leaves the data filesystem ${back}`;
-  }
-  return members.length < members[0].holds.btrfs.numDevices
-    ? `${members[0].path} gets all that is on the disk which leaves ${back}`
-    : null;
+  return { how: leaving.how, isOut, text: `${text} ${back}` };
 }
 
 /** What has left and is wiped, as long as it stays plugged in. */
@@ -6051,7 +6071,8 @@ async function readWork({ operation }: FilesystemState, paths: Paths) {
   if (operation === "device replace") await askBtrfs("replace", "status", "-1");
   else if (operation.startsWith("balance")) await askBtrfs("balance", "status");
   else if (operation !== "none") {
-    work.push({ kind: operation, progress: "running", since });
+    const progress = note?.what ?? "running";
+    work.push({ kind: operation, progress, since });
   }
   if (readPending(paths).scrub) await askBtrfs("scrub", "status");
   // Between two of these, or while a disk is wiped and partitioned.
@@ -6098,7 +6119,7 @@ function* judgeHealth(
     yield { key: "Docker is held back", text: HELD_BACK, level: "critical" };
   }
   for (const { path, devid, missing, errors } of devices) {
-    if (missing && !leaving) {
+    if (missing && !leaving?.isOut) {
       const text = `Device ${devid} is missing: there is no redundancy until ` +
         `it is back, or a new disk is enabled with persistence.ts --enable`;
       yield { key: `missing ${devid}`, text, level: "critical" };
@@ -6136,7 +6157,10 @@ function* judgeHealth(
       `last time: leave the system running until that is done`;
     yield { key: "scrub", text, level: "warning" };
   }
-  if (state && !leaving && balanceFilters(state, settled).length > 0) {
+  if (
+    state && leaving?.how !== "remove" &&
+    balanceFilters(state, settled).length > 0
+  ) {
     const text = "Not all chunks are mirrored yet";
     yield { key: "not mirrored", text, level: "warning" };
   }
@@ -6238,7 +6262,7 @@ function* describeStatus(status: Status): Generator<string> {
       `blocks, lost ${total("lost")}`;
   } else if (profiles) yield "  last scrub: none has finished yet";
   if (status.next) yield `  next: ${status.next}`;
-  if (status.leaving) yield `Asked for: ${status.leaving}`;
+  if (status.leaving) yield `Asked for: ${status.leaving.text}`;
   for (const problem of health) yield `Attention: ${problem}`;
   for (const note of status.notes) yield `Note: ${note}`;
   if (mode !== "none" && health.length === 0) yield "Healthy";

@@ -2,7 +2,7 @@
  * What is decided, by situation: facts in, plan out. No disk is touched, no
  * root is needed.
  */
-import { assertEquals, assertMatch } from "@std/assert";
+import { assertEquals, assertMatch, assertThrows } from "@std/assert";
 import {
   balanceFilters,
   type BlockDevice,
@@ -14,10 +14,12 @@ import {
   type FilesystemState,
   findDataFilesystems,
   layOut,
+  leastBytes,
   MAGIC,
   type MemberRecord,
   nameOf,
   nodeOf,
+  parseCommandLine,
   partitionNumber,
   partitionPath,
   type Pending,
@@ -25,6 +27,7 @@ import {
   profilesFor,
   type Settings,
   SWAP,
+  whyNotHeld,
 } from "../persistence.ts";
 import {
   data,
@@ -3343,6 +3346,365 @@ for (const { name, devices, state, pending, job } of jobs) {
   });
 }
 
+// A member that is to leave
+
+const told = (how: "move" | "remove", more: Partial<MemberRecord> = {}) => ({
+  mounts: ["m"],
+  leaving: { member: "b", how },
+  ...more,
+});
+
+/** Two members; the second was told to leave. */
+const leaving = (how: "move" | "remove", open = false) => [
+  data("sda", {
+    ...two,
+    open,
+    record: record("a", 5, ["a", "b"], {}, told(how)),
+  }),
+  data("sdb", {
+    ...two,
+    devid: 2,
+    open,
+    record: record("b", 5, ["a", "b"], {}, told(how)),
+  }),
+];
+
+/** The one that stays, mounted, alone or beside another that has come. */
+const stays = data("sda", {
+  open: true,
+  generation: 20,
+  record: record(
+    "a",
+    6,
+    ["a"],
+    { b: 10 },
+    told("remove", { mounts: ["m", "n"] }),
+  ),
+});
+const [, gone] = leaving("remove");
+
+const withRecord = (more: Partial<MemberRecord>) =>
+  draws(gone, 2, {
+    record: record("b", 5, ["a", "b"], {}, told("remove", more)),
+  });
+
+/** The same on a disk with another name. */
+const renamed = (devices: BlockDevice[], from: string, to: string) =>
+  devices.map((device) => ({
+    ...device,
+    name: device.name.replace(from, to),
+    path: device.path.replace(from, to),
+    disk: to,
+  }));
+
+/** `job`: its kind, and what it is done to. */
+const leavers: {
+  name: string;
+  devices: BlockDevice[][];
+  facts?: Partial<Facts>;
+  missing?: number[];
+  members: string[];
+  leaver?: string;
+  absent?: number;
+  job?: string;
+}[] = [
+  {
+    name: "one of two is to leave, and both are mounted",
+    devices: leaving("remove", true),
+    facts: { mounted },
+    members: ["sda2", "sdb2"],
+    job: "settle",
+  },
+  {
+    name: "one of two is to leave, both are mounted: what the next boot does",
+    devices: leaving("remove", true),
+    missing: [2],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "remove",
+  },
+  {
+    name: "one of two is to leave at a boot",
+    devices: leaving("remove"),
+    missing: [2],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "remove",
+  },
+  {
+    name: "one of two is to leave, and a magic disk is there",
+    devices: [...leaving("remove"), magic("sdc")],
+    missing: [2],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "replace sdc",
+  },
+  {
+    name: "one of two is to leave, and is unplugged",
+    devices: leaving("remove").slice(0, 1),
+    missing: [2],
+    members: ["sda2"],
+    job: "remove",
+  },
+  {
+    name: "the other of two has gone: the one that is to leave is used",
+    devices: leaving("remove").slice(1),
+    missing: [1],
+    members: ["sdb2"],
+    absent: 1,
+  },
+  {
+    name: "only the one that is to leave was told so",
+    devices: [
+      data("sda", {
+        ...two,
+        record: record("a", 5, ["a", "b"], {}, { mounts: ["m"] }),
+      }),
+      withRecord({ mounts: ["m", "n"] }),
+    ],
+    members: ["sda2", "sdb2"],
+    job: "settle",
+  },
+  {
+    name: "one of two is to move, and nothing is there to move to",
+    devices: leaving("move"),
+    members: ["sda2", "sdb2"],
+    job: "settle",
+  },
+  {
+    name: "one of two is to move to a magic disk",
+    devices: [...leaving("move", true), magic("sdc")],
+    members: ["sda2", "sdb2"],
+    job: "move sdc",
+  },
+  {
+    name: "a single disk is to move to a magic disk",
+    devices: [
+      data("sdb", { record: record("b", 5, ["b"], {}, told("move")) }),
+      magic("sdc"),
+    ],
+    members: ["sdb2"],
+    job: "move sdc",
+  },
+  {
+    name: "one has left",
+    devices: [stays, gone],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "free sdb2",
+  },
+  {
+    name: "one has left, and only its record shows it",
+    devices: [stays, without(gone, "btrfs")],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "free sdb2",
+  },
+  {
+    name: "one has left, and was used elsewhere since",
+    devices: [stays, withRecord({ mounts: ["m", "elsewhere"] })],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one has left, and a copy of it is there as well",
+    devices: [stays, gone, renamed(gone, "sdb", "sdc")],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one has left, and a copy of it on other hardware is there",
+    devices: [
+      stays,
+      withRecord({ hardware: "serial 1" })
+        .map((device) => ({ ...device, hardware: "serial 2" })),
+    ],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one has left, and is not there",
+    devices: [stays],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one has left, and another of the two is missing later",
+    devices: [
+      data("sda", {
+        ...two,
+        record: record("a", 9, ["a"], {}, {
+          mounts: ["m"],
+          leaving: { member: "b", how: "left" },
+        }),
+      }),
+    ],
+    missing: [2],
+    members: ["sda2"],
+    absent: 1,
+  },
+  {
+    name: "one has left, was not there, and comes back",
+    devices: [
+      data("sda", {
+        open: true,
+        generation: 20,
+        record: record("a", 6, ["a"], {}, {
+          mounts: ["m", "n"],
+          leaving: { member: "b", how: "left" },
+        }),
+      }),
+      gone,
+    ],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "free sdb2",
+  },
+  {
+    name: "one has left, and its record is another filesystem's",
+    devices: [
+      stays,
+      draws(without(gone, "btrfs"), 2, {
+        record: { ...record("b", 5, ["b"], {}, told("remove")), fsid: "other" },
+      }),
+    ],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one has moved: the other has its devid",
+    devices: [
+      data("sdb", {
+        open: true,
+        generation: 12,
+        record: record(
+          "c",
+          6,
+          ["b", "c"],
+          {},
+          told("move", { mounts: ["m", "n"] }),
+        ),
+      }),
+      data("sda", {
+        generation: 11,
+        record: record(
+          "b",
+          6,
+          ["b", "c"],
+          {},
+          told("move", { mounts: ["m", "n"] }),
+        ),
+      }),
+    ],
+    members: ["sdb2"],
+    leaver: "sda2",
+    job: "free sda2",
+  },
+  {
+    name: "one of three leaves, the power went when two knew of it",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 11,
+        record: record("a", 5, abc, {}, told("remove")),
+      }),
+      data("sdb", {
+        ...three,
+        devid: 2,
+        record: record("b", 5, abc, {}, told("remove")),
+      }),
+      data("sdc", {
+        ...two,
+        devid: 3,
+        generation: 11,
+        record: record("c", 5, abc, {}, told("remove")),
+      }),
+    ],
+    members: ["sda2", "sdc2"],
+    leaver: "sdb2",
+    job: "free sdb2",
+  },
+  {
+    name: "one of three is to leave",
+    devices: [
+      data("sda", {
+        ...three,
+        record: record("a", 5, abc, {}, told("remove")),
+      }),
+      data("sdb", {
+        ...three,
+        devid: 2,
+        record: record("b", 5, abc, {}, told("remove")),
+      }),
+      data("sdc", {
+        ...three,
+        devid: 3,
+        record: record("c", 5, abc, {}, told("remove")),
+      }),
+    ],
+    members: ["sda2", "sdb2", "sdc2"],
+    job: "remove sdb2",
+  },
+];
+
+for (const leaver of leavers) {
+  const { name, devices, facts, missing = [], members, ...expected } = leaver;
+  Deno.test(`decide() who leaves: ${name}`, () => {
+    const decided = plan(devices, { facts });
+    const { data } = decided;
+    const job = decideJob(
+      decided,
+      {
+        ...whole,
+        missing,
+        devids: [1, 2, 3].slice(0, members.length + missing.length),
+      },
+      { scrub: false, "remove missing": false },
+    );
+    assertEquals({
+      members: data?.members.map((member) => member.name),
+      leaver: data?.leaver?.name,
+      absent: data?.absent,
+      job: job && [job.kind, job.device?.name].filter(Boolean).join(" "),
+    }, { leaver: undefined, absent: 0, job: undefined, members, ...expected });
+  });
+}
+
+const used = { data: 10 * GiB, metadata: GiB };
+const held: [name: string, sizes: number[], why: RegExp | undefined][] = [
+  ["one with room", [20 * GiB], undefined],
+  [
+    "one with too little room",
+    [15 * GiB],
+    /^12288 MiB are used, with 3136 MiB/,
+  ],
+  ["two with room", [20 * GiB, 20 * GiB], undefined],
+  [
+    "two, one of which is too small",
+    [20 * GiB, 10 * GiB],
+    /10240 MiB are used/,
+  ],
+  [
+    "two, one of which has no room for chunks",
+    [20 * GiB, GiB],
+    /chunk of each/,
+  ],
+];
+for (const [name, sizes, why] of held) {
+  Deno.test(`whyNotHeld(): ${name}`, () => {
+    const found = whyNotHeld(plan(pair).data!, used, sizes);
+    if (why) assertMatch(found ?? "", why);
+    else assertEquals(found, undefined);
+  });
+}
+
+Deno.test("leastBytes() is the smallest size that would do", () => {
+  const fits = (bytes: number) => whyNotHeld(plan(pair).data!, used, [bytes]);
+  const least = leastBytes(fits);
+  assertEquals(fits(least), undefined);
+  assertMatch(fits(least - MiB) ?? "", /are used/);
+});
+
 const balances: {
   name: string;
   devices: number;
@@ -3840,3 +4202,31 @@ Deno.test("describePlan(): what is off, and what is mounted already", () => {
   assertEquals(again.length, 1);
   assertMatch(again[0], /^mounted: /);
 });
+
+const mistakes: [line: string, why: RegExp][] = [
+  ["--move", /needs OLD and NEW/],
+  ["--move /dev/sda", /needs OLD and NEW/],
+  ["--move /dev/sda /dev/sdb /dev/sdc", /Unexpected argument "\/dev\/sdc"/],
+  ["--remove", /needs a DEVICE/],
+  ["--remove /dev/sda /dev/sdb", /Unexpected argument "\/dev\/sdb"/],
+  ["--remove --cancel /dev/sda", /Unexpected argument "\/dev\/sda"/],
+  ["--remove --force /dev/sda", /--force goes with/],
+  ["--move --cancel --force", /--force goes with/],
+  ["--enable --cancel /dev/sda", /--cancel goes with/],
+  ["--cancel", /--cancel goes with/],
+  ["--now", /--now goes with/],
+  ["--move --now /dev/sda /dev/sdb", /--now goes with/],
+  ["--move --remove /dev/sda", /exclude each other/],
+];
+for (const [line, why] of mistakes) {
+  Deno.test(`parseCommandLine(): ${line}`, () => {
+    const error = assertThrows(() => parseCommandLine(line.split(" ")), Error);
+    assertMatch(error.message, why);
+  });
+}
+
+for (const line of ["--move --cancel", "--remove --cancel", "--move a b"]) {
+  Deno.test(`parseCommandLine(): ${line}`, () => {
+    parseCommandLine(line.split(" "));
+  });
+}

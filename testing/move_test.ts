@@ -39,7 +39,7 @@ interface Status {
   devices: { path: string | null }[];
   work: { kind: string }[];
   health: string[];
-  leaving: string | null;
+  leaving: { text: string } | null;
 }
 
 /** MOVES=all: also what differs only in a number. */
@@ -171,7 +171,7 @@ for (const count of isAll ? [2, 3, 4] : [2, 3]) {
         const done = await asked(system, ["--remove", gone.path]);
         if (count > 2) return await idle(system);
         assertMatch(done.stdout, /next boot/);
-        assertMatch((await status(system)).leaving ?? "", /next boot/);
+        assertMatch((await status(system)).leaving?.text ?? "", /next boot/);
         const { stdout } = await system.run([...system.place(), "--dry-run"]);
         assertMatch(stdout, new RegExp(`leave ${gone.path}p1 out`));
       });
@@ -240,7 +240,9 @@ exec btrfs "$@"
       assertEquals([boot.status, boot.report.degraded], [0, true], boot.stderr);
       await write(system, "meanwhile");
       await idle(system);
-      assert((await status(system)).leaving?.includes(system.disks[1].path));
+      assert(
+        (await status(system)).leaving?.text.includes(system.disks[1].path),
+      );
       await asked(system, ["--remove", "--cancel"]);
       await idle(system);
       assertEquals(await profiles(system), whole[2]);
@@ -249,6 +251,64 @@ exec btrfs "$@"
     } finally {
       await Deno.remove(traps, { recursive: true });
     }
+  },
+);
+
+onDisks(
+  "--remove: the one that stays cannot be mounted alone: both are used",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [gone, stays] = system.disks;
+    await asked(system, ["--remove", gone.path]);
+    await system.reboot({
+      // All but its superblock.
+      whileOff: () =>
+        command([
+          ...["dd", "if=/dev/zero", `of=${stays.image}`, "bs=1M", "seek=5"],
+          ...["count=790", "conv=notrunc", "status=none"],
+        ]),
+    });
+    const boot = await system.boot();
+    assertEquals(
+      [boot.status, boot.report.mode],
+      [0, "persistent"],
+      boot.stderr,
+    );
+    assertEquals(boot.report.devices.length, 2, boot.stderr);
+    await assertKept(system);
+    await idle(system);
+    await assertKept(system);
+  },
+);
+
+onDisks(
+  "--remove: one of three is pulled before it has left",
+  { disks: [magicDisk, magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [gone] = system.disks;
+    // The work waits for the next boot.
+    await system.sh(`flock run/lightwhale/maintenance.lock \
+      sleep 1000 >/dev/null 2>&1 & sleep 0.3`);
+    await asked(system, ["--remove", gone.path]);
+    await system.reboot({ without: [gone] });
+    const boot = await system.boot(["--wait", "60"]);
+    assertEquals(
+      [boot.status, boot.report.mode],
+      [0, "persistent"],
+      boot.stderr,
+    );
+    assert(!/waiting/i.test(boot.stderr), boot.stderr);
+    await idle(system);
+    assertEquals(await profiles(system), whole[2]);
+    assertEquals((await status(system)).health, []);
+    await system.reboot();
+    assertPersistent(await system.boot(), 2);
+    await idle(system);
+    await assertBlank(gone);
+    await assertKept(system);
+    await assertReadableOn(system, [[1], [2]]);
   },
 );
 
