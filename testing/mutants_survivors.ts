@@ -16,9 +16,6 @@ interface Survivor {
 /** Places on a device: only the functions that read devices use them. */
 const onDevice = "the tests with real disks fail (persistence_test.ts)";
 
-/** What this does is done again behind it. */
-const quicker = "it only saves time";
-
 export const survivors: Survivor[] = [
   ...["65", "63"].map((n) => ({
     where: "BTRFS",
@@ -53,17 +50,12 @@ export const survivors: Survivor[] = [
       "Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0",
     why: "where all bytes are the same, any of them will do",
   },
-  {
+  ...["1", "(-1)"].map((seconds) => ({
     where: "parseSlot",
     change: '{ machine = "", hardware = "", seconds = 0 } -> ' +
-      '{ machine = "", hardware = "", seconds = (-1) }',
+      `{ machine = "", hardware = "", seconds = ${seconds} }`,
     why: "only the kind of a default is asked for",
-  },
-  {
-    where: "parseStart",
-    change: "btrfs && parseRecord(slots) -> parseRecord(slots)",
-    why: quicker,
-  },
+  })),
   {
     where: "byName",
     change: "a.name < b.name ? -1 : 1 -> a.name <= b.name ? -1 : 1",
