@@ -5909,9 +5909,10 @@ async function readStatus(settings: Settings) {
     lastBoot: readReport(paths) ?? null,
   };
   const settled = open && settledOf(open.members);
-  if (state) status.next = await readNext(settings, state, memory, paths);
+  const plan = state && decide(await look(settings), settings);
+  if (plan) status.next = describeNext(plan, state, memory, paths);
   status.problems.push(
-    ...judgeHealth(status, state, settled),
+    ...judgeHealth(status, state, settled, plan),
     ...judgeUntold(memory.untold),
   );
   status.health.push(...status.problems.map(({ text }) => text));
@@ -5950,13 +5951,12 @@ function describeScrub(open: Mounted, { scrub, lost = [] }: Memory) {
 }
 
 /** What the next pass, or the next boot, is going to do. */
-async function readNext(
-  settings: Settings,
+function describeNext(
+  plan: Plan,
   state: FilesystemState,
   { scrub }: Memory,
   paths: Paths,
-): Promise<string> {
-  const plan = decide(await look(settings), settings);
+): string {
   const waiting = plan.joins.filter((join) => !mayJoin(join, state, paths));
   plan.joins = plan.joins.filter((join) => !waiting.includes(join));
   const job = decideJob(plan, state, readPending(paths), paths);
@@ -6103,6 +6103,7 @@ function* judgeHealth(
   status: Status,
   state?: FilesystemState,
   settled?: Settled,
+  plan?: Plan,
 ): Generator<Problem> {
   const { devices, space, metadataSpace, scrub, lastBoot, leaving, left } =
     status;
@@ -6120,9 +6121,14 @@ function* judgeHealth(
   }
   for (const { path, devid, missing, errors } of devices) {
     if (missing && !leaving?.isOut) {
+      const back = plan?.data?.conflicting
+        .find(({ device }) => devidOf(device) === devid)?.device.path;
       const text = `Device ${devid} is missing: there is no redundancy until ` +
-        `it is back, or a new disk is enabled with persistence.ts --enable`;
-      yield { key: `missing ${devid}`, text, level: "critical" };
+        (back
+          ? `the next boot takes in ${back}, which is back, or rebuilds it`
+          : `it is back, or a new disk is enabled with persistence.ts --enable`);
+      const key = `${back ? "back" : "missing"} ${devid}`;
+      yield { key, text, level: "critical" };
     }
     const counts = Object.entries(errors)
       .map(([kind, count]) => `${count} ${kind.replace("_errs", "")}`);
@@ -6151,6 +6157,10 @@ function* judgeHealth(
   if (left) {
     const text = `${left} holds none of the data any more: it can be pulled`;
     yield { key: `left ${left}`, text, level: "warning" };
+  }
+  // Why a disk that was plugged in does not take the missing place.
+  for (const { text } of state?.missing.length ? plan?.notes ?? [] : []) {
+    yield { key: text, text, level: "warning" };
   }
   if (scrub && scrub.days >= 2 * SCRUB_EVERY_SECONDS / DAY_SECONDS) {
     const text = `All checksums were verified ${scrub.days} days ago for the ` +

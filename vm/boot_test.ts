@@ -155,6 +155,30 @@ function onceUsed(
   };
 }
 
+/** Pulls the second of two disks; what on-health is told is kept. */
+const pulled = `disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
+  told() { [ "$(grep -c ^-- /etc/lightwhale/told)" = "$1" ]; }
+  mkdir -p /etc/lightwhale
+  printf '%s\\n' '#!/bin/sh' '{ cat; echo --; } >>/etc/lightwhale/told' \\
+    >/etc/lightwhale/on-health
+  chmod +x /etc/lightwhale/on-health
+  keep both 24; keep_in_place database 1
+  echo @pull 1; wait_for 10 disks_are 1
+  keep pulled 8; keep_in_place database 1
+  persistence.ts --maintain; cat /run/lightwhale/health
+  grep -q "Device [12] is missing" /run/lightwhale/health
+  wait_for 60 told 1`;
+
+/** And plugs in a magic one. */
+const pulledAndReplaced = `${pulled}
+  echo @plug 2; wait_for 10 disks_are 2
+  keep plugged 4`;
+
+const pullAndPlug: Step["on"] = {
+  pull: (vm, [, disk]) => vm.pull(Number(disk)),
+  plug: (vm, [, disk]) => vm.plug(Number(disk)),
+};
+
 /** All of vda but its first mebibyte, as LVM would show it. */
 const dataVolume = `modprobe dm_mod
   size=$(($(cat /sys/block/vda/size) - 2048))
@@ -891,6 +915,79 @@ const situations: Situation[] = [
           grep -qi -e missing -e lacks /tmp/status`,
         on: { pull: (vm, [, disk]) => vm.pull(Number(disk)) },
         pullThePlug: true,
+      },
+    ],
+  },
+  {
+    name:
+      "a pulled member is noticed, and a magic disk takes its place at once",
+    disks: [0, 1, 2].map(() => ({ ...small, bus: "scsi" })),
+    boots: [
+      {
+        late: 2,
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: `${pulledAndReplaced}
+          persistence.ts --maintain
+          wait_for 60 told 2; [ ! -s /run/lightwhale/health ]
+          persistence.ts --check persistent`,
+        on: pullAndPlug,
+        settled: whole,
+      },
+    ],
+  },
+  {
+    name: "a magic disk takes a pulled one's place, and a reset interrupts it",
+    everyTime: false,
+    disks: [0, 1, 2].map(() => ({ ...small, bus: "scsi" })),
+    boots: [
+      {
+        late: 2,
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: `${pulledAndReplaced}
+          echo @throttle 2
+          persistence.ts --maintain &
+          wait_for 60 replacing; btrfs filesystem sync $data; replacing`,
+        on: {
+          ...pullAndPlug,
+          throttle: (vm, [, disk]) => vm.throttle(Number(disk), 2 ** 20),
+        },
+        pullThePlug: true,
+      },
+      {
+        present: [0, 2],
+        append: "lightwhale.wait=1",
+        after: {
+          ...atWork,
+          boots: boots(2),
+          warnings: /degraded; \/dev\/sd[ab]1 is taking the missing place/,
+        },
+        run: "keep replaced 4",
+        settled: whole,
+      },
+    ],
+  },
+  {
+    name: "a pulled member comes back while the system runs: health says so",
+    everyTime: false,
+    disks: [0, 1].map(() => ({ ...small, bus: "scsi" })),
+    boots: [
+      {
+        after: { ...mirroredSmall, boots: boots(1) },
+        run: `${pulled}
+          echo @plug 1; wait_for 10 disks_are 2; sleep 1
+          persistence.ts --maintain; cat /run/lightwhale/health
+          grep -q "Device [12] is missing.*next boot.*/dev/sdc1" \\
+            /run/lightwhale/health
+          told 2`,
+        on: pullAndPlug,
+      },
+      {
+        after: {
+          ...atWork,
+          boots: boots(2),
+          warnings: /missed writes and is rebuilt$/,
+        },
+        settled: whole,
       },
     ],
   },
