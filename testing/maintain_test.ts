@@ -12,6 +12,7 @@ import {
   isMarked,
   MiB,
   onDisks,
+  projectFolder,
   type System,
 } from "./system.ts";
 
@@ -302,6 +303,91 @@ onDisks(
     assertEquals((await told(system)).slice(4), [""]);
   },
 );
+
+onDisks(
+  "on-health: what README.md shows for mail, ntfy and a webhook works as it is",
+  { disks: [magicDisk], needs: ["msmtp", "wget", "busybox"] },
+  async (system) => {
+    const readme = await Deno.readTextFile(`${projectFolder}README.md`);
+    const [mail, push, hook] = [...readme.matchAll(/```sh\n(#!.*?)```/gs)]
+      .map(([, script]) => script);
+    const got: string[] = [];
+    await using http = Deno.serve(
+      { hostname: "127.0.0.1", port: 0, onListen: () => {} },
+      async (request) => {
+        const { pathname } = new URL(request.url);
+        const title = request.headers.get("title") ?? "";
+        got.push(`${pathname} ${title} ${await request.text()}`);
+        return new Response("ok");
+      },
+    );
+    using smtp = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const mails = receiveMail(smtp, got);
+    const here = (script: string) =>
+      script.replace(/https:\/\/[^/]+/, `http://127.0.0.1:${http.addr.port}`)
+        .replace(/--host=\S+/, `--host=127.0.0.1 --port=${smtp.addr.port}`);
+    await system.boot();
+    const lastBootSaid = (...errors: string[]) =>
+      system.sh(`cat > run/lightwhale/persistence.json <<'END OF TEST'
+${JSON.stringify({ mode: "persistent", errors })}\nEND OF TEST`);
+    const name = (await command(["hostname"])).trim();
+    // BusyBox' wget is another one than Debian's.
+    const busybox = hook.replace("wget", "busybox wget");
+    for (const script of [mail, push, hook, busybox]) {
+      await system.sh(`mkdir -p etc/lightwhale
+        cat > etc/lightwhale/on-health <<'END OF TEST'\n${
+        here(script)
+      }\nEND OF TEST
+        chmod +x etc/lightwhale/on-health`);
+      await lastBootSaid('a "b" \\ c');
+      const wrong = (await pass(system)).trim();
+      assertEquals(wrong, 'The last boot said: a "b" \\ c');
+      await lastBootSaid();
+      assertEquals(await pass(system), "");
+      const [first, second] = got.splice(0);
+      const text = script === mail || script === push
+        ? wrong
+        : JSON.stringify(wrong).slice(1, -1);
+      assert(first.includes(text), first);
+      assertMatch(second, /All is well again/);
+      assert(first.includes(name) && second.includes(name), second);
+      const json = first.slice(first.indexOf("{"));
+      if (text !== wrong) {
+        assertEquals(JSON.parse(json).text.trim(), `${name}: ${wrong}`);
+      }
+    }
+    smtp.close();
+    await mails;
+  },
+);
+
+/** Takes mail, as far as msmtp needs it (RFC 5321). */
+async function receiveMail(smtp: Deno.Listener, got: string[]): Promise<void> {
+  for (;;) {
+    const connection = await smtp.accept().catch(() => undefined);
+    if (!connection) return;
+    const say = (line: string) =>
+      connection.write(new TextEncoder().encode(`${line}\r\n`));
+    await say("220 here");
+    let all = "";
+    const buffer = new Uint8Array(65536);
+    for (;;) {
+      const count = await connection.read(buffer);
+      if (!count) break;
+      const heard = new TextDecoder().decode(buffer.subarray(0, count));
+      all += heard;
+      const isText = /^DATA\r\n/m.test(all) && !/\r\n\.\r\n/.test(all);
+      if (isText) {
+        if (/^DATA\r\n$/m.test(heard)) await say("354 go on");
+        continue;
+      }
+      await say(/^QUIT/m.test(heard) ? "221 bye" : "250 well");
+      if (/^QUIT/m.test(heard)) break;
+    }
+    connection.close();
+    got.push(all);
+  }
+}
 
 onDisks(
   "a whole filesystem lets a magic disk join at the next boot, not before",

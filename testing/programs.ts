@@ -28,6 +28,7 @@ const packages: Record<string, string> = {
   "mkfs.xfs": "xfsprogs",
   "mkntfs": "ntfs-3g",
   "mksquashfs": "squashfs-tools",
+  "msmtp": "msmtp",
   "mkudffs": "udftools",
   "nsenter": "util-linux",
   "partx": "util-linux",
@@ -36,6 +37,7 @@ const packages: Record<string, string> = {
   "sfdisk": "fdisk",
   "shellcheck": "shellcheck",
   "time": "time",
+  "wget": "wget",
   "xorriso": "xorriso",
 };
 
