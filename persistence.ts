@@ -4690,6 +4690,7 @@ async function scrubSlowly(data: DataFilesystem, paths: Paths) {
     await attempt(() => run(words`btrfs scrub cancel ${paths.data}`, { to }));
   }, 10_000);
   try {
+    if (/running/.test(await askHowScrubIs(paths))) return; // a person's?
     const { isUnfinished } = readScrub(data);
     const { status } = await scrubbing(isUnfinished ? "resume" : "start");
     if (status === SCRUB.nothingToResume) await scrubbing("start");
@@ -4701,6 +4702,14 @@ async function scrubSlowly(data: DataFilesystem, paths: Paths) {
     clearInterval(watch);
     for (const file of limited) orUndefined(() => fs.writeFileSync(file, "0"));
   }
+}
+
+async function askHowScrubIs({ data }: Paths): Promise<string> {
+  const { stdout } = await run(words`btrfs scrub status ${data}`, {
+    to: "see whether a scrub is running",
+    capture: true,
+  });
+  return stdout;
 }
 
 /**
@@ -5125,7 +5134,9 @@ async function awaitScrub(paths: Paths): Promise<void> {
     ranSeconds: Math.floor(uptimeSeconds - before),
   });
   remember(paths, { scrub: next, uptimeSeconds });
-  if (next.isDue) setPending("scrub", true, paths);
+  // One that went on when this program was killed may have ended meanwhile.
+  const isDone = scrub?.isDue && next.startedSeconds !== scrub.startedSeconds;
+  if (next.isDue || isDone) setPending("scrub", next.isDue, paths);
 }
 
 /** Lets the kernel move half-empty chunks together, where it can (6.11). */
