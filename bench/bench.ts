@@ -451,7 +451,7 @@ async function readState(
 ): Promise<{ state: string; epoch: number | undefined }> {
   const magic = system.disks.slice(0, scene.magic).map(({ path }) => path);
   // What a record has more than the shell script writes, as version 1.0 did.
-  const more = "machine|seconds|lastSeen|hardware|mounts";
+  const more = "machine|seconds|lastSeen|hardware|mounts|settled";
   const all = await system.sh(`
     echo "# mounts"
     findmnt -R -r -n -o TARGET,SOURCE,FSTYPE,FSROOT,OPTIONS,PROPAGATION . |

@@ -54,6 +54,7 @@ await withSystem(
   async (system) => {
     await start(system);
     for (let round = 0; round < rounds; round++) {
+      console.error(`round ${round + 1} of ${rounds}`);
       const order = round % 2 === 0 ? variants : variants.toReversed();
       for (const variant of order) await write(system, variant);
       for (const variant of order) await read(system, variant);
