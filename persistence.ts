@@ -119,6 +119,7 @@ const LARGEST_METADATA_RESERVATION_BYTES = 8 * MiB;
 const TIMEOUT = {
   readMs: 20_000, // a hard disk that spins up needs some 10 s
   commandMs: 60_000,
+  detachMs: 5_000, // it takes none, but umount(8) may never end
   endMs: 30_000, // of a command that was killed
   mkfsMs: 300_000, // also add, replace: a discard of the device comes first
   mountMs: 300_000, // log replay and block group scan on large hard disks
@@ -723,7 +724,8 @@ export async function boot(settings: Settings): Promise<number> {
     } else mode = await mountVolatile(plan, paths);
     await mountOverlays(paths); //                          step 7
   } catch (error) {
-    await Promise.all(meanwhile);
+    const isMute = error instanceof TimeoutError; // and so may be the others
+    if (!isMute) await Promise.all(meanwhile);
     sayError(error);
     if (isNoSpace(error)) sayHowToMakeRoom(paths);
     if (wasSetUp) { // and is in use: nothing is taken away from under it
@@ -731,7 +733,7 @@ export async function boot(settings: Settings): Promise<number> {
       return 1;
     }
     mode = "fallback";
-    await fallBack(paths);
+    await fallBack(isMute, paths);
   }
   await attempt(() => configureDocker(mode, paths)); //     step 8
   await attempt(() => bindContainerd(paths));
@@ -3267,14 +3269,12 @@ async function mountDataFilesystem(
   paths: Paths,
 ): Promise<void> {
   if (!isNew) await mountMembers(data, paths);
+  const mounts = readMounts();
   const inside = (["state", "snapshots"] as const)
-    .filter((which) => isFree(paths[which]));
+    .filter((which) => !mountedOn(paths[which], mounts));
   const overlays = withoutOverlay(paths);
-  const mountPoints = isNew
-    ? [paths.data]
-    : inside.map((which) => paths[which]);
   const lowers = overlays.map((name) => join(paths.lower, name));
-  for (const directory of [...mountPoints, ...lowers]) {
+  for (const directory of isNew ? [paths.data, ...lowers] : lowers) {
     fs.mkdirSync(directory, { recursive: true });
   }
   const subvolumes = [...isNew ? ["data" as const] : [], ...inside]
@@ -3283,11 +3283,14 @@ async function mountDataFilesystem(
     [...subvolumes, ...overlays.flatMap((name) => overlayEntries(name, paths))],
     paths,
     "debug",
+    isNew ? [] : inside.map((which) => paths[which]),
   );
   await mountMembers(data, paths);
   const nodes = data.members.map((member) => member.path);
+  const mounted = readMounts();
   for (const which of ["state", "snapshots"] as const) {
-    if (isFree(paths[which])) await mountSubvolume(which, nodes, [], paths);
+    const isThere = mountedOn(paths[which], mounted) || !isFree(paths[which]);
+    if (!isThere) await mountSubvolume(which, nodes, [], paths);
   }
   await refuseReadOnly(paths.state);
   for (const which of ["snapshots", "docker", "containerd"] as const) {
@@ -3308,10 +3311,14 @@ function subvolumeEntry(
   return [first, paths[which], "btrfs", options.join()];
 }
 
+/** Asks first: mkdir(2) waits until it could write, also where it need not. */
+function makeDirectory(path: string, mode?: number): void {
+  if (!fs.existsSync(path)) fs.mkdirSync(path, { recursive: true, mode });
+}
+
 /** May something be mounted here? Not over data, nor over a subvolume. */
 function isFree(target: string): boolean {
-  return listDirectory(target).length === 0 && !isSubvolume(target) &&
-    !mountedOn(target);
+  return listDirectory(target).length === 0 && !isSubvolume(target);
 }
 
 /** Mounts the members at the data mount point, unless something is there. */
@@ -3544,11 +3551,15 @@ async function growFilesystem(members: Member[], paths: Paths): Promise<void> {
   for (const { path, holds: { btrfs } } of members) {
     const sizeBytes = readSysfsBytes(nameOf(path), "size");
     if (sizeBytes - btrfs.deviceBytes < MiB) continue;
-    await attempt(() =>
-      run(words`btrfs filesystem resize ${btrfs.devid}:max ${paths.data}`, {
-        to: `grow the data filesystem on ${path}`,
-      })
-    );
+    try {
+      await run(
+        words`btrfs filesystem resize ${btrfs.devid}:max ${paths.data}`,
+        { to: `grow the data filesystem on ${path}` },
+      );
+    } catch (error) {
+      if (error instanceof TimeoutError) throw error;
+      sayError(error);
+    }
   }
 }
 
@@ -3765,23 +3776,98 @@ function sayHowToMakeRoom(paths: Paths): void {
   );
 }
 
-/** The last resort: whatever failed, the system gets writable. */
-async function fallBack(paths: Paths): Promise<void> {
+/**
+ * The last resort: whatever failed, the system gets writable.
+ *
+ * @param isMute A disk did not answer: what waits for it may end yet.
+ */
+async function fallBack(isMute: boolean, paths: Paths): Promise<void> {
   try {
-    const targets = OVERLAYS.map((name) => join(paths.root, name))
-      .filter((target) => isOurOverlay(mountedOn(target)))
-      .concat(paths.snapshots, paths.state, paths.data);
-    targets.unshift(join(paths.root, CONTAINERD_ROOT));
-    for (const target of targets) {
-      if (mountedOn(target)) await attempt(() => unmount(target));
-    }
-    await attempt(() => removeScratch(paths));
-    if (!mountedOn(paths.data)) await mountTmpfs("fallback", paths);
+    await detach(paths);
+    if (isMute) await attempt(() => shieldData(paths));
+    else await attempt(() => removeScratch(paths));
+    await mountTmpfs("fallback", paths);
     await mountOverlays(paths);
+    if (isMute) await attempt(() => uncoverLater(paths));
     say("warning", "The system runs volatile until this is repaired");
   } catch (error) {
     sayError(error);
   }
+}
+
+/**
+ * Takes away what was mounted. That is done at once, but the last umount(8) of
+ * a filesystem waits for its disk: it is not waited for.
+ */
+async function detach(paths: Paths): Promise<void> {
+  const list = () => {
+    const mounts = readMounts();
+    return OVERLAYS.map((name) => join(paths.root, name))
+      .filter((target) => isOurOverlay(mountedOn(target, mounts)))
+      .concat(paths.copyUp, paths.topLevel, paths.data)
+      .filter((target) => mountedOn(target, mounts));
+  };
+  const targets = list();
+  if (targets.length === 0) return;
+  let isOver = false;
+  const umount = attempt(() =>
+    run(words`umount --lazy ${targets}`, {
+      to: `detach what is mounted on ${targets.join(", ")}`,
+    })
+  ).then(() => isOver = true);
+  const giveUpAt = performance.now() + TIMEOUT.detachMs;
+  while (!isOver && list().length > 0 && performance.now() < giveUpAt) {
+    await Promise.race([umount, sleep(20)]);
+  }
+}
+
+/**
+ * A mount(8) that was given up waits in the kernel, with the directory that it
+ * was told: when its disk answers again, it may be mounted there after all
+ * (fs/namespace.c, do_new_mount()). With the parent of that directory bound over
+ * itself, this is out of sight.
+ */
+async function shieldData({ data }: Paths): Promise<void> {
+  const parent = dirname(data);
+  await run(words`mount -o bind,private ${parent} ${parent}`, {
+    to: `shield "${data}"`,
+  });
+}
+
+/** What is mounted above our mounts as long as a process that was killed lives. */
+const UNCOVER = `
+top() { # the id of the topmost mount on $1 (proc_pid_mountinfo(5))
+  while read -r id _ _ _ target _; do
+    [ "$target" != "$1" ] || echo "$id"
+  done </proc/self/mountinfo | tail -n 1
+}
+killed=$1 umount=$2
+shift 2
+for target; do own="$own $(top "$target"):$target"; done
+while :; do
+  lives=
+  for pid in $killed; do
+    if kill -0 "$pid" || kill -0 "-$pid"; then lives=yes; fi
+  done 2>/dev/null
+  for mount in $own; do
+    [ "$(top "\${mount#*:}")" = "\${mount%%:*}" ] ||
+      "$umount" --lazy "\${mount#*:}"
+  done
+  [ "$lives" ] || exit
+  sleep 1
+done`;
+
+/** An overlay that is mounted late must not cover the one that is in use. */
+function uncoverLater({ root }: Paths): void {
+  if (givenUp.size === 0) return;
+  const to = "uncover what is mounted now";
+  const [umount] = findCommand(["umount"], to);
+  const targets = OVERLAYS.map((name) => join(root, name));
+  const args = [[...givenUp].join(" "), umount, ...targets];
+  start(findCommand(words`sh -c ${UNCOVER} sh ${args}`, to), {
+    stdio: ["ignore", "ignore", "ignore"],
+    detached: true,
+  });
 }
 
 // ---------------------------------------------------------------------------
@@ -3851,27 +3937,55 @@ function isSameFile(path: string, other: string): boolean {
 }
 
 /**
- * Many mounts by one process; which of them exist is seen afterwards.
+ * Mounts what is listed, but nothing over a directory that holds data: that of a
+ * Btrfs has a size. Then it touches what this process will look at.
+ */
+const MOUNT_TABLE = `
+mount=$1 fstab=$2 # BusyBox's shell may take its own mount for the other
+shift 2
+while [ "$1" != -- ]; do # a directory that must be empty, or none; an entry
+  [ -z "$1" ] || [ -d "$1" ] || mkdir -p "$1"
+  [ -s "$1" ] || printf '%s\\n' "$2"
+  shift 2
+done >"$fstab"
+"$mount" --all --fstab "$fstab"
+status=$?
+shift
+for path; do
+  [ ! -w "$path" ] || [ ! -f "$path" ] || read -r _ <"$path"
+done
+exit $status`;
+
+/**
+ * Many mounts by one child, which is also the first to touch a filesystem that
+ * was just mounted: where its disk went mute, that never ends, and init waits
+ * for this process. Which mounts exist is seen afterwards.
  *
+ * @param unlessUsed Nothing is mounted on these if they hold anything.
  * @returns What went wrong, if anything did.
  */
 async function mountFromTable(
   entries: string[][],
   paths: Paths,
   level: Level = "warning",
+  unlessUsed: string[] = [],
 ): Promise<string | undefined> {
   const escape = (field: string) =>
     field.replace(
       /[\s\\#]/g,
       (char) => "\\" + char.charCodeAt(0).toString(8).padStart(3, "0"),
     );
-  const lines = entries.map((entry) => `${entry.map(escape).join(" ")} 0 0\n`);
-  fs.writeFileSync(paths.fstab, lines.join(""));
+  const pairs = entries.flatMap((entry) => [
+    unlessUsed.find((target) => target === entry[1]) ?? "",
+    `${entry.map(escape).join(" ")} 0 0`,
+  ]);
+  const touched = [paths.docker, paths.containerd, paths.daemonJson]
+    .concat(PENDING.flatMap((job) => pendingFiles(job, paths)));
+  const to = `mount what "${paths.fstab}" lists`;
   try {
-    await run(words`mount --all --fstab ${paths.fstab}`, {
-      to: `mount what "${paths.fstab}" lists`,
-      timeoutMs: TIMEOUT.mountMs,
-    });
+    const [mount] = findCommand(["mount"], to);
+    const args = [mount, paths.fstab, ...pairs, "--", ...touched];
+    await run(words`sh -c ${MOUNT_TABLE} sh ${args}`, { to, isGroup: true });
   } catch (error) {
     if (error instanceof TimeoutError) throw error;
     say(level, messageOf(error));
@@ -3970,7 +4084,7 @@ async function makeUppers(names: string[], state: string, paths: Paths) {
  */
 function configureDocker(mode: Outcome["mode"], paths: Paths): void {
   if (mode !== "fallback") { // there it is for a person to make it
-    fs.mkdirSync(paths.docker, { recursive: true, mode: NESTED.docker });
+    makeDirectory(paths.docker, NESTED.docker);
   }
   const path = paths.daemonJson;
   try {
@@ -4111,7 +4225,7 @@ async function bindContainerd(paths: Paths): Promise<void> {
   const target = join(paths.root, CONTAINERD_ROOT);
   const stat = (path: string) => fs.lstatSync(path, { throwIfNoEntry: false });
   if (!stat(join(paths.lower, CONTAINERD_ROOT))?.isDirectory()) return;
-  fs.mkdirSync(paths.containerd, { recursive: true, mode: NESTED.containerd });
+  makeDirectory(paths.containerd, NESTED.containerd);
   if (isSameFile(target, paths.containerd)) return;
   const isTaken = stat(target)?.isDirectory() === false ||
     listDirectory(join(paths.upper, CONTAINERD_ROOT)).length > 0;
@@ -4123,7 +4237,7 @@ async function bindContainerd(paths: Paths): Promise<void> {
     );
     return;
   }
-  fs.mkdirSync(target, { recursive: true });
+  makeDirectory(target);
   await bind(paths.containerd, target);
 }
 
@@ -4887,14 +5001,18 @@ export function balanceFilters(
   ];
 }
 
-/** The file that keeps a pending job over a power cut; 1.0 had another name. */
+/** Jobs that a file keeps over a power cut. */
+const PENDING = ["scrub", "remove missing"] as const;
+
+/** That file; 1.0 had another name. */
 const pendingFiles = (job: keyof Pending, paths: Paths) =>
   [`.pending-${job.replace(" ", "-")}`, `.wanted: ${job}`]
     .map((name) => join(paths.state, name));
 
 function readPending(paths: Paths): Pending {
-  const [scrub, remove] = (["scrub", "remove missing"] as const)
-    .map((job) => pendingFiles(job, paths).some(fs.existsSync));
+  const [scrub, remove] = PENDING.map((job) =>
+    pendingFiles(job, paths).some(fs.existsSync)
+  );
   return { scrub, "remove missing": remove };
 }
 
@@ -6510,7 +6628,8 @@ function start(command: string[], options: StartOptions) {
     const child = Bun.spawn(command, { ...options, env: process.env });
     const ended = child.exited.then((status) => child.signalCode ?? status);
     if (options.detached) child.unref();
-    return { ended, kill: () => kill(child.pid, options) };
+    const { pid } = child;
+    return { ended, pid, kill: () => kill(pid, options) };
   }
   // Not imported, for the executable would then embed it.
   const { spawn } = process.getBuiltinModule("node:child_process");
@@ -6522,13 +6641,16 @@ function start(command: string[], options: StartOptions) {
   const { pid } = child;
   if (pid === undefined) throw new Error("It cannot be executed");
   if (options.detached) child.unref();
-  return { ended, kill: () => kill(pid, options) };
+  return { ended, pid, kill: () => kill(pid, options) };
 }
 
 /** One in a session of its own is killed with all that it has started. */
 function kill(pid: number, { detached }: StartOptions): void {
   orUndefined(() => process.kill(detached ? -pid : pid, "SIGKILL"));
 }
+
+/** Processes that were killed because they did not end, and may still not. */
+const givenUp = new Set<number>();
 
 /** Runs a program until it ends, or kills it when the time is up. */
 async function endOf(
@@ -6545,6 +6667,7 @@ async function endOf(
   } catch (error) {
     if (!child) throw new Error(`${what}: ${messageOf(error)}`);
     child.kill();
+    givenUp.add(child.pid);
     if (error instanceof TimeoutError) error.ended = child.ended;
     throw error;
   }
@@ -6563,8 +6686,9 @@ function failure(command: string[], to: string, end: unknown, stderr: string) {
   const how = typeof end === "number"
     ? `failed with status ${end}`
     : `was killed by ${end}`;
+  const shown = command.join(" ").replace(/^(sh) -\S*c .*/s, "$1");
   const said = stderr.trim().split("\n").slice(-3).join("; ");
-  return new Error(`Cannot ${to}: "${command.join(" ")}" ${how}: ${said}`);
+  return new Error(`Cannot ${to}: "${shown}" ${how}: ${said}`);
 }
 
 let unlinkedFiles = 0;

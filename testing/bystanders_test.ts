@@ -1050,7 +1050,6 @@ async function runBetween(
   if (mode === "--enable" || mode === "--disable") {
     const n = disks.findIndex(({ is, known, words }) =>
       (is === "innocent" || is === "doubt") &&
-      !words.includes("then the header") &&
       (mode === "--disable" || known || words[0].startsWith("an old data"))
     );
     if (n < 0) return;

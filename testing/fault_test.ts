@@ -465,6 +465,54 @@ for (const name of onFirstBoot) {
   );
 }
 
+/**
+ * A frozen filesystem holds up each write for ever, in the kernel, as a disk
+ * does that went mute; and it can be thawed.
+ */
+for (const [when, cases] of Object.entries(muteAfter())) {
+  onDisks(
+    `the disk goes mute ${when}: fallback, and nothing covers it later`,
+    { disks: [magicDisk] },
+    async (system) => {
+      await persist(system);
+      const mount = realBut("mount", cases(system.root));
+      const boot = await impatiently(
+        { mount },
+        (options) => system.boot([], options),
+      );
+      await assertWritable(system, boot, "");
+      assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+      assertMatch(boot.stderr, /no answer in 2 s/, boot.stderr);
+      assertEquals(boot.stderr.match(/no answer in/g)?.length, 1, boot.stderr);
+      await system.sh(`for name in etc var home; do echo now > $name/now; done
+        test -f mnt/lightwhale-data/lightwhale-state/docker
+        fsfreeze --unfreeze run/kept; sleep 3`);
+      await system.settle();
+      assertEquals(
+        await system.sh(`cat etc/now var/now home/now
+          stat -f -c %T mnt/lightwhale-data
+          test -f mnt/lightwhale-data/lightwhale-state/docker
+          echo x > etc/x; umount run/kept`),
+        "now\nnow\nnow\ntmpfs\n",
+      );
+      await assertRecovers(system, "precious");
+    },
+  );
+}
+
+/** After which mount(8), as cases of a shell. */
+function muteAfter(): Record<string, (root: string) => string> {
+  const freeze = (root: string) =>
+    `mkdir -p ${root}/run/kept
+     mount --bind ${root}/mnt/lightwhale-data ${root}/run/kept
+     fsfreeze --freeze ${root}/run/kept`;
+  return {
+    "right after its mount": (root) =>
+      `"-t btrfs "*" ${root}/mnt/lightwhale-data") mount "$@" || exit
+       ${freeze(root)}; exit`,
+  };
+}
+
 onDisks(
   "a disk that cannot be written is left alone",
   { disks: [magicDisk] },

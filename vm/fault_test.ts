@@ -212,6 +212,26 @@ const faults: Fault[] = [
     withinMs: 330_000,
   },
   {
+    name: "both halves of a mirror never answer",
+    everyTime: false,
+    disks: [
+      { holds: "half of a mirror", trouble: neverAnswers },
+      { holds: "half of a mirror", trouble: neverAnswers },
+    ],
+    mode: "fallback",
+    status: 1,
+    says: /Docker is held back/,
+    withinMs: 60_000,
+  },
+  {
+    name: "a data disk goes mute right after its mount",
+    ...muteAfterItsMount(),
+    mode: "fallback",
+    status: 1,
+    says: /Cannot mount what .*no answer in 60 s[^]*Docker is held back/,
+    withinMs: 90_000,
+  },
+  {
     name: "a data disk has no space left below it",
     everyTime: false,
     disks: [{
@@ -434,6 +454,40 @@ function afterTheFirstWrite(trouble: Trouble): Trouble {
   };
 }
 
+/** Mute, and nothing of it in the cache, once it was mounted. */
+function muteAfterItsMount(): Pick<Fault, "disks" | "before" | "on"> {
+  let isMute = false;
+  return {
+    disks: [{
+      holds: "data",
+      trouble: () => isMute ? neverAnswers() : {},
+    }],
+    before: `mkdir /tmp/real /tmp/upper /tmp/work
+      cp -P "$(command -v mount)" /tmp/real/
+      cat >/tmp/upper/mount <<"end"
+#!/bin/sh
+case $* in
+"-t btrfs "*" /mnt/lightwhale-data")
+  /tmp/real/mount "$@" || exit
+  sync -f /mnt/lightwhale-data
+  echo 3 >/proc/sys/vm/drop_caches
+  echo @mute >/dev/ttyS1
+  exec sleep 1
+  ;;
+esac
+exec /tmp/real/mount "$@"
+end
+      chmod 755 /tmp/upper/mount
+      mount -t overlay overlay /usr/sbin \\
+        -o lowerdir=/usr/sbin,upperdir=/tmp/upper,workdir=/tmp/work`,
+    on: {
+      mute: () => {
+        isMute = true;
+      },
+    },
+  };
+}
+
 /** Take the disk sda away when this program is about to run. */
 function pullBefore(program: string): Pick<Fault, "before" | "on"> {
   let pulled = false;
@@ -500,7 +554,7 @@ async function bootWithFault(fault: Fault, folder: string): Promise<void> {
       },
     },
     before,
-    check,
+    check: checkGate + check,
     timeoutMs: 400_000,
     pullThePlug: true, // a stuck disk would keep it from shutting down
   });
@@ -538,6 +592,13 @@ const check = `for name in /etc /var /home /mnt/lightwhale-data; do
     echo x >$name/x && grep -q x $name/x || echo "$name is not writable"
   done
   cat /run/lightwhale/persistence.json`;
+
+/** In the fallback Docker's data root is a file that says why. */
+const checkGate = `
+  ! grep -q '"mode": "fallback"' /run/lightwhale/persistence.json ||
+    grep -q "^Docker is held back" /mnt/lightwhale-data/lightwhale-state/docker ||
+    echo "it is not writable: Docker is not held back"
+`;
 
 const dataUuid = "0f2d1c8e-54a4-4e0b-9d55-6f1f3a3c7b11";
 
