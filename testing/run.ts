@@ -34,6 +34,7 @@ const rough = [
   "testing/hostile_names_test.ts",
   "testing/bystanders_test.ts",
   "testing/lock_test.ts",
+  "testing/s11_test.ts",
   "testing/fault_test.ts",
   "testing/cuts_test.ts",
   "testing/maintain_test.ts",

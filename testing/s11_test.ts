@@ -224,6 +224,23 @@ for (const [name, { says, ...situation }] of Object.entries(failures)) {
   });
 }
 
+onBusyBox("start: a mount that ends later covers nothing", async (system) => {
+  await prepare(system, {
+    tool: "sleep 4326",
+    set: { boot_seconds: 1 },
+    // It has found its place before, as mount(2) has that waits for a disk.
+    before: `(cd mnt/lightwhale-data
+      until [ -e ${system.root}/tmp/disk-answers ]; do sleep 0.1; done
+      mount --no-canonicalize -t tmpfs late .) >/dev/null 2>&1 &`,
+  });
+  await s11(system, "start");
+  await system.sh(
+    "touch tmp/disk-answers; until grep -q ^late /proc/mounts; do sleep 0.1; done",
+  );
+  await assertLastResort(system);
+  assertEquals(await sleepers(system, 4326), "");
+});
+
 onBusyBox("start: what is set up already is left alone", async (system) => {
   for (const end of ["kill -KILL $$", "sleep 4322", "exit 1"]) {
     await prepare(system, {
@@ -244,10 +261,6 @@ onBusyBox("start: what is set up already is left alone", async (system) => {
 
 const dataRoots = {
   "no data root": [`{ "log-driver": "local" }`, "/var/lib/docker"],
-  "Docker's own": [
-    `{"data-root":"/var/lib/docker","debug":true}`,
-    "/var/lib/docker",
-  ],
   "ours": [`{\n  "data-root": "${state}/docker"\n}`, `${state}/docker`],
   "another": [`{"data-root": "/home/of/docker"}`, "/home/of/docker"],
 };
