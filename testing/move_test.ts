@@ -387,7 +387,7 @@ async function persist(system: System): Promise<void> {
   assertEquals(boot.report.mode, "persistent", boot.stderr);
   await write(system, "one");
   await system.sh(
-    `cd ${state}; : > nocow; chattr +C nocow
+    `cd ${state}; : > nocow; chattr -c nocow; chattr +C nocow
      head -c 2M /dev/urandom >> nocow; sync nocow; sha256sum nocow >> sums`,
   );
 }
