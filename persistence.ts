@@ -42,6 +42,12 @@ export const MAGIC = "lightwhale-please-format-me";
 /** The line after the header that has a disk formatted although others are in doubt. */
 export const ANYWAY = "lightwhale-anyway";
 
+/**
+ * Begins the line after the header that says that a payload follows, and is the
+ * GPT name of the partition that holds the payload of a magic partition.
+ */
+export const PAYLOAD = "lightwhale-payload";
+
 /** Label of the data filesystem and GPT name of its partitions. */
 export const DATA = "lightwhale-data";
 
@@ -90,6 +96,7 @@ const STATE = "lightwhale-state"; // in the data filesystem
 const SNAPSHOTS = "lightwhale-state-snapshots";
 const UPPER = "overlay/upper"; // in the state directory
 const WORK = "overlay/work";
+const APPLIED = "payload.json"; // which one, and when
 const DOCKER_DATA_ROOT = `/${DATA_MOUNT}/${STATE}/docker`;
 const DOCKER_DEFAULT = "/var/lib/docker"; // its own data root
 const CONTAINERD_ROOT = "var/lib/containerd"; // of one that is a service
@@ -209,6 +216,8 @@ export interface Reading {
   anyway: boolean;
   /** Its first sector is the header and otherwise zeros. */
   onlyHeader: boolean;
+  /** The line after the header says that a payload follows, or was copied. */
+  payloadPlace?: "original" | "copy";
   table?: "mbr" | "gpt";
   gpt?: Gpt;
   btrfs?: Superblock;
@@ -247,7 +256,23 @@ export interface BlockDevice extends DeviceNode {
   signatures?: Signature[];
   /** It asks to be formatted. */
   magic: boolean;
+  /** What is to be written to the filesystem that is made of it. */
+  payload?: FoundPayload;
   holds: Holds;
+}
+
+/** A payload as a plan shows it: what it would write, and no contents. */
+export interface FoundPayload {
+  /** The node that it is read through, and where it begins there. */
+  path: string;
+  atBytes: number;
+  place: "original" | "copy" | "partition";
+  /** Paths of files; `password USER`. */
+  writes: string[];
+  /** The same where the text is the same; blinded, for plans are printed. */
+  sum: number;
+  /** Why it cannot be used, with the number of the line. */
+  problem?: string;
 }
 
 /** What a device holds, as far as this program is concerned. */
@@ -436,6 +461,8 @@ const GPT = {
   entriesCrc: 88,
   /** Room that 128 entries of 128 bytes take before the backup header. */
   entriesArea: 16 * KiB,
+  /** Where 128 entries end that begin at the third sector, of 4 KiB. */
+  largestEndBytes: 24 * KiB,
   /** More than any tool makes; entries beyond would take memory for nothing. */
   largestBytes: MiB,
   entry: { type: 0, first: 32, last: 40, name: 56, nameBytes: 72 },
@@ -502,6 +529,7 @@ export function mbrTypes(start: Uint8Array): number[] {
 }
 
 const MBR = {
+  codeBytes: 440,
   entriesAt: [446, 462, 478, 494],
   type: 4,
   first: 8, // the kernel takes no other than 1 for protective
@@ -653,6 +681,236 @@ function isRecordSlot(slot: Uint8Array): boolean {
 }
 
 const crcOfText = (text: string) => crc32(new TextEncoder().encode(text));
+
+/**
+ * Files and passwords for the system that is made of a disk: a txtar archive
+ * (golang.org/x/tools/txtar) with an end.
+ */
+export interface Payload {
+  entries: PayloadEntry[];
+  /** Where it begins (its title, if there is one), its body, and its end. */
+  atBytes: number;
+  bodyBytes: number;
+  endBytes: number;
+  /** Lines end as on Windows: those of the files then end as on Linux. */
+  crlf: boolean;
+}
+
+/** A file of a payload, or the password of a user. */
+export interface PayloadEntry {
+  /** The line of its marker. */
+  line: number;
+  /** `etc/hostname`, or `password USER`. */
+  name: string;
+  user?: string;
+  contents: Uint8Array;
+}
+
+const PAYLOAD_TEXT = {
+  title: `${PAYLOAD} 1`,
+  /** Takes the place of the title as soon as the copy is whole. */
+  copied: `${PAYLOAD} copied`,
+  end: "-- end --",
+  largestBytes: 480 * KiB,
+  /** More than this is never read: the lines before it fit in a sector. */
+  roomBytes: 484 * KiB,
+};
+
+/**
+ * Reads a payload, without copying a byte of it (but where lines end in CRLF).
+ * Whatever might be lost in silence is refused: a machine as specified or none.
+ * What stands behind the end is not looked at.
+ *
+ * @param bytes From its first line on: the magic header, or the title, or, in a
+ * file, the first marker.
+ * @throws {Error} With the number of the line, and without its contents.
+ */
+export function parsePayload(bytes: Uint8Array): Payload {
+  const { title, end: endMarker, largestBytes } = PAYLOAD_TEXT;
+  const buffer = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length);
+  const indexOf = (byte: number, from: number) =>
+    buffer.indexOf(byte, from) >>> 0; // none: behind all others
+  const nul = indexOf(0, 0);
+  const payload: Payload = {
+    entries: [],
+    atBytes: 0,
+    bodyBytes: 0,
+    endBytes: 0,
+    crlf: false,
+  };
+  const { entries } = payload;
+  const lines = new Map<string, number>();
+  let isTitled = false;
+  let contentsAt = 0;
+  for (let line = 1, at = 0;; line++) {
+    const newline = indexOf(0x0a, at);
+    const end = Math.min(newline, nul, bytes.length);
+    // Most lines cannot be markers: these begin with a dash or a space.
+    if (entries.length > 0 && end === newline && bytes[at] > 0x2d) {
+      at = newline + 1;
+      continue;
+    }
+    const typed = buffer.toString("latin1", at, end);
+    if (entries.length === 0) payload.crlf = typed.endsWith("\r");
+    const shown = payload.crlf ? typed.replace(/\r$/, "") : typed;
+    const isMarker = /^-- .* --$/s.test(shown);
+    if (isMarker && entries.length > 0) {
+      const { user, ...last } = entries[entries.length - 1];
+      const contents = bytes.subarray(contentsAt, at);
+      const why = user && whyNoPassword(contents, payload.crlf);
+      refuseLine(last.line, why);
+      entries[entries.length - 1].contents = payload.crlf
+        ? withoutReturns(contents)
+        : contents;
+    }
+    if (shown === endMarker) {
+      const isLong = end - payload.atBytes > largestBytes;
+      refuseLine(line, isLong && `it is longer than ${largestBytes} bytes`);
+      payload.endBytes = end;
+      break;
+    }
+    const isCut = end !== newline &&
+      (nul < newline
+        ? `a NUL byte before "${endMarker}": it is cut off, or is no text`
+        : `"${endMarker}" is missing, or it is longer than ${largestBytes} bytes`);
+    refuseLine(line, isCut);
+    refuseLine(line, whyNoMarker(shown));
+    if (isMarker) {
+      const name = nameIn(buffer.subarray(at, at + shown.length));
+      refuseLine(line, whyNotNamed(name));
+      const first = lines.get(name);
+      refuseLine(line, first && `the same as in line ${first}`);
+      lines.set(name, line);
+      const user = /^password (.*)/.exec(name)?.[1];
+      entries.push({ line, name, user, contents: bytes.subarray(0, 0) });
+      contentsAt = newline + 1;
+    } else if (entries.length === 0) {
+      const isHeader = (line === 1 && shown.startsWith(MAGIC)) ||
+        shown === ANYWAY;
+      if (shown.startsWith(PAYLOAD)) {
+        const isOther = isTitled || shown !== title;
+        refuseLine(line, isOther && `only "${title}" is known here`);
+        isTitled = true;
+        payload.atBytes = at;
+      } else if (!isHeader) {
+        const isComment = /^(#|\s*$)/.test(shown);
+        refuseLine(
+          line,
+          !isComment &&
+            `text before the first file (a comment begins with "#")`,
+        );
+      }
+      if (isHeader || isTitled) payload.bodyBytes = newline + 1;
+    }
+    at = newline + 1;
+  }
+  for (const { line, name } of entries) {
+    for (let path = dirname(name); path !== "."; path = dirname(path)) {
+      const first = lines.get(path);
+      refuseLine(
+        line,
+        first && `line ${first} has a file in the place of its directory`,
+      );
+    }
+  }
+  return payload;
+}
+
+function refuseLine(line: number, why: string | false | 0 | undefined): void {
+  if (why) throw new Error(`line ${line}: ${why}`);
+}
+
+/** What a marker names; undefined where that is not UTF-8. */
+function nameIn(marker: Uint8Array): string {
+  const name = marker.subarray(3, -3);
+  const decoded = decode(name);
+  return Buffer.from(decoded).equals(name) ? decoded.trim() : "\0";
+}
+
+/** A marker that is none because of what cannot be seen. */
+function whyNoMarker(line: string): string | undefined {
+  const trimmed = line.trim();
+  const isMarker = /^-- +((etc|var|home)\/.*|password .*|end) +--$/s;
+  if (line === trimmed || !isMarker.test(trimmed)) return undefined;
+  return "white space around a marker, which begins and ends its line";
+}
+
+/** What is never written as a whole. */
+const PASSWORD_FILES = ["passwd", "shadow", "group", "gshadow"]
+  .map((name) => `etc/${name}`);
+
+/** Why a marker's name is refused; only what is surely a path is quoted. */
+function whyNotNamed(name: string): string | undefined {
+  const [top, ...others] = name.split("/");
+  if (/\p{Cc}/u.test(name)) return "its name is not UTF-8, or no text";
+  if (/^password [^\s:/]+$/.test(name)) return undefined;
+  if (!OVERLAYS.includes(top) || others.length === 0) {
+    return `a file is below ${OVERLAYS.join(", ")}, a password "password USER"`;
+  }
+  if (others.some((part) => ["", ".", ".."].includes(part))) {
+    return `"${name}" has an empty part, "." or ".."`;
+  }
+  if (PASSWORD_FILES.includes(name)) {
+    return `"${name}" is never replaced (see "password USER")`;
+  }
+  // NAME_MAX; PATH_MAX is 4096, with what stands before it.
+  const bytes = (text: string) => Buffer.byteLength(text);
+  if (others.some((part) => bytes(part) > 255) || bytes(name) > 2048) {
+    return "its name is too long";
+  }
+}
+
+/** crypt(5): `$id$...`, or the older two, of which DES has no prefix. */
+const HASH = /^(\$[\w,=-]+\$[!-~]{22,}|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13})$/;
+
+function whyNoPassword(contents: Uint8Array, crlf: boolean) {
+  const line = Buffer.from(contents).toString("latin1")
+    .replace(crlf ? /\r\n$/ : /\n$/, "");
+  const isHash = HASH.test(line) && !/[:;*!\\]/.test(line);
+  return line === "*" || isHash
+    ? undefined
+    : "a password is one line: a crypt(5) hash, or * for none";
+}
+
+function withoutReturns(contents: Uint8Array): Uint8Array {
+  const text = Buffer.from(
+    contents.buffer,
+    contents.byteOffset,
+    contents.length,
+  )
+    .toString("latin1");
+  return Buffer.from(text.replaceAll("\r\n", "\n"), "latin1");
+}
+
+/**
+ * Where a payload waits while its disk is partitioned: neither wipefs(8) nor
+ * sfdisk(8), with sectors of 4096 bytes either, nor the partitions touch it. A
+ * title with checksum and length comes first, for it is written first and
+ * erased last.
+ */
+const COPY = {
+  at: PAYLOAD_TEXT.roomBytes,
+  titleBytes: 4 * KiB,
+  endBytes: 2 * PAYLOAD_TEXT.roomBytes + 4 * KiB,
+  title: "lightwhale-payload-copy 1",
+};
+
+export function formatCopyTitle(text: Uint8Array): Uint8Array {
+  const title = new Uint8Array(COPY.titleBytes);
+  const lines = [COPY.title, crc32(text), text.length, ""].join("\n");
+  title.set(new TextEncoder().encode(lines));
+  return title;
+}
+
+/** Reads a copy; undefined where there is none, or not all of it. */
+export function parseCopy(copy: Uint8Array): Uint8Array | undefined {
+  const [title, sum, length] = text(copy, 0, COPY.titleBytes).split("\n");
+  const { titleBytes } = COPY;
+  const found = copy.subarray(titleBytes, titleBytes + Number(length));
+  const isWhole = title === COPY.title && found.length === Number(length) &&
+    crc32(found) === Number(sum);
+  return isWhole ? found : undefined;
+}
 
 function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -846,9 +1104,12 @@ export async function look(
   );
   for (const device of devices) device.magic = isMagic(device, devices);
   for (const device of devices) device.holds = whatItHolds(device, devices);
+  const paths = pathsBelow(settings.root);
+  for (const device of devices.filter(({ magic }) => magic)) {
+    device.payload = await findPayload(device, devices, paths);
+  }
 
-  const { data } = pathsBelow(settings.root);
-  const mounted = mountedOn(data, mounts);
+  const mounted = mountedOn(paths.data, mounts);
   return {
     devices,
     diskPending,
@@ -1064,7 +1325,7 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
     // The kernel takes a GPT beside an MBR of its own right for a leftover.
     reading.gpt = isOther
       ? undefined
-      : await readGpt(node, start, reading.onlyHeader, read);
+      : await readGpt(node, start, reading, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
     if (hasOurNames(reading)) {
       reading.plain = isZero(await read(START_BYTES, 4 * START_BYTES)) &&
@@ -1101,15 +1362,25 @@ function isPlainStart(start: Uint8Array, { gpt, onlyHeader }: Reading) {
 
 /** What the first {@linkcode START_BYTES} of a device say. */
 export function parseStart(start: Uint8Array): Reading {
-  const [first, second] = text(start, 0, 512).split(/\r?\n/);
+  const [first, ...lines] = text(start, 0, 512).split(/\r?\n/);
   const header = first.startsWith(MAGIC);
+  // The two lines that may follow the header have no order.
+  const [second, third] = header ? lines : [];
+  const anyway = second === ANYWAY ||
+    (third === ANYWAY && second.startsWith(PAYLOAD));
+  const title = second === ANYWAY ? third : second;
   const slots = start.subarray(RECORD.slotsAt[0], BTRFS.superblockAt);
   const btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
   const record = parseRecord(slots);
   const onlyText = `${MAGIC}(\r?\n(${ANYWAY}\r?\n?)?)?`;
   return {
     header,
-    anyway: header && second === ANYWAY,
+    anyway,
+    payloadPlace: !title?.startsWith(PAYLOAD)
+      ? undefined
+      : title === PAYLOAD_TEXT.copied
+      ? "copy"
+      : "original",
     onlyHeader: header &&
       new RegExp(`^${onlyText}\0*$`).test(decode(start.subarray(0, 512))),
     btrfs,
@@ -1132,16 +1403,18 @@ export function parseStart(start: Uint8Array): Reading {
 async function readGpt(
   disk: DeviceNode,
   start: Uint8Array,
-  onlyHeader: boolean,
+  { onlyHeader, payloadPlace }: Reading,
   read: Read,
 ): Promise<Gpt | undefined> {
   const isAnnounced = isProtectiveMbr(start);
+  // A payload may have been written over a table: what that had is no payload's.
   const sizes = disk.sectorBytes === 512 ? [512, 4 * KiB] : [4 * KiB, 512];
   const within: Read = async (at, length) =>
     at + length <= start.length
       ? start.subarray(at, at + length)
       : await read(at, length);
   const isLost = (end: number) =>
+    payloadPlace !== undefined ||
     isZero(start.subarray(onlyHeader ? 512 : 0, end));
   for (const size of sizes) {
     const gpt = await readGptAt(size, size, within);
@@ -1448,6 +1721,137 @@ function isDiskPending(): boolean {
   });
 }
 
+/** So that what a plan shows of a payload tells nothing of it. */
+const BLIND = crypto.getRandomValues(new Uint32Array(1))[0];
+
+/**
+ * Finds the payload of a device: that of a partition is in another partition of
+ * its disk. One that begins with zeros was applied, or never written.
+ *
+ * @param paths The system that it is for; undefined: another one.
+ */
+async function findPayload(
+  device: BlockDevice,
+  devices: BlockDevice[],
+  paths?: Paths,
+): Promise<FoundPayload | undefined> {
+  const { kind, read } = device;
+  const holders = kind === "disk" ? [device] : holdersOf(device, devices);
+  const place = kind === "disk" ? read.payloadPlace : "partition";
+  const [holder = device] = holders;
+  if (!place || (holder === device && !read.payloadPlace)) return undefined;
+  const { entry, startBytes, disk, path } = holder;
+  const found: FoundPayload = {
+    path: entry ? nodeOf(disk) : path,
+    atBytes: entry ? startBytes : 0,
+    place,
+    writes: [],
+    sum: 0,
+  };
+  try {
+    assert(
+      holders.length === 1,
+      `that of a partition is read from one with the name "${PAYLOAD}", and ` +
+        `there are ${holders.length} on its disk`,
+    );
+    const text = await readPayload(found);
+    if (place === "partition" && text[0] === 0) return undefined;
+    assert(!holder.inUse || kind === "disk", `${path} is ${holder.inUse}`);
+    const { entries, atBytes, endBytes } = parsePayload(text);
+    found.writes = entries.map(({ name }) => name);
+    found.sum = (crc32(text.subarray(atBytes, endBytes)) ^ BLIND) >>> 0;
+    found.problem = paths && whyNotApplied(entries, paths);
+  } catch (error) {
+    found.problem = messageOf(error);
+  }
+  return found;
+}
+
+/** The partitions of its disk that hold the payload of a partition. */
+const holdersOf = ({ disk }: BlockDevice, devices: BlockDevice[]) =>
+  devices.filter((other) =>
+    other.disk === disk && other.partitionName === PAYLOAD
+  );
+
+async function readPayload(
+  { path, atBytes, place }: FoundPayload,
+): Promise<Uint8Array> {
+  if (place !== "copy") {
+    return await readBytes(path, atBytes, PAYLOAD_TEXT.roomBytes);
+  }
+  return parseCopy(await readBytes(path, COPY.at, COPY.endBytes - COPY.at)) ??
+    failed(`its copy at ${COPY.at / KiB} KiB of ${path} is damaged`);
+}
+
+function failed(message: string): never {
+  throw new Error(message);
+}
+
+/** Why the files of this system do not take a payload. No link is followed. */
+function whyNotApplied(
+  entries: PayloadEntry[],
+  paths: Paths,
+): string | undefined {
+  // Those of the image: a volatile system's own are gone at the next boot.
+  const directoryOf = (name: string) =>
+    isOurOverlay(mountedOn(join(paths.root, name)))
+      ? join(paths.lower, name)
+      : join(paths.root, name);
+  for (const { line, name, user } of entries) {
+    const [top, ...others] = user ? SHADOW.split("/") : name.split("/");
+    try {
+      const { stat, path } = walk(directoryOf(top), others, name);
+      if (!user) continue;
+      assert(stat?.isFile() === true, `there is no file "${SHADOW}"`);
+      const lines = fs.readFileSync(path, "latin1").split("\n");
+      assert(findUser(lines, user) >= 0, `there is no user "${user}"`);
+    } catch (error) {
+      return `line ${line}: ${messageOf(error)}`;
+    }
+  }
+}
+
+const SHADOW = "etc/shadow";
+
+const findUser = (shadow: string[], user: string) =>
+  shadow.findIndex((line) => line.startsWith(`${user}:`));
+
+/**
+ * Goes to a file from directory to directory, and through no link.
+ *
+ * @param make Makes a directory that is not there.
+ * @returns Where it is, and what stands there.
+ * @throws {Error} Where it cannot be a file.
+ */
+function walk(
+  directory: string,
+  parts: string[],
+  name: string,
+  make?: (directory: string) => void,
+) {
+  const lookAt = (path: string) =>
+    fs.lstatSync(path, { throwIfNoEntry: false });
+  let path = directory;
+  for (const part of ["", ...parts.slice(0, -1)]) {
+    path = join(path, part);
+    const stat = lookAt(path);
+    if (!stat && !make) return { path };
+    if (!stat) make?.(path);
+    else if (!stat.isDirectory()) {
+      throw new Error(
+        `"${name}" leads through a ${
+          stat.isSymbolicLink() ? "symbolic link" : "file"
+        }, "${part}"`,
+      );
+    }
+  }
+  path = join(path, parts[parts.length - 1]);
+  const stat = lookAt(path);
+  const isReplaced = !stat || stat.isFile() || stat.isSymbolicLink();
+  assert(isReplaced, `"${name}" is there, and is no file`);
+  return { path, stat };
+}
+
 /** Usable memory (proc_meminfo(5)). */
 function readMemoryBytes(): number {
   const meminfo = readText("/proc/meminfo") ?? "";
@@ -1534,6 +1938,8 @@ export interface NewFilesystem {
   members: NewMember[];
   dataProfile: string;
   metadataProfile: string;
+  /** What it gets before it is complete. */
+  payload?: FoundPayload;
 }
 
 /** A magic disk or partition, and what becomes of it. */
@@ -1626,6 +2032,7 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
   const usable = devices.filter(({ inUse }) => !inUse?.startsWith("held by"));
   for (const device of usable) {
     if (!device.read.header || device.kind === "disk" || device.magic) continue;
+    if (device.partitionName === PAYLOAD) continue;
     const remedy = device.kind === "volume"
       ? "volumes are never formatted"
       : `a partition is enabled with persistence.ts --enable ${device.path}`;
@@ -1772,7 +2179,15 @@ function planNew(found: Findings, plan: Plan): void {
     if (settings.required) requireDisk(plan);
     return;
   }
-  plan.create = { members, ...profilesFor(members.length) };
+  const { payload, problem } = choosePayload(found.candidates, members);
+  if (problem) {
+    plan.reason = "a payload cannot be used";
+    plan.notes.push(error(
+      `Cannot format ${pathsOf(devicesOf(members))}: ${problem}`,
+    ));
+    return;
+  }
+  plan.create = { members, payload, ...profilesFor(members.length) };
   plan.mode = "persistent";
   plan.reason = `${pathsOf(devicesOf(members))} ` +
     `carr${members.length > 1 ? "y" : "ies"} the magic to be formatted`;
@@ -1788,6 +2203,32 @@ function requireDisk(plan: Plan): void {
       `requires one (lightwhale.persistence): plug it in, enable a new one ` +
       `with persistence.ts --enable, or leave the parameter out`,
   ));
+}
+
+/**
+ * The payload of a new filesystem. It is that of all magic devices, also of one
+ * that is left out: a machine as specified, or none.
+ */
+function choosePayload(
+  magic: BlockDevice[],
+  members: NewMember[],
+): { payload?: FoundPayload; problem?: string } {
+  const all = magic.filter(({ payload }) => payload);
+  const bad = all.find(({ payload }) => payload?.problem);
+  const sums = new Set(all.map(({ payload }) => payload?.sum));
+  const [used] = devicesOf(members).filter(({ payload }) => payload);
+  const remedy = `write it anew (persistence.ts --enable ${
+    (bad ?? all[0])?.path
+  } --with FILE), or take it away (persistence.ts --disable)`;
+  const problem = bad
+    ? `the payload of ${bad.path} cannot be used: ${bad.payload?.problem}; ` +
+      remedy
+    : sums.size > 1
+    ? `the payloads of ${pathsOf(all)} are not the same; ${remedy}`
+    : all.length > 0 && !used
+    ? `${pathsOf(all)}, which has a payload for it, cannot be used`
+    : undefined;
+  return { payload: used?.payload, problem };
 }
 
 /** Says what may be a damaged data disk, and what cannot be read. */
@@ -2573,14 +3014,21 @@ function planJoins(found: Findings, plan: Plan): void {
       ? undefined
       : whyTooSmall(member.dataBytes, sizes) ??
         whyNotMirrored(data, [...sizes, member.dataBytes]);
-    if (!problem) {
-      plan.joins.push(member);
-      sizes.push(member.dataBytes);
+    const { path, payload } = member.device;
+    if (problem) {
+      plan.notes.push(warning(
+        `${path} does not join the data filesystem: ${problem}`,
+      ));
       continue;
     }
-    plan.notes.push(warning(
-      `${member.device.path} does not join the data filesystem: ${problem}`,
-    ));
+    plan.joins.push(member);
+    sizes.push(member.dataBytes);
+    if (payload) {
+      plan.notes.push(warning(
+        `${path} joins a data filesystem, which is not new: its payload is ` +
+          `erased, and not applied`,
+      ));
+    }
   }
 }
 
@@ -2653,6 +3101,10 @@ export function* describePlan(plan: Plan): Generator<string> {
     const nodes = create.members.map((member) => member.dataPath).join(", ");
     yield `create "${DATA}" on ${nodes}: data ${create.dataProfile}, ` +
       `metadata ${create.metadataProfile}`;
+  }
+  if (create?.payload) {
+    const { path, writes } = create.payload;
+    yield `write the payload of ${path}: ${writes.join(", ")}`;
   }
   if (data && plan.mode === "persistent") {
     yield `mount "${DATA}" (${data.fsid}) from ${pathsOf(data.members)}` +
@@ -2801,6 +3253,7 @@ async function growPartition({ path, disk, number }: BlockDevice) {
 
 /** Takes the magic away, now or at the next boot. */
 async function clearMagic(device: BlockDevice): Promise<void> {
+  await erasePayload(device);
   await setMagic(device, DATA);
 }
 
@@ -2812,14 +3265,22 @@ async function clearMagic(device: BlockDevice): Promise<void> {
  */
 async function setMagic(device: BlockDevice, name: string, anyway = false) {
   const { kind, path, disk, number } = device;
-  const was = parseStart(await readBytes(path, 0, 512));
+  const sector = await readBytes(path, 0, 512);
+  const was = parseStart(sector);
   const lines = MAGIC + (anyway || was.anyway ? `\n${ANYWAY}\n` : "");
   const header = new TextEncoder().encode(lines);
   // Only these bytes: boot code and the protective MBR around them stay. The
   // name of a partition cannot say "anyway": its first lines do.
   const isThere = kind === "partition" ? was.anyway : was.header;
   if (isThere || anyway || (kind !== "partition" && name === MAGIC)) {
-    await writeBytes(path, 0, name === MAGIC ? header : header.fill(0));
+    const zeros = was.payloadPlace
+      ? sector.fill(0, 0, titleEnd(sector))
+      : undefined;
+    await writeBytes(
+      path,
+      0,
+      name === MAGIC ? header : zeros ?? header.fill(0),
+    );
   }
   if (kind !== "partition") return;
   const whole = nodeOf(disk);
@@ -2840,11 +3301,41 @@ async function readBytes(path: string, at: number, length: number) {
 async function writeBytes(path: string, at: number, bytes: Uint8Array) {
   // dd would make a file in /dev in the place of a device that has gone.
   assert(fs.existsSync(path), `Cannot write to ${path}: it is gone`);
+  const { length } = bytes;
+  const block = [4 * KiB, 512]
+    .find((size) => at % size === 0 && length % size === 0) ?? length;
   await run(
-    words`dd of=${path} bs=${bytes.length} count=1 seek=${at / bytes.length}
+    words`dd of=${path} bs=${block} count=${length / block} seek=${at / block}
       conv=notrunc,fsync status=none`,
     { to: `write ${bytes.length} bytes at ${at} of ${path}`, stdin: bytes },
   );
+}
+
+/**
+ * Changes the first MiB of a device, step by step: each is on the medium before
+ * the next begins. Only blocks that differ are written.
+ */
+async function changeStart(
+  path: string,
+  atBytes: number,
+  steps: ((start: Uint8Array) => void)[],
+): Promise<void> {
+  const start = await readBytes(path, atBytes, MiB);
+  const block = 4 * KiB;
+  for (const change of steps) {
+    const before = Buffer.from(start);
+    change(start);
+    const differs = (at: number) =>
+      at < start.length &&
+      before.compare(start, at, at + block, at, at + block) !== 0;
+    for (let at = 0; at < start.length; at += block) {
+      let end = at;
+      while (differs(end)) end += block;
+      if (end === at) continue;
+      await writeBytes(path, atBytes + at, start.subarray(at, end));
+      at = end;
+    }
+  }
 }
 
 /** A disk may have a second path, through which it was written. */
@@ -2922,10 +3413,12 @@ async function findTwin(devices: BlockDevice[], members: BlockDevice[]) {
   const disks = [...new Set([...members, ...devices].map(({ disk }) => disk))];
   if (disks.length < 2) return undefined;
   const bytes = 4 * KiB;
+  const rooms = Math.floor((MiB - COPY.endBytes) / bytes) - 1;
   const places = devices.map((device, i) => ({
     device,
     node: nodeOf(device.disk),
-    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i % 200),
+    // Behind the place of a payload's copy, which a power cut must not hurt.
+    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i % rooms),
     token: Buffer.alloc(bytes, `${crypto.randomUUID()}\n`),
   }));
   const before = await allOf(
@@ -2936,12 +3429,16 @@ async function findTwin(devices: BlockDevice[], members: BlockDevice[]) {
       places.map(({ node, at, token }) => writeBytes(node, at, token)),
     );
     await allOf(disks.map((disk) => dropCache(nodeOf(disk))));
+    // Two paths may share a room: then the token of either is there.
     for (const { device, at, token } of places) {
-      for (const disk of disks.slice(0, disks.indexOf(device.disk))) {
+      for (const disk of disks.filter((disk) => disk !== device.disk)) {
         const found = await readBytes(nodeOf(disk), at, bytes);
         if (!token.equals(found)) continue;
-        const why = `it is the same disk as ${nodeOf(disk)}, on another path`;
-        return { device, why, isTwin: true };
+        const [first, later] = [disk, device.disk]
+          .sort((a, b) => disks.indexOf(a) - disks.indexOf(b));
+        const why = `it is the same disk as ${nodeOf(first)}, on another path`;
+        const twin = devices.find((other) => other.disk === later) ?? device;
+        return { device: twin, why, isTwin: true };
       }
     }
   } finally {
@@ -3012,7 +3509,122 @@ async function partition(create: NewFilesystem): Promise<void> {
   const devices = devicesOf(create.members);
   needPrograms(devices);
   await allOf(devices.map(confirm));
+  await allOf(devices.map(copyPayload));
   await allOf(create.members.map(partitionDisk));
+}
+
+/**
+ * Puts the payload of a disk where it waits until the filesystem is complete,
+ * and makes that count by one sector: a power cut leaves either the original or
+ * a whole copy. Then the original goes; the table comes in its place.
+ */
+async function copyPayload(device: BlockDevice): Promise<void> {
+  const { path, payload } = device;
+  if (!payload || payload.place === "partition") return;
+  if (payload.place === "original") {
+    const text = await loadPayload(payload);
+    const { titleBytes, at } = COPY;
+    await changeStart(path, 0, [
+      (start) => start.set(formatCopyTitle(text), at),
+      (start) => {
+        start.fill(0, at + titleBytes, COPY.endBytes);
+        start.set(text, at + titleBytes);
+      },
+    ]);
+    payload.place = "copy";
+    assert(
+      Buffer.from(text).equals(await loadPayload(payload)),
+      `Cannot read the copy of a payload back from ${path}: the disk may be ` +
+        `broken`,
+    );
+    await changeStart(path, 0, [
+      (start) => setFirstLines(start, PAYLOAD_TEXT.copied),
+    ]);
+  }
+  await changeStart(path, 0, [(start) => start.fill(0, 512, COPY.at)]);
+}
+
+/** The text of a payload, if it is still the one that was planned with. */
+async function loadPayload(found: FoundPayload): Promise<Uint8Array> {
+  const text = await readPayload(found);
+  const { entries, endBytes } = parsePayload(text);
+  const names = entries.map(({ name }) => name);
+  assert(
+    names.join() === found.writes.join(),
+    `Cannot use the payload of ${found.path}: it has changed meanwhile`,
+  );
+  return text.subarray(0, endBytes);
+}
+
+/** Leaves nothing in the first sector but the header and what follows it. */
+function setFirstLines(start: Uint8Array, title: string): void {
+  const lines = [MAGIC, ...parseStart(start).anyway ? [ANYWAY] : [], title, ""];
+  start.fill(0, 0, 512);
+  start.set(new TextEncoder().encode(lines.join("\n")));
+}
+
+/** Where the lines end that are the magic, in the first sector of a payload. */
+function titleEnd(sector: Uint8Array): number {
+  const bytes = Buffer.from(sector.subarray(0, MBR.codeBytes));
+  const newline = bytes.indexOf("\n", bytes.indexOf(PAYLOAD));
+  return newline < 0 ? bytes.length : newline + 1;
+}
+
+/**
+ * Leaves zeros where a payload and its copy are, but for its title: that goes
+ * with the magic, so that a power cut before leaves what no boot formats. A
+ * sector with a NUL is none of a text: a table was written there.
+ */
+async function erasePayload({ path, payload }: BlockDevice): Promise<void> {
+  if (!payload) return;
+  if (payload.place === "partition") {
+    await changeStart(payload.path, payload.atBytes, [(start) => {
+      if (isPayloadText(start)) clearText(start, 0);
+    }]);
+  } else await changeStart(path, 0, clearing(payload.place));
+}
+
+/** The steps that erase a payload from the start of a disk. */
+const clearing = (place: "original" | "copy") => [
+  (start: Uint8Array) => {
+    const isCopy = text(start, COPY.at, COPY.title.length) === COPY.title;
+    if (isCopy) start.fill(0, COPY.at + COPY.titleBytes, COPY.endBytes);
+  },
+  (start: Uint8Array) => {
+    const isCopy = text(start, COPY.at, COPY.title.length) === COPY.title;
+    if (isCopy) start.fill(0, COPY.at, COPY.at + COPY.titleBytes);
+    clearText(start, titleEnd(start));
+    // The copy was made for us to write here.
+    if (place === "copy") start.fill(0, GPT.largestEndBytes, COPY.at);
+  },
+];
+
+const isPayloadText = (start: Uint8Array) =>
+  [MAGIC, PAYLOAD, "-- "].some((line) => text(start, 0, line.length) === line);
+
+function clearText(start: Uint8Array, from: number): void {
+  const { end: marker, roomBytes } = PAYLOAD_TEXT;
+  const room = Buffer.from(start.buffer, start.byteOffset, start.length)
+    .subarray(0, roomBytes);
+  const found = room.indexOf(`\n${marker}`);
+  const nul = room.indexOf(0);
+  const behind = found + 1 + marker.length;
+  const [newline] = /^(\r?\n)?/.exec(
+    room.toString("latin1", behind, behind + 2),
+  )!;
+  const end = found >= 0
+    ? behind + newline.length
+    : nul >= 0
+    ? nul
+    : room.length;
+  for (let at = 0; at < end; at += 512) {
+    const isMbr = at === 0 && mbrTypes(room).length > 0;
+    const part = room.subarray(
+      Math.max(at, from),
+      Math.min(end, isMbr ? MBR.codeBytes : at + 512),
+    );
+    if (at === 0 || !part.includes(0)) part.fill(0);
+  }
 }
 
 /** Nothing is wiped for a filesystem that then cannot be made. */
@@ -3129,8 +3741,10 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
       .then((superblocks) => recordNew(members, superblocks)),
     mountTopLevel(nodes, [], paths).then(() => createSubvolumes(top, nodes)),
   ]);
+  const state = join(top, SUBVOLUMES.state);
+  if (create.payload) await applyPayload(create.payload, state, paths);
   await allOf([
-    makeUppers(OVERLAYS, join(top, SUBVOLUMES.state), paths),
+    makeUppers(OVERLAYS, state, paths),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
     // and with it the subvolumes: the label never comes without them.
     run(words`btrfs filesystem label ${top} ${DATA}`, {
@@ -3139,6 +3753,121 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
   ]);
   await verifySuperblocks(nodes, DATA);
   return sortOutMembers(made);
+}
+
+/**
+ * Writes a payload into the uppers, through an overlay of the whole root with
+ * them: what it sees is what the system will see. Each file is on the medium
+ * before it takes its place, and the directories come last.
+ */
+async function applyPayload(
+  found: FoundPayload,
+  state: string,
+  paths: Paths,
+): Promise<void> {
+  const text = await loadPayload(found);
+  const { entries } = parsePayload(text);
+  await makeUppers(OVERLAYS, state, paths);
+  const work = join(scratchLayers(state), "payload");
+  fs.mkdirSync(work, { recursive: true });
+  const merged = paths.copyUp; // over the one that made the uppers
+  const options = [
+    `lowerdir=${paths.root}`,
+    `upperdir=${join(state, UPPER)}`,
+    `workdir=${work}`,
+    OVERLAY_FEATURES_OFF,
+  ];
+  await run(words`mount -t overlay -o ${options.join()} overlay ${merged}`, {
+    to: `write the payload of ${found.path}`,
+  });
+  const directories = new Set<string>();
+  try {
+    for (const entry of entries) applyEntry(entry, merged, directories);
+    for (const directory of directories) syncFile(directory);
+  } finally {
+    await unmount(merged);
+  }
+  text.fill(0); // not to be found in the memory of this process
+  const note = { applied: new Date().toISOString(), writes: found.writes };
+  const file = join(state, APPLIED);
+  fs.writeFileSync(file, JSON.stringify(note) + "\n");
+  syncFile(file);
+  say("info", `The payload of ${found.path} is written`);
+}
+
+/** Writes one file, or one password, into a tree that nobody else changes. */
+export function applyEntry(
+  { line, name, user, contents }: PayloadEntry,
+  merged: string,
+  directories: Set<string>,
+): void {
+  const isSecret = name.split("/").includes(".ssh");
+  const make = (directory: string) => {
+    const { uid, gid } = fs.lstatSync(dirname(directory));
+    fs.mkdirSync(directory);
+    const isIn = isSecret && `${directory}/`.includes("/.ssh/");
+    fs.chmodSync(directory, isIn ? 0o700 : 0o755);
+    fs.lchownSync(directory, uid, gid);
+  };
+  try {
+    const parts = (user ? SHADOW : name).split("/");
+    const { path, stat } = walk(merged, parts, name, make);
+    const { uid, gid } = stat && user ? stat : fs.lstatSync(dirname(path));
+    const isScript = contents[0] === 0x23 && contents[1] === 0x21; // #!
+    const mode = user
+      ? stat?.mode ?? 0
+      : isSecret
+      ? 0o600
+      : name.startsWith("etc/sudoers.d/")
+      ? 0o440
+      : isScript
+      ? 0o755
+      : 0o644;
+    const bytes = user ? setPassword(path, user, contents) : contents;
+    const temporary = join(merged, "payload.new"); // outside of what is named
+    fs.rmSync(temporary, { force: true });
+    const file = fs.openSync(temporary, "wx", 0o600);
+    try {
+      fs.writeFileSync(file, bytes);
+      fs.fchownSync(file, uid, gid);
+      fs.fchmodSync(file, mode & 0o7777);
+      fs.fsyncSync(file);
+    } finally {
+      fs.closeSync(file);
+    }
+    fs.renameSync(temporary, path);
+    for (let at = dirname(path); at !== merged; at = dirname(at)) {
+      directories.add(at);
+    }
+  } catch (error) {
+    throw new Error(
+      `Cannot write line ${line} of a payload, "${name}": ${messageOf(error)}`,
+    );
+  }
+}
+
+/** `/etc/shadow` with another password for a user (shadow(5)). */
+function setPassword(
+  path: string,
+  user: string,
+  contents: Uint8Array,
+): Uint8Array {
+  const lines = fs.readFileSync(path, "latin1").split("\n");
+  const index = findUser(lines, user);
+  assert(index >= 0, `there is no user "${user}"`);
+  const fields = lines[index].split(":");
+  fields[1] = Buffer.from(contents).toString("latin1").trim();
+  lines[index] = fields.join(":");
+  return Buffer.from(lines.join("\n"), "latin1");
+}
+
+function syncFile(path: string): void {
+  const file = fs.openSync(path, "r");
+  try {
+    fs.fsyncSync(file);
+  } finally {
+    fs.closeSync(file);
+  }
 }
 
 /** The members of a filesystem that was made, with their records. */
@@ -5313,6 +6042,18 @@ async function prepareMember(member: NewMember, data: DataFilesystem) {
       await findTwin([device], data.members);
     assert(!misfit, `Cannot format ${device.path}: ${misfit?.why}`);
   }
+  const { payload } = device;
+  if (payload && payload.place !== "partition") {
+    // The title stays until it has joined: without it this disk alone would be
+    // made a data filesystem after a power cut.
+    await changeStart(device.path, 0, [
+      ...clearing(payload.place),
+      (start) => {
+        setFirstLines(start, PAYLOAD_TEXT.title);
+        start.fill(0, 512, COPY.at);
+      },
+    ]);
+  }
   await partitionDisk(member);
   await waitForPartitions([member]);
   await makeSwapOf(member);
@@ -5461,14 +6202,15 @@ interface Target {
 /**
  * Makes devices magic, to be formatted at the next boot: all of them or none.
  *
- * @param now Let them join the data filesystem at once.
+ * Options: `now` lets them join the data filesystem at once, `file` has a
+ * payload.
  */
 async function enable(
   paths: string[],
-  force: boolean,
-  now: boolean,
+  { force, now, file }: { force: boolean; now: boolean; file?: string },
   settings: Settings,
 ) {
+  const payload = file === undefined ? undefined : readPayloadFile(file);
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
     const disk = wholeDisk(name);
@@ -5482,28 +6224,37 @@ async function enable(
   for (const path of paths) {
     const target = await targetAt(path);
     const refusal = await whyNotTaken(target, force) ??
+      (payload &&
+        await whyNoPlaceFor(payload, target, pathsBelow(settings.root))) ??
       (now ? await whyNotJoined(target, settings) : undefined);
     if (refusal) refuse(`Cannot enable ${path}: ${refusal}`);
     targets.push(target);
   }
-  const done: Target[] = [];
+  const done: string[] = [];
+  const isAsAsked = (target: Target) =>
+    isEnabled(target) && target.device.payload?.sum === payload?.sum;
   try {
     for (const [i, target] of targets.entries()) {
       const path = paths[i];
-      if (isEnabled(target) && !force) {
+      if (isAsAsked(target) && !force) {
         console.log(`${path} is enabled already`);
         continue;
       }
-      done.push(target);
-      await makeMagic(target, force);
+      done.push(path);
+      await makeMagic(target, force, payload);
       assert(
-        isEnabled(await targetAt(path)),
+        isAsAsked(await targetAt(path)),
         `Cannot read the magic back from ${path}: the disk may be broken`,
       );
-      console.log(`${path} is enabled`);
+      const writes = payload?.entries.map(({ name }) => `\n  ${name}`) ?? [];
+      console.log(
+        `${path} is enabled${
+          payload ? `, with a payload:${writes.join("")}` : ""
+        }`,
+      );
     }
   } catch (error) { // half a mirror would become a single disk
-    await attemptEach(done, takeMagic);
+    await attemptEach(done, async (path) => takeMagic(await targetAt(path)));
     throw error;
   }
   if (!names.some(Boolean)) return;
@@ -5788,12 +6539,63 @@ export function leastBytes(whyNot: (bytes: number) => unknown): number {
   return high;
 }
 
+/** A payload that a file has, to be written. */
+type GivenPayload = Payload & { text: Buffer; sum: number };
+
+function readPayloadFile(path: string): GivenPayload {
+  try {
+    const bytes = fs.readFileSync(path);
+    const payload = parsePayload(bytes.subarray(0, PAYLOAD_TEXT.roomBytes));
+    const { bodyBytes, endBytes, crlf } = payload;
+    const newline = crlf ? "\r\n" : "\n";
+    const text = Buffer.concat([
+      Buffer.from(PAYLOAD_TEXT.title + newline),
+      bytes.subarray(bodyBytes, endBytes),
+      Buffer.from(newline),
+    ]);
+    const end = text.length - newline.length;
+    const sum = (crc32(text.subarray(0, end)) ^ BLIND) >>> 0;
+    return { ...payload, text, sum };
+  } catch (error) {
+    refuse(`Cannot use the payload "${path}": ${messageOf(error)}`);
+  }
+}
+
+/** Why a payload cannot be written for a device, or not applied to this system. */
+async function whyNoPlaceFor(
+  { entries, text }: GivenPayload,
+  { device, devices }: Target,
+  paths: Paths,
+) {
+  const problem = device.disk && whyNotApplied(entries, paths);
+  if (problem) return `its payload cannot be used: ${problem}`;
+  if (device.kind !== "partition") return undefined;
+  const holders = holdersOf(device, devices);
+  const [holder] = holders;
+  if (holders.length !== 1) {
+    return `its payload goes into a partition of its disk with the GPT name ` +
+      `"${PAYLOAD}", and there are ${holders.length} (sfdisk --part-label)`;
+  }
+  const { path, inUse, readOnly, sizeBytes, entry, startBytes, disk } = holder;
+  if (inUse || readOnly) return `${path} is ${inUse ?? "read-only"}`;
+  if (sizeBytes < text.length) return `${path} is too small for its payload`;
+  const first = await readBytes(
+    entry ? nodeOf(disk) : path,
+    entry ? startBytes : 0,
+    4 * KiB,
+  );
+  if (!isZero(first) && !isPayloadText(first)) {
+    return `${path} holds something else than a payload (wipefs --all, or ` +
+      `zeros at its start, give that up)`;
+  }
+}
+
 /** Takes the magic away again. */
 async function disable(paths: string[]): Promise<void> {
   for (const path of paths) {
     const target = await targetAt(path);
-    const { readOnly, magic } = target.device;
-    if (!magic) {
+    const { readOnly, magic, payload } = target.device;
+    if (!magic && !payload) {
       console.log(`${path} is not enabled`);
       continue;
     }
@@ -5822,6 +6624,7 @@ async function targetAt(path: string): Promise<Target> {
       magic: read.header,
       holds: { kind: "nothing of ours" },
     } as BlockDevice;
+    image.payload = await findPayload(image, [image]);
     return { device: image, devices: [image] };
   }
   const name = nameAt(path) ?? refuse(
@@ -5834,6 +6637,7 @@ async function targetAt(path: string): Promise<Target> {
   );
   const { error } = device.read;
   assert(!error, `Cannot enable or disable ${path}: ${error}`);
+  device.payload = await findPayload(device, devices);
   return { device, devices };
 }
 
@@ -5848,9 +6652,24 @@ function holdsData({ holds }: BlockDevice): boolean {
     (holds.kind === "suspect" && holds.labelled);
 }
 
-/** Makes a target magic, and wipes data that would win over that. */
-async function makeMagic({ device, devices }: Target, anyway: boolean) {
-  await setMagic(device, MAGIC, anyway);
+/**
+ * Makes a target magic, and wipes data that would win over that. A payload is
+ * there before the magic is: a power cut leaves all of it enabled, or nothing.
+ */
+async function makeMagic(
+  target: Target,
+  anyway: boolean,
+  payload?: GivenPayload,
+) {
+  const { device, devices } = target;
+  const isOnDisk = payload && device.kind === "disk";
+  if (device.payload || (isOnDisk && device.magic)) await takeMagic(target);
+  if (payload && !isOnDisk) {
+    const [{ path, entry, startBytes, disk }] = holdersOf(device, devices);
+    const [node, at] = entry ? [nodeOf(disk), startBytes] : [path, 0];
+    await changeStart(node, at, [(start) => start.set(payload.text)]);
+  }
+  if (!isOnDisk) await setMagic(device, MAGIC, anyway);
   const parts = partsOf(device, devices).filter(holdsData);
   const disk = devices.find(({ name }) => name === device.disk);
   if (disk && parts.some(({ entry }) => entry)) await showPartitions(disk);
@@ -5861,9 +6680,17 @@ async function makeMagic({ device, devices }: Target, anyway: boolean) {
     const zeros = new Uint8Array(BTRFS.bytes);
     await writeBytes(part.path, BTRFS.superblockAt, zeros);
   }
+  if (!isOnDisk) return;
+  const lines = `${MAGIC}\n${anyway ? `${ANYWAY}\n` : ""}`;
+  const text = Buffer.concat([Buffer.from(lines), payload.text]);
+  await changeStart(device.path, 0, [
+    (start) => start.set(text.subarray(512), 512),
+    (start) => start.set(text.subarray(0, 512)),
+  ]);
 }
 
 async function takeMagic({ device }: Target): Promise<void> {
+  await erasePayload(device);
   await setMagic(device, device.read.btrfs?.label === DATA ? DATA : "");
 }
 
@@ -5983,8 +6810,13 @@ async function describeContents(device: BlockDevice) {
   if (found || entry) return found || undefined;
   const start = await readBytes(path, 0, MiB);
   const lines = read.header ? MAGIC + (read.anyway ? `\n${ANYWAY}\n` : "") : "";
+  if (read.payloadPlace) {
+    for (const step of clearing(read.payloadPlace)) step(start);
+    start.fill(0, 0, titleEnd(start));
+  }
   start.fill(0, 0, lines.length);
-  return isZero(start) ? undefined : "data of an unknown kind";
+  if (!isZero(start)) return "data of an unknown kind";
+  return read.payloadPlace ? "a payload" : undefined;
 }
 
 // ---------------------------------------------------------------------------
@@ -6033,6 +6865,7 @@ async function readStatus(settings: Settings) {
     scrub: open ? describeScrub(open, memory) : null,
     next: null as string | null,
     problems: [] as Problem[],
+    payload: readApplied(paths),
     health: [] as string[],
     notes: [] as string[],
     lastBoot: readReport(paths) ?? null,
@@ -6102,6 +6935,14 @@ function describeNext(
     Math.ceil((SCRUB_EVERY_SECONDS - age) / DAY_SECONDS),
   );
   return `all checksums are verified in ${days} days`;
+}
+
+/** When a payload was applied to this filesystem, and what it wrote. */
+function readApplied({ state }: Paths) {
+  const note = orUndefined(() => JSON.parse(readText(join(state, APPLIED))!));
+  const { applied, writes } = note ?? {};
+  if (typeof applied !== "string" || !Array.isArray(writes)) return null;
+  return { applied, writes: writes.map(String) };
 }
 
 function readSpace(directory: string) {
@@ -6389,6 +7230,10 @@ function* describeStatus(status: Status): Generator<string> {
     yield `  ${target}: ${type} from ${source}`;
   }
   if (swap.length > 0) yield `  swap: ${swap.join(", ")}`;
+  if (status.payload) {
+    const { applied, writes } = status.payload;
+    yield `  payload: applied ${applied}: ${writes.join(", ")}`;
+  }
   for (const { kind, progress, since } of status.work) {
     const when = since ? ` since ${since}` : "";
     yield `In the background${when}: ${kind}: ${progress}`;
@@ -6956,6 +7801,7 @@ Options:
   --force           with --enable: also a device that holds data, and although
                     other disks are in doubt; with --move: for NEW
   --now             with --enable: join the data filesystem at once
+  --with FILE       with --enable: a payload, to be applied to what is made
   --wait SECONDS    how long to wait for missing devices (default: 10)
   --devices LIST    look at these devices only, comma separated; loop devices
                     are looked at only when they are listed
@@ -7009,7 +7855,7 @@ export function parseCommandLine(args: string[]) {
   }
   const parsed = parseArgs(args, {
     boolean: FLAGS,
-    string: ["wait", "devices", "root", "_"], // a file 007 is not 7
+    string: ["wait", "devices", "root", "with", "_"], // a file 007 is not 7
     unknown,
   });
   const operands: string[] = parsed._.map(String);
@@ -7031,6 +7877,10 @@ export function parseCommandLine(args: string[]) {
     ? "Option --now goes with --enable only"
     : cancel && !takesBack
     ? "Option --cancel goes with --remove or --move only"
+    : parsed.with !== undefined && (mode !== "enable" || now)
+    ? "Option --with goes with --enable only, and not with --now"
+    : parsed.with === ""
+    ? "Option --with needs a FILE: see --help"
     : json && mode !== "status" && mode !== "dry-run"
     ? "Option --json goes with --status or --dry-run only"
     : undefined;
@@ -7154,8 +8004,10 @@ async function main(args: string[]): Promise<number> {
       const lock = await takeLock(join(pathsBelow(settings.root).run, "lock"));
       const { force, now, cancel } = parsed;
       if (mode === "disable") await disable(operands);
-      else if (mode === "enable") await enable(operands, force, now, settings);
-      else if (cancel) await cancelLeaving(settings);
+      else if (mode === "enable") {
+        const options = { force, now, file: parsed.with };
+        await enable(operands, options, settings);
+      } else if (cancel) await cancelLeaving(settings);
       else if (mode === "move") await move(operands, force, settings);
       else await remove(operands, settings);
       lock.release();

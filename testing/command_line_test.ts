@@ -40,6 +40,11 @@ const mistakes: Record<string, string[]> = {
   "--dry-run with a device": ["--dry-run", "/dev/null"],
   "--json without --status": ["--json"],
   "--force without --enable": ["--force"],
+  "--with without --enable": ["--with", "/dev/null"],
+  "--with without a file": ["--enable", "/dev/null", "--with"],
+  "--with and an empty file name": ["--enable", "/dev/null", "--with="],
+  "--with and --now": ["--enable", "/dev/null", "--now", "--with", "x"],
+  "--with and an empty file": ["--enable", "/dev/null", "--with", "/dev/null"],
   "--enable with a device that is not there": ["--enable", "/dev/nonexistent"],
   "--disable with a device that is not there": ["--disable", "/dev/nowhere"],
   "--enable with an empty device": ["--enable", ""],
@@ -87,7 +92,7 @@ onDisks("--help tells every option", { disks: [disk] }, async (system) => {
   for (
     const option of [
       ...["--enable", "--disable", "--status", "--json", "--dry-run"],
-      ...["--force", "--wait", "--devices", "--root"],
+      ...["--force", "--with", "--wait", "--devices", "--root"],
       ...["--quiet", "--verbose", "--help", "--version"],
     ]
   ) assertStringIncludes(stdout, option);

@@ -41,6 +41,8 @@ const smallMagicDisk: DiskSpec = { ...smallDisk, contents: header };
 interface Scene {
   name: string;
   disks: [DiskSpec, ...DiskSpec[]];
+  /** What the root has besides, where the cuts are survived. */
+  root?: string;
   /** What happens before, here and unrecorded. */
   before?: (system: System) => Promise<void>;
   /** What happens to the disks then, while they are off. */
@@ -95,7 +97,47 @@ const writeFiles = `
   done
 `;
 
+/** A payload that reaches over the place of a table, to be copied first. */
+const payloadDisk: DiskSpec = {
+  ...smallDisk,
+  contents: `
+    { printf '%s\\n' lightwhale-please-format-me 'lightwhale-payload 1' \
+        '-- home/lightwhale/.ssh/authorized_keys --' 'ssh-ed25519 SECRET' \
+        '-- password lightwhale --' '$1$salt$SECRET6789012345678901' \
+        '-- etc/hostname --' swarm01 '-- etc/long --'
+      yes SECRET | head -n 9000
+      echo '-- end --'
+    } | dd of="$DISK" conv=notrunc iflag=fullblock status=none`,
+};
+
+/** How the cuts of a first boot with a payload ended. */
+const ends = { "made anew, with it": 0, "made before, with it": 0 };
+
 const scenes: Scene[] = [
+  {
+    name: "first boot with a payload",
+    disks: [payloadDisk],
+    root: `printf 'root::1::::::\\nlightwhale:old:2::::::\\n' >etc/shadow`,
+    profiles: "single dup dup",
+    async after({ system, boot: { stderr } }) {
+      const isNew = stderr.includes('Creating "');
+      ends[isNew ? "made anew, with it" : "made before, with it"]++;
+      const [{ path }] = system.disks;
+      const found = await system.sh(
+        `cat home/lightwhale/.ssh/authorized_keys etc/hostname
+         grep -o '^lightwhale:[^:]*' etc/shadow
+         grep -c '^SECRET$' etc/long
+         stat -c %a home/lightwhale/.ssh/authorized_keys
+         blockdev --flushbufs ${path}
+         head -c 1M ${path} | grep -a -c -e SECRET -e lightwhale-p || :`,
+      );
+      assertEquals(
+        found,
+        "ssh-ed25519 SECRET\nswarm01\n" +
+          "lightwhale:$1$salt$SECRET6789012345678901\n9000\n600\n0\n",
+      );
+    },
+  },
   {
     name: "first boot on one disk, then files",
     disks: [magicDisk],
@@ -222,7 +264,8 @@ for (const scene of scenes) {
 
 async function playScene(scene: Scene): Promise<void> {
   needPrograms("qemu-system-x86_64", "cpio", "depmod", "busybox");
-  await withSystem({ disks: scene.disks }, async (system) => {
+  const { disks, root } = scene;
+  await withSystem({ disks, root }, async (system) => {
     const folder = await Deno.makeTempDir({ prefix: "persistence-cuts-" });
     try {
       await scene.before?.(system);
@@ -248,6 +291,7 @@ async function playScene(scene: Scene): Promise<void> {
         }
       }
       console.log(`${chosen.length} cuts of ${record.received.length} events`);
+      if (scene.disks.includes(payloadDisk)) console.log(ends);
       assert(failures.length === 0, `${failures.length} of the cuts failed`);
     } finally {
       await Deno.remove(folder, { recursive: true });

@@ -13,6 +13,7 @@ import {
   type Facts,
   type FilesystemState,
   findDataFilesystems,
+  type FoundPayload,
   layOut,
   leastBytes,
   MAGIC,
@@ -4230,3 +4231,114 @@ for (const line of ["--move --cancel", "--remove --cancel", "--move a b"]) {
     parseCommandLine(line.split(" "));
   });
 }
+
+// Payloads
+
+const payload = (sum: number, problem?: string): FoundPayload => ({
+  path: "/dev/sda",
+  atBytes: 0,
+  place: "original",
+  writes: ["etc/hostname", "password op"],
+  sum,
+  problem,
+});
+
+/** Disks, what is made of them, and what is said. */
+const payloads: Record<
+  string,
+  {
+    devices: BlockDevice[][];
+    create?: string[];
+    sum?: number;
+    join?: string[];
+    says?: RegExp;
+    level?: string;
+  }
+> = {
+  "one disk": {
+    devices: [magic("sda", { payload: payload(1) })],
+    create: ["sda"],
+    sum: 1,
+  },
+  "the second of two": {
+    devices: [magic("sda"), magic("sdb", { payload: payload(2) })],
+    create: ["sda", "sdb"],
+    sum: 2,
+  },
+  "the same on both": {
+    devices: [
+      magic("sda", { payload: payload(3) }),
+      magic("sdb", { payload: payload(3) }),
+    ],
+    create: ["sda", "sdb"],
+    sum: 3,
+  },
+  "two that differ": {
+    devices: [
+      magic("sda", { payload: payload(1) }),
+      magic("sdb", { payload: payload(2) }),
+    ],
+    says: /^Cannot format .*: the payloads of \/dev\/sda, \/dev\/sdb are not/,
+    level: "error",
+  },
+  "one that is bad beside one that is none": {
+    devices: [magic("sda"), magic("sdb", { payload: payload(0, "line 7: x") })],
+    says: /the payload of \/dev\/sdb cannot be used: line 7: x; write it anew/,
+    level: "error",
+  },
+  "one on a disk that is too small": {
+    devices: [
+      magic("sda"),
+      magic("sdb", { sizeBytes: 50 * MiB, payload: payload(1) }),
+    ],
+    says: /\/dev\/sdb, which has a payload for it, cannot be used/,
+    level: "error",
+  },
+  "one on a disk that waits for another to be repaired": {
+    devices: [
+      magic("sda", { anyway: true }),
+      magic("sdb", { payload: payload(1) }),
+      data("sdc", { intact: false }),
+    ],
+    says: /\/dev\/sdb, which has a payload for it, cannot be used/,
+    level: "error",
+  },
+  "one on a disk that joins": {
+    devices: [data("sda"), magic("sdb", { payload: payload(1) })],
+    join: ["sdb"],
+    says: /^\/dev\/sdb joins .* its payload is erased, and not applied$/,
+    level: "warning",
+  },
+  "a bad one on a disk that joins": {
+    devices: [data("sda"), magic("sdb", { payload: payload(1, "line 3: x") })],
+    join: ["sdb"],
+    says: /^\/dev\/sdb joins .* its payload is erased, and not applied$/,
+    level: "warning",
+  },
+};
+
+for (const [what, expected] of Object.entries(payloads)) {
+  Deno.test(`decide(): a payload: ${what}`, () => {
+    const { create, joins, notes } = plan(expected.devices);
+    const names = create?.members.map(({ device }) => device.name) ?? [];
+    assertEquals(names, expected.create ?? []);
+    assertEquals(create?.payload?.sum, expected.sum);
+    assertEquals(joins.map(({ device }) => device.name), expected.join ?? []);
+    const { says, level } = expected;
+    if (says) {
+      const levels = notes.filter(({ text }) => says.test(text))
+        .map((note) => note.level);
+      assertEquals(levels, [level]);
+    } else assertEquals(notes, []);
+  });
+}
+
+Deno.test("describePlan(): a payload, by what it writes", () => {
+  const lines = [
+    ...describePlan(plan([magic("sda", { payload: payload(1) })])),
+  ];
+  assertMatch(
+    lines.at(-1)!,
+    /^write the payload of \/dev\/sda: etc\/hostname, password op$/,
+  );
+});

@@ -3,20 +3,23 @@
  * read from it. The bytes are made here, after the formats' own documents; no
  * disk is touched, no root is needed.
  */
-import { assert, assertEquals, assertThrows } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertThrows } from "@std/assert";
 import { crc32 } from "node:zlib";
 import {
   ANYWAY,
   DATA,
+  formatCopyTitle,
   formatRecord,
   isProtectiveMbr,
   MAGIC,
   mbrTypes,
   type MemberRecord,
   type Mount,
+  parseCopy,
   parseKernelCommandLine,
   parseMountinfo,
   parsePartname,
+  parsePayload,
   parseRecord,
   parseStart,
   parseSuperblock,
@@ -26,6 +29,7 @@ import {
   type Reading,
   type Settings,
 } from "../persistence.ts";
+import { badTexts, payloadOf } from "./payloads.ts";
 import { repairSuperblock } from "./superblock.ts";
 
 const KiB = 1024;
@@ -1583,3 +1587,212 @@ for (const [name, { text, pieces }] of Object.entries(texts)) {
     assertEquals(joined.join(""), text);
   });
 }
+
+// Payloads
+
+/** What a payload would write: name and contents. */
+const read = (text: string) =>
+  parsePayload(bytesOf(text)).entries.map(({ name, contents }) => [
+    name,
+    new TextDecoder().decode(contents),
+  ]);
+
+const hash = `$6$salt$${"a".repeat(86)}`;
+
+const readable: Record<string, [text: string, entries: string[][]]> = {
+  "files, a password, and what stands behind them": [
+    payloadOf(
+      `-- etc/a --\n1\n\n2\n-- password op --\n${hash}\n-- var/b --\n`,
+    ) + "\0\0-- etc/c --\n",
+    [["etc/a", "1\n\n2\n"], ["password op", `${hash}\n`], ["var/b", ""]],
+  ],
+  "no newline behind the end": [
+    payloadOf("-- etc/a --\n1\n").slice(0, -1),
+    [["etc/a", "1\n"]],
+  ],
+  "zeros right behind the end": [
+    payloadOf("-- etc/a --\n1\n").slice(0, -1) + "\0\0junk",
+    [["etc/a", "1\n"]],
+  ],
+  "nothing to write": [payloadOf(""), []],
+  "blank lines and comments before the first file": [
+    payloadOf("\n# -- etc/b --\n  \n-- etc/a --\n1\n"),
+    [["etc/a", "1\n"]],
+  ],
+  "lines that end in CRLF": [
+    payloadOf("-- etc/a --\n1\n\r2\n").replaceAll("\n", "\r\n"),
+    [["etc/a", "1\n\r2\n"]],
+  ],
+  "a password that ends in CRLF": [
+    payloadOf("-- password a --\n*\n").replaceAll("\n", "\r\n"),
+    [["password a", "*\n"]],
+  ],
+  "carriage returns in a file": [
+    payloadOf("-- etc/a --\n1\r\n"),
+    [["etc/a", "1\r\n"]],
+  ],
+  "lines that are no markers": [
+    payloadOf("-- etc/a --\n--x--\n-- x\nx --\n-- --\n -- a quote --\n"),
+    [["etc/a", "--x--\n-- x\nx --\n-- --\n -- a quote --\n"]],
+  ],
+  "more spaces in a marker, and in a path": [
+    payloadOf("--   etc/a b  --\n1\n"),
+    [["etc/a b", "1\n"]],
+  ],
+  "the other line before the title": [
+    payloadOf("-- etc/a --\n1\n", `${ANYWAY}\nlightwhale-payload 1`),
+    [["etc/a", "1\n"]],
+  ],
+  "the other line behind the title": [
+    payloadOf(`${ANYWAY}\n-- etc/a --\n1\n`),
+    [["etc/a", "1\n"]],
+  ],
+  "a file's text, without header and title": [
+    "-- etc/a --\n1\n-- end --",
+    [["etc/a", "1\n"]],
+  ],
+  "names as long as may be, and of other languages": [
+    payloadOf(`-- etc/${"x".repeat(255)} --\n-- home/\u{1f433}/\ufeffé --\n`),
+    [[`etc/${"x".repeat(255)}`, ""], ["home/\u{1f433}/\ufeffé", ""]],
+  ],
+  "a file beside a directory of a similar name": [
+    payloadOf("-- etc/a/b --\n-- etc/a.b --\n-- etc/ab/c --\n"),
+    [["etc/a/b", ""], ["etc/a.b", ""], ["etc/ab/c", ""]],
+  ],
+};
+
+for (const [what, [text, entries]] of Object.entries(readable)) {
+  Deno.test(`parsePayload() reads ${what}`, () => {
+    assertEquals(read(text), entries);
+  });
+}
+
+for (const [what, [text, says]] of Object.entries(badTexts)) {
+  Deno.test(`parsePayload() refuses ${what}`, () => {
+    const { message } = assertThrows(() => read(text), Error);
+    assertMatch(message, new RegExp(`^${says}`));
+  });
+}
+
+for (
+  const password of [
+    ...["*", hash, `$5$rounds=5000$salt$${"b".repeat(43)}`],
+    ...[`$y$j9T$salt./$${"c".repeat(43)}`, `$1$salt$${"d".repeat(22)}`],
+    ...[`$2b$05$${"e".repeat(53)}`, "ab01./cdefghI", `_J9..${"f".repeat(15)}`],
+    `$7$CU..../....${"g".repeat(60)}`,
+  ]
+) {
+  Deno.test(`parsePayload() takes the password ${password}`, () => {
+    assertEquals(read(payloadOf(`-- password a --\n${password}\n`)), [
+      ["password a", `${password}\n`],
+    ]);
+  });
+}
+
+Deno.test("parsePayload() reads 480 KiB, copies nothing, names no contents", () => {
+  const lines = "x\n".repeat(245_729); // 480 KiB with what is around it
+  const bytes = bytesOf(payloadOf(`-- etc/a --\n${lines}`));
+  const { entries, endBytes, atBytes } = parsePayload(bytes);
+  assertEquals(entries[0].contents.buffer, bytes.buffer);
+  assert(endBytes - atBytes > 480 * KiB - 100);
+  for (const [text] of Object.values(badTexts)) {
+    const hidden = text.replaceAll("x\n", "SECRET\n");
+    const { message } = assertThrows(() => read(hidden), Error);
+    assert(!message.includes("SECRET"), message);
+  }
+});
+
+Deno.test("parsePayload() refuses a name that is not UTF-8", () => {
+  const bytes = bytesOf(payloadOf("-- etc/x? --\n"));
+  bytes[bytes.indexOf(0x3f)] = 0xff;
+  const { message } = assertThrows(() => parsePayload(bytes), Error);
+  assertMatch(message, /^line 3: its name is not UTF-8/);
+});
+
+Deno.test("parseCopy() reads what formatCopyTitle() begins, and nothing less", () => {
+  const text = bytesOf(payloadOf("-- etc/a --\n1\n"));
+  const copy = new Uint8Array(8 * KiB);
+  copy.set(formatCopyTitle(text));
+  copy.set(text, 4 * KiB);
+  assertEquals(parseCopy(copy), text);
+  for (const at of [0, 26, 4 * KiB, 4 * KiB + text.length - 1]) {
+    const torn = copy.slice();
+    torn[at] ^= 1;
+    assertEquals(parseCopy(torn), undefined, `${at}`);
+  }
+  assertEquals(parseCopy(copy.subarray(0, 4 * KiB + 10)), undefined);
+  assertEquals(parseCopy(new Uint8Array(8 * KiB)), undefined);
+  assertEquals(parseCopy(new Uint8Array()), undefined);
+});
+
+/** The lines behind the header: a payload, its place, and the other line. */
+const magicLines: Record<
+  string,
+  Pick<Reading, "anyway" | "payloadPlace" | "onlyHeader">
+> = {
+  "": { anyway: false, payloadPlace: undefined, onlyHeader: true },
+  "lightwhale-payload 1\n": {
+    anyway: false,
+    payloadPlace: "original",
+    onlyHeader: false,
+  },
+  "lightwhale-payload 1\r\n": {
+    anyway: false,
+    payloadPlace: "original",
+    onlyHeader: false,
+  },
+  "lightwhale-payload 2\n": {
+    anyway: false,
+    payloadPlace: "original",
+    onlyHeader: false,
+  },
+  "lightwhale-payload copied\n": {
+    anyway: false,
+    payloadPlace: "copy",
+    onlyHeader: false,
+  },
+  "lightwhale-anyway\nlightwhale-payload 1\n": {
+    anyway: true,
+    payloadPlace: "original",
+    onlyHeader: false,
+  },
+  "lightwhale-payload 1\nlightwhale-anyway\n": {
+    anyway: true,
+    payloadPlace: "original",
+    onlyHeader: false,
+  },
+  "lightwhale-anyway\nlightwhale-payload copied\n": {
+    anyway: true,
+    payloadPlace: "copy",
+    onlyHeader: false,
+  },
+  "x\nlightwhale-payload 1\n": {
+    anyway: false,
+    payloadPlace: undefined,
+    onlyHeader: false,
+  },
+  "x\nlightwhale-anyway\n": {
+    anyway: false,
+    payloadPlace: undefined,
+    onlyHeader: false,
+  },
+};
+
+for (
+  const [lines, { anyway, payloadPlace, onlyHeader }] of Object.entries(
+    magicLines,
+  )
+) {
+  Deno.test(`parseStart(): the header, then ${JSON.stringify(lines)}`, () => {
+    const read = parseStart(startWith([[0, `${MAGIC}\n${lines}`]]));
+    assertEquals(
+      [read.header, read.anyway, read.payloadPlace, read.onlyHeader],
+      [true, anyway, payloadPlace, onlyHeader],
+    );
+  });
+}
+
+Deno.test("parseStart(): a payload without a header is none", () => {
+  const read = parseStart(startWith([[0, "x\nlightwhale-payload 1\n"]]));
+  assertEquals([read.header, read.payloadPlace], [false, undefined]);
+});

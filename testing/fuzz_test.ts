@@ -13,6 +13,7 @@ import { resolve } from "node:path";
 import process from "node:process";
 import { crc32 } from "node:zlib";
 import {
+  applyEntry,
   type BlockDevice,
   DATA,
   decide,
@@ -29,6 +30,7 @@ import {
   parseKernelCommandLine,
   parseMountinfo,
   parsePartname,
+  parsePayload,
   parseRecord,
   parseStart,
   parseSuperblock,
@@ -41,6 +43,7 @@ import {
   UsageError,
   whatItHolds,
 } from "../persistence.ts";
+import { payloadOf } from "./payloads.ts";
 import { needPrograms } from "./programs.ts";
 import { countFrom, diceOf, type Random, seed } from "./random.ts";
 import { repairSuperblock } from "./superblock.ts";
@@ -838,4 +841,124 @@ function assertMount(plan: Plan, { bytes }: Machine): void {
     assertEquals(area.read.swapLabel, SWAP);
     assert(members.some(({ disk }) => disk === area.disk), "another's swap");
   }
+}
+
+// Payloads
+
+const payloadNames = [
+  ...["etc/a", "etc/a/b", "home/op/.ssh/x", "var/x", "etc/sudoers.d/x"],
+  ...["password op", "password root", "password nobody", "password ../x"],
+  ...["etc/link/x", "etc/link", "var/run/x", "home/broken/x", "home/deep/l/x"],
+  ...["etc/../../x", "../x", "/etc/x", "etc/./x", "etc//x", "usr/x", "etc"],
+  ...["etc/passwd", "etc/shadow", "etc/shadow/x", "etc/dir", "end", ""],
+  ...["etc/.", "etc/..", "etc/...", "etc/a b", "etc/\u202e", "etc/-rf"],
+];
+const payloadLines = [
+  ...[
+    "*",
+    "x",
+    "#!/bin/sh",
+    "$1$salt$1234567890123456789012",
+    "",
+    "--",
+    "-- --",
+  ],
+  ...["-- end --", "-- end -- ", " -- etc/x --", "lightwhale-payload 1"],
+];
+
+/** A tree like a system's, from which links lead out of it. */
+async function makeTree(): Promise<string> {
+  const folder = await Deno.makeTempDir({
+    dir: "/dev/shm",
+    prefix: "payload-",
+  });
+  await command([
+    ...["sh", "-euc"],
+    `cd "$1"; mkdir -p outside tree/etc/dir tree/home/deep tree/var outside/run
+     echo kept >outside/kept
+     ln -s ../../outside tree/etc/link; ln -s ../../outside/run tree/var/run
+     ln -s "$1/outside/nothing" tree/home/broken
+     ln -s "$1/outside" tree/home/deep/l
+     printf 'root::1::::::\\nop:x:2::::::\\n' >tree/etc/shadow`,
+    ...["sh", folder],
+  ]);
+  return folder;
+}
+
+Deno.test({
+  name: "fuzz: a payload writes into three directories, and through no link",
+  ignore: Deno.uid() !== 0,
+  fn: async () => {
+    console.log(`SEED=${seed} CASES=${cases}`);
+    let folder = await makeTree();
+    let applied = 0;
+    const outside = () =>
+      [
+        ...[...Deno.readDirSync(folder)].map(({ name }) => name).sort(),
+        ...[...Deno.readDirSync(`${folder}/tree`)].map(({ name }) => name)
+          .sort(),
+        ...[...Deno.readDirSync(`${folder}/outside`)].map(({ name }) => name),
+        ...Deno.readDirSync(`${folder}/outside/run`),
+        Deno.readTextFileSync(`${folder}/outside/kept`),
+      ].filter((name) => name !== "payload.new").join();
+    const expected = outside();
+    try {
+      for (let i = 0; i < cases; i++) {
+        if (i % 5000 === 4999) {
+          await Deno.remove(folder, { recursive: true });
+          folder = await makeTree();
+        }
+        try {
+          if (applyMutated(diceOf(seed + i), `${folder}/tree`)) applied++;
+          if (i % 10 === 0 || cases < 100) assertEquals(outside(), expected);
+        } catch (error) {
+          throw new Error(
+            `SEED=${seed + i} CASES=1: ${(error as Error).message}`,
+            { cause: error },
+          );
+        }
+      }
+      assertEquals(outside(), expected, `SEED=${seed} CASES=${cases}`);
+      console.log(`${applied} of ${cases} were readable`);
+      assert(cases < 1000 || applied > cases / 100, "Hardly one was readable");
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  },
+});
+
+function applyMutated(random: Random, tree: string): boolean {
+  let lines = "";
+  for (let files = random.below(4); files >= 0; files--) {
+    lines += `-- ${random.pick(payloadNames)} --\n`;
+    for (let count = random.below(3); count > 0; count--) {
+      lines += `${random.pick(payloadLines)}\n`;
+    }
+  }
+  const text = payloadOf(lines);
+  const bytes = new TextEncoder().encode(
+    random.chance(0.1) ? text.replaceAll("\n", "\r\n") : text,
+  );
+  if (random.chance(0.5)) mutate(bytes, random);
+  let entries;
+  try {
+    ({ entries } = parsePayload(cutShort(bytes, random)));
+  } catch (error) {
+    const { message } = error as Error;
+    assert(/^line [1-9]\d*: ./.test(message), message);
+    return false;
+  }
+  const directories = new Set<string>();
+  for (const entry of entries) {
+    const isAllowed = /^(etc|var|home)\/[^\0]+$|^password [^/:]+$/
+      .test(entry.name) && !/(^|\/)\.{0,2}(\/|$)/.test(entry.name);
+    assert(isAllowed, entry.name);
+    try {
+      applyEntry(entry, tree, directories);
+    } catch (error) { // it does not fit into the tree
+      const { message } = error as Error;
+      assert(message.startsWith("Cannot write line "), message);
+    }
+  }
+  return true;
 }

@@ -15,8 +15,16 @@ import {
 
 const magicDisk = { sizeBytes: 3 * GiB, contents: header };
 
+/** To be found in the end, and nowhere but in its place. */
+const payloadDisk = {
+  ...magicDisk,
+  contents: `printf '%s\\n' lightwhale-please-format-me \
+    'lightwhale-payload 1' '-- etc/payload --' SECRET '-- end --' |
+    dd of="$DISK" conv=notrunc status=none`,
+};
+
 const setUps: Record<string, SystemOptions["disks"]> = {
-  "a single disk": [magicDisk],
+  "a single disk with a payload": [payloadDisk],
   "two disks": [magicDisk, magicDisk],
 };
 
@@ -34,12 +42,14 @@ for (const [setUp, disks] of Object.entries(setUps)) {
         const traps = await makeTraps();
         try {
           let commands = 0;
+          const isPayload = disks[0] === payloadDisk;
           for (;; commands++) {
             const killed = await bootTrapped(system, traps, commands + 1);
             if (!killed) break;
             await recover(system);
             const lines = await Deno.readTextFile(`${traps}/log`);
             await assertComplete(system, `killed before the last of\n${lines}`);
+            if (isPayload) await assertApplied(system, lines);
             await system.renew();
           }
           await assertComplete(system, "not killed");
@@ -109,6 +119,21 @@ async function bootTrapped(
   const seen = Number(await Deno.readTextFile(`${traps}/count`));
   assert(seen < turn, `Command ${turn} of ${seen} did not kill the tool`);
   return false;
+}
+
+/** The payload is where it belongs, and nothing of it before the partitions. */
+async function assertApplied(system: System, how: string): Promise<void> {
+  const [{ path }] = system.disks;
+  const found = await system.boot();
+  assertEquals(found.status, 0, found.stderr);
+  assertEquals(
+    await system.sh(
+      `cat etc/payload
+       head -c 1M ${path} | grep -a -c -e SECRET -e lightwhale-p || :`,
+    ),
+    "SECRET\n0\n",
+    how,
+  );
 }
 
 /** Boots undisturbed, uses the result, and boots once more. */

@@ -14,6 +14,7 @@ const packages: Record<string, string> = {
   "cryptsetup": "cryptsetup-bin",
   "depmod": "kmod",
   "dockerd": "docker.io",
+  "dropbearkey": "dropbear-bin",
   "getfattr": "attr",
   "losetup": "mount",
   "lvm": "lvm2",

@@ -36,6 +36,7 @@ const rough = [
   "testing/lock_test.ts",
   "testing/s11_test.ts",
   "testing/fault_test.ts",
+  "testing/payload_test.ts",
   "testing/cuts_test.ts",
   "testing/maintain_test.ts",
 ];

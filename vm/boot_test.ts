@@ -26,6 +26,7 @@ import {
   volatile,
   whole,
 } from "./situation.ts";
+import { needPrograms } from "../testing/programs.ts";
 import {
   type BootOptions,
   bootVm,
@@ -34,6 +35,8 @@ import {
   systemImage,
   type VmDisk,
 } from "./vm.ts";
+
+needPrograms("dropbearkey");
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 
@@ -178,6 +181,42 @@ const pullAndPlug: Step["on"] = {
   pull: (vm, [, disk]) => vm.pull(Number(disk)),
   plug: (vm, [, disk]) => vm.plug(Number(disk)),
 };
+
+/** Where the key to a payload's machine is, in an image of its own. */
+const sshChanges = `${here}cache/ssh`;
+const password =
+  "$6$oldsalt$YJZwh0HKjibO/WIrDSMb4f8oSvE8tcSbcqV8/c6CGqQ2Fgghjnejw8jVS4k.Hs4i4hMij2m.Diig/oXi1AfOR1";
+
+/** A disk with a payload: a key, no password, and a name. */
+const sshPayload = `
+  mkdir -p ${sshChanges}/root
+  [ -s ${sshChanges}/root/key ] ||
+    dropbearkey -t ed25519 -f ${sshChanges}/root/key
+  { echo lightwhale-please-format-me
+    echo lightwhale-payload 1
+    echo -- home/lightwhale/.ssh/authorized_keys --
+    dropbearkey -y -f ${sshChanges}/root/key | sed -n 's/^ssh.*/& SECRET4711/p'
+    echo -- password lightwhale --
+    echo '*'
+    echo -- etc/hostname --
+    echo swarm01
+    echo -- etc/long --
+    yes '# SECRET4711' | head -n 3000
+    echo -- end --
+  } | dd of="$1" conv=notrunc iflag=fullblock status=none`;
+
+/** What the owner's ssh says, and that of somebody who knows the password. */
+const sshIn = `
+  ip link set lo up
+  mkdir -p /etc/dropbear
+  dropbear -R -E -p 127.0.0.1:22 2>/run/dropbear.log
+  login() { user=$1; shift; dbclient -y -y "$@" "$user@127.0.0.1" id -un </dev/null; }
+  never() { if "$@"; then exit 1; fi; } # set -e does not see a "!"
+  wait_for 60 grep -q ':0016 ' /proc/net/tcp
+  export DROPBEAR_PASSWORD=lightwhale
+  login guest | grep -qx guest # whom the payload does not name
+  never login lightwhale
+  login lightwhale -i /root/key | grep -qx lightwhale`;
 
 /** All of vda but its first mebibyte, as LVM would show it. */
 const dataVolume = `modprobe dm_mod
@@ -367,6 +406,31 @@ const situations: Situation[] = [
         run: `cd /etc/app; grep -qx again changed; grep -qx new changed
           [ -d added ]; grep -qx old folder/file || [ -d renamed ]
           find /etc -type f -exec cat {} + >/dev/null`,
+      },
+    ],
+  },
+  {
+    name: "a payload: ssh with its key, not with the old password, from the " +
+      "first boot; never applied again; found nowhere else",
+    disks: [{ sizeMiB: 2100, contents: sshPayload }],
+    boots: [
+      {
+        image: sshImage,
+        after: { ...single, boots: boots(1), partitions: dataDisks("vda") },
+        run: `${sshIn}
+          [ "$(cat /etc/hostname)" = swarm01 ]
+          stat -c '%a %u' /home/lightwhale/.ssh/authorized_keys | grep -qx '600 1000'
+          persistence.ts --status | grep -q 'payload: applied .*password lightwhale'
+          dmesg >/run/dmesg
+          never grep -r SECRET /run/lightwhale /run/dmesg
+          echo mine >/etc/hostname; rm /etc/long`,
+      },
+      {
+        image: sshImage,
+        after: { ...single, boots: boots(2) },
+        whileOff: ([{ file }]) => assertOnlyInData(file, "SECRET4711"),
+        run: `${sshIn}
+          [ "$(cat /etc/hostname)" = mine ]; [ ! -e /etc/long ]`,
       },
     ],
   },
@@ -1233,6 +1297,37 @@ function rentedServer(): string {
       'name=lightwhale-please-format-me' | sfdisk -q --label gpt "$1"
     dd if="$SYSTEM" of="$1" bs=1M seek=1 conv=notrunc \
       status=none`;
+}
+
+/** A system image with a key, and two users with a password that all know. */
+function sshImage(): string {
+  const files = {
+    "etc/passwd": "root::0:0:root:/root:/bin/sh\n" +
+      "lightwhale:x:1000:1000:Lightwhale:/home/lightwhale:/bin/sh\n" +
+      "guest:x:1001:1001:Guest:/tmp:/bin/sh\n",
+    "etc/shadow": `root::::::::\nlightwhale:${password}:::::::\n` +
+      `guest:${password}:::::::\n`,
+  };
+  Deno.mkdirSync(`${sshChanges}/etc`, { recursive: true });
+  for (const [file, text] of Object.entries(files)) {
+    Deno.writeTextFileSync(`${sshChanges}/${file}`, text);
+  }
+  return systemImage({ name: "ssh", changes: sshChanges });
+}
+
+/** A text is in the data partition, and nowhere else on a disk. */
+function assertOnlyInData(file: string, text: string): void {
+  const script = `
+    set -- "$1" "$2" $(sfdisk --dump "$1" |
+      sed -n 's/.*start= *\\([0-9]*\\), size= *\\([0-9]*\\),.*lightwhale-data.*/\\1 \\2/p')
+    count() { grep -a -c -e "$1" || :; }
+    head -c $(($3 * 512)) "$1" | count "$2"
+    tail -c "+$((($3 + $4) * 512 + 1))" "$1" | count "$2"
+    tail -c "+$(($3 * 512 + 1))" "$1" | grep -a -q -e "$2"`;
+  const counts = execFileSync("sh", ["-euc", script, "sh", file, text], {
+    encoding: "utf8",
+  });
+  assertEquals(counts, "0\n0\n");
 }
 
 /** A system image with another /etc/app. */

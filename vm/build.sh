@@ -22,11 +22,12 @@ packages="
   libtinfo6 libncursesw6 libreadline8 libcom-err2 libext2fs2 libss2
   libdevmapper1.02.1
   cryptsetup-bin libcryptsetup12 libpopt0 libargon2-1 libjson-c5
+  dropbear-bin libcrypt1 libtomcrypt1 libtommath1 libgmp10
 "
 programs="
   dash mount umount sfdisk blkid wipefs mkswap swapon swapoff lsblk findmnt partx
   blockdev flock losetup fsfreeze btrfs mkfs.btrfs btrfstune kmod dmsetup mdadm mke2fs
-  chattr cryptsetup
+  chattr cryptsetup dropbear dbclient
 "
 # What the initramfs loads: the drivers in order and the filesystems meanwhile,
 # because the benchmarks of btrfs (raid6, xor) take a second.
