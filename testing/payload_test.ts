@@ -15,7 +15,6 @@ import {
 } from "./system.ts";
 
 const disk: DiskSpec = { sizeBytes: 600 * MiB };
-const state = "mnt/lightwhale-data/lightwhale-state";
 
 /** Not to be found anywhere but in the data filesystem. */
 const secret = "SECRET4711";
