@@ -873,12 +873,8 @@ function whyNoPassword(contents: Uint8Array, crlf: boolean) {
 }
 
 function withoutReturns(contents: Uint8Array): Uint8Array {
-  const text = Buffer.from(
-    contents.buffer,
-    contents.byteOffset,
-    contents.length,
-  )
-    .toString("latin1");
+  const { buffer, byteOffset, length } = contents;
+  const text = Buffer.from(buffer, byteOffset, length).toString("latin1");
   return Buffer.from(text.replaceAll("\r\n", "\n"), "latin1");
 }
 
@@ -6224,8 +6220,7 @@ async function enable(
   for (const path of paths) {
     const target = await targetAt(path);
     const refusal = await whyNotTaken(target, force) ??
-      (payload &&
-        await whyNoPlaceFor(payload, target, pathsBelow(settings.root))) ??
+      await whyNoPlaceFor(payload, target, pathsBelow(settings.root)) ??
       (now ? await whyNotJoined(target, settings) : undefined);
     if (refusal) refuse(`Cannot enable ${path}: ${refusal}`);
     targets.push(target);
@@ -6561,16 +6556,18 @@ function readPayloadFile(path: string): GivenPayload {
   }
 }
 
-/** Why a payload cannot be written for a device, or not applied to this system. */
+/** Why a payload, or none, cannot be written for a device, or not applied. */
 async function whyNoPlaceFor(
-  { entries, text }: GivenPayload,
+  payload: GivenPayload | undefined,
   { device, devices }: Target,
   paths: Paths,
 ) {
-  const problem = device.disk && whyNotApplied(entries, paths);
+  const problem = payload && device.disk &&
+    whyNotApplied(payload.entries, paths);
   if (problem) return `its payload cannot be used: ${problem}`;
-  if (device.kind !== "partition") return undefined;
   const holders = holdersOf(device, devices);
+  const hasNone = !payload && holders.length === 0;
+  if (device.kind !== "partition" || hasNone) return undefined;
   const [holder] = holders;
   if (holders.length !== 1) {
     return `its payload goes into a partition of its disk with the GPT name ` +
@@ -6578,7 +6575,9 @@ async function whyNoPlaceFor(
   }
   const { path, inUse, readOnly, sizeBytes, entry, startBytes, disk } = holder;
   if (inUse || readOnly) return `${path} is ${inUse ?? "read-only"}`;
-  if (sizeBytes < text.length) return `${path} is too small for its payload`;
+  if (sizeBytes < (payload?.text.length ?? 0)) {
+    return `${path} is too small for its payload`;
+  }
   const first = await readBytes(
     entry ? nodeOf(disk) : path,
     entry ? startBytes : 0,
