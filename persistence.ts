@@ -1722,7 +1722,7 @@ const BLIND = crypto.getRandomValues(new Uint32Array(1))[0];
 
 /**
  * Finds the payload of a device: that of a partition is in another partition of
- * its disk. One that begins with zeros was applied, or never written.
+ * its disk. One that begins with 4 KiB of zeros was applied, or never written.
  *
  * @param paths The system that it is for; undefined: another one.
  */
@@ -1751,7 +1751,12 @@ async function findPayload(
         `there are ${holders.length} on its disk`,
     );
     const text = await readPayload(found);
-    if (place === "partition" && text[0] === 0) return undefined;
+    const isEmpty = isZero(text.subarray(0, 4 * KiB));
+    if (place === "partition" && isEmpty) return undefined;
+    assert(
+      kind === "disk" || holder.sizeBytes >= 4 * KiB,
+      `${path} is too small`,
+    );
     assert(!holder.inUse || kind === "disk", `${path} is ${holder.inUse}`);
     const { entries, atBytes, endBytes } = parsePayload(text);
     found.writes = entries.map(({ name }) => name);
@@ -3575,7 +3580,9 @@ async function erasePayload({ path, payload }: BlockDevice): Promise<void> {
   if (!payload) return;
   if (payload.place === "partition") {
     await changeStart(payload.path, payload.atBytes, [(start) => {
-      if (isPayloadText(start)) clearText(start, 0);
+      if (!isPayloadText(start)) return;
+      clearText(start, 0);
+      start.fill(0, 0, 4 * KiB);
     }]);
   } else await changeStart(path, 0, clearing(payload.place));
 }
@@ -6575,7 +6582,7 @@ async function whyNoPlaceFor(
   }
   const { path, inUse, readOnly, sizeBytes, entry, startBytes, disk } = holder;
   if (inUse || readOnly) return `${path} is ${inUse ?? "read-only"}`;
-  if (sizeBytes < (payload?.text.length ?? 0)) {
+  if (sizeBytes < Math.max(4 * KiB, payload?.text.length ?? 0)) {
     return `${path} is too small for its payload`;
   }
   const first = await readBytes(
