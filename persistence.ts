@@ -766,7 +766,7 @@ export function parsePayload(bytes: Uint8Array): Payload {
     if (shown === endMarker) {
       const isLong = end - payload.atBytes > largestBytes;
       refuseLine(line, isLong && `it is longer than ${largestBytes} bytes`);
-      payload.endBytes = end;
+      payload.endBytes = at + shown.length;
       break;
     }
     const isCut = end !== newline &&

@@ -1702,6 +1702,14 @@ Deno.test("parsePayload() reads 480 KiB, copies nothing, names no contents", () 
   }
 });
 
+Deno.test("parsePayload() ends behind the end marker, whatever follows it", () => {
+  for (const end of ["", "\n", "\r\n", "\0"]) {
+    const lines = payloadOf("-- etc/a --\n").slice(0, -1);
+    const text = end === "\r\n" ? lines.replaceAll("\n", end) : lines;
+    assertEquals(parsePayload(bytesOf(text + end)).endBytes, text.length);
+  }
+});
+
 Deno.test("parsePayload() refuses a name that is not UTF-8", () => {
   const bytes = bytesOf(payloadOf("-- etc/x? --\n"));
   bytes[bytes.indexOf(0x3f)] = 0xff;
