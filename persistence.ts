@@ -3061,13 +3061,16 @@ function whyNotMirrored(
   spareBytes = largestChunkBytes(sizesBytes),
 ): string | undefined {
   const { usedBytes } = newest(members).holds.btrfs;
-  if (settledOf(members).unmirrored.includes("data")) return undefined;
+  const isMirrored = !settledOf(members).unmirrored.includes("data");
   const totalBytes = sum(sizesBytes);
-  const mirroredBytes = -spareBytes +
-    Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes));
-  if (usedBytes <= mirroredBytes) return undefined;
-  return `${inMiB(usedBytes)} are used, and it could mirror only ` +
-    `${inMiB(Math.max(0, mirroredBytes))}: use a larger disk, or delete ` +
+  const roomBytes = -spareBytes +
+    (isMirrored
+      ? Math.min(totalBytes / 2, totalBytes - Math.max(...sizesBytes))
+      : totalBytes);
+  if (usedBytes <= roomBytes) return undefined;
+  return `${inMiB(usedBytes)} are used, and it could ` +
+    `${isMirrored ? "mirror" : "hold"} only ` +
+    `${inMiB(Math.max(0, roomBytes))}: use a larger disk, or delete ` +
     `something`;
 }
 
@@ -6243,6 +6246,7 @@ async function enable(
         continue;
       }
       done.push(path);
+      const before = await readBytes(path, 0, 512);
       await makeMagic(target, force, payload);
       assert(
         isAsAsked(await targetAt(path)),
@@ -6254,6 +6258,10 @@ async function enable(
           payload ? `, with a payload:${writes.join("")}` : ""
         }`,
       );
+      const undo = now || payload
+        ? undefined
+        : howToUndo(path, before, await readBytes(path, 0, 512));
+      if (undo) console.log(undo);
     }
   } catch (error) { // half a mirror would become a single disk
     await attemptEach(done, async (path) => takeMagic(await targetAt(path)));
@@ -6263,6 +6271,21 @@ async function enable(
   if (now) return await startNow(settings, names);
   console.log("At the next boot:");
   await dryRun(settings);
+}
+
+/** Says how to put back what was overwritten, until a boot formats the disk. */
+function howToUndo(path: string, before: Uint8Array, after: Uint8Array) {
+  const length = 1 + before.findLastIndex((byte, i) => byte !== after[i]);
+  const lost = before.subarray(0, length);
+  // A header may have had a payload, which is nobody's business.
+  if (isZero(lost) || parseStart(before).header) return undefined;
+  const octal = Array.from(
+    lost,
+    (byte) => "\\" + byte.toString(8).padStart(3, "0"),
+  );
+  const quoted = `'${path.replaceAll("'", `'\\''`)}'`;
+  return `  To put back what stood in its first ${length} bytes, before the ` +
+    `next boot:\n  printf '${octal.join("")}' | dd of=${quoted} conv=notrunc`;
 }
 
 /** Lists what is on a target; why it must not become magic. */
@@ -6611,7 +6634,11 @@ async function disable(paths: string[]): Promise<void> {
       !(await targetAt(path)).device.magic,
       `Cannot take the magic away from ${path}: it is still there`,
     );
-    console.log(`${path} is disabled`);
+    const end = target.device.kind === "partition"
+      ? ""
+      : ` (zeros stand where the header was: what --enable overwrote there is ` +
+        `not put back)`;
+    console.log(`${path} is disabled${end}`);
   }
 }
 
@@ -7205,7 +7232,7 @@ function* listNotes(
       `/${DATA_MOUNT})`;
   }
   for (const warning of lastBoot?.warnings ?? []) {
-    yield `The last boot said: ${warning}`;
+    yield `The last boot warned: ${warning}`;
   }
 }
 

@@ -16,6 +16,7 @@ import {
   mark,
   MiB,
   onDisks,
+  projectFolder,
   type Result,
   type System,
   type SystemOptions,
@@ -782,3 +783,89 @@ async function statusOf(system: System) {
   assertEquals(result.status, 0, result.stderr);
   return JSON.parse(result.stdout);
 }
+
+for (const name of ["a disk", "an image file whose name is odd"]) {
+  onDisks(
+    `--enable --force says how to put back what it overwrote: ${name}`,
+    {
+      disks: [{ sizeBytes: 200 * MiB, contents: 'mkfs.vfat -I "$DISK"' }],
+      needs: ["mkfs.vfat"],
+    },
+    async (system) => {
+      const [disk] = system.disks;
+      const image = `${system.root}/run/it's "$(odd)" %d.img`;
+      const path = name === "a disk" ? disk.path : image;
+      await command(["cp", disk.path, image]);
+      const sum = () => command(["sh", "-c", 'sha256sum < "$0"', path]);
+      const before = await sum();
+      const args = [...system.place(), "--enable", "--force", path];
+      const { status, stdout, stderr } = await system.run(args);
+      assertEquals(status, 0, stderr);
+      assertMatch(stdout, /To put back what stood in its first \d+ bytes/);
+      assert(await sum() !== before);
+      const [undo] = /^ *printf .*$/m.exec(stdout) ?? [""];
+      await system.sh(undo);
+      assertEquals(await sum(), before);
+    },
+  );
+}
+
+/** The keys of a value, as paths: `[]` stands for the entries of a list. */
+function keysOf(value: unknown, path = ""): string[] {
+  if (Array.isArray(value)) {
+    return [`${path}[]`, ...value.flatMap((each) => keysOf(each, `${path}[]`))];
+  }
+  const entries = Object.entries(value ?? {});
+  if (typeof value !== "object" || entries.length === 0) return [path];
+  return entries.flatMap(([key, each]) =>
+    keysOf(each, path ? `${path}.${key}` : key)
+  );
+}
+
+onDisks(
+  "README.md lists the keys of persistence.json and --status --json",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await system.boot();
+    await system.settle();
+    await system.reboot({ without: [system.disks[1]] });
+    const { report } = await system.boot();
+    await system.settle();
+    await system.sh(
+      `echo '{"what":"x","since":"2001-02-03T04:05:06Z","pid":1}' \
+         > run/lightwhale/job.json`,
+    );
+    const { stdout } = await system.run(
+      [...system.place(), "--status", "--json"],
+    );
+    const { lastBoot: _, ...status } = JSON.parse(stdout);
+    const readme = await Deno.readTextFile(`${projectFolder}README.md`);
+    const seen: Record<string, unknown> = {
+      "persistence.json": report,
+      "--status --json": { ...status, lastBoot: null },
+    };
+    for (const [what, value] of Object.entries(seen)) {
+      const [, rows] = readme.split(`| key of \`${what}\` |`);
+      const table = rows.slice(0, rows.indexOf("\n\n")).split("\n").slice(2);
+      const listed = table.flatMap((row) =>
+        [...row.split("|")[1].matchAll(/`(.*?)`/g)].map(([, key]) => key)
+      );
+      const keys = [...new Set(keysOf(value))];
+      // A list of objects is listed by their keys, and may be empty; what does
+      // not apply is null.
+      const isSeen = (key: string) =>
+        keys.some((other) =>
+          other === key || key.startsWith(`${other}.`) ||
+          (key.endsWith("*") && other.startsWith(key.slice(0, -1)))
+        );
+      const isListed = (key: string) =>
+        listed.some((other) =>
+          other === key || other.startsWith(`${key}.`) ||
+          other.startsWith(`${key}[]`) ||
+          (other.endsWith("*") && key.startsWith(other.slice(0, -1)))
+        );
+      assertEquals(listed.filter((key) => !isSeen(key)), [], what);
+      assertEquals(keys.filter((key) => !isListed(key)), [], what);
+    }
+  },
+);
