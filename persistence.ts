@@ -4615,7 +4615,7 @@ async function mountOverlays(paths: Paths): Promise<void> {
     .flatMap((layer) => OVERLAYS.map((name) => join(layer, name)));
   await refuseReadOnly(...layers);
   const names = withoutOverlay(paths);
-  if (names.length === 0) return;
+  if (names.length === 0) return await moveMounts(paths);
   for (const name of names) {
     fs.mkdirSync(join(paths.lower, name), { recursive: true });
   }
@@ -4626,6 +4626,41 @@ async function mountOverlays(paths: Paths): Promise<void> {
   ]);
   for (const name of withoutOverlay(paths)) {
     await mountOverlayAnew(name, paths);
+  }
+  await moveMounts(paths);
+}
+
+/**
+ * An overlay hides what others have mounted below its directory: a tmpfs on
+ * /var/log, a file on /etc/resolv.conf. Copies of these mounts came along to
+ * its lower directory; from there they are moved to the merged tree.
+ */
+async function moveMounts(paths: Paths): Promise<void> {
+  const lowers = OVERLAYS.map((name) => join(paths.lower, name));
+  const found = readMounts().map((mount) => mount.target)
+    .filter((path) => lowers.some((lower) => path.startsWith(`${lower}/`)));
+  const sources = new Set(found);
+  for (const source of sources) {
+    // What is mounted below it comes along.
+    if (found.some((path) => source.startsWith(`${path}/`))) continue;
+    const target = join(paths.root, source.slice(paths.lower.length));
+    try {
+      const isThere = orUndefined(() => fs.realpathSync(target)) === target;
+      assert(isThere, `"${target}" was removed or is a link now`);
+      await run(words`mount --move ${source} ${target}`, {
+        to: "move it to the overlay",
+      });
+      // The topmost was moved: those that it covered stay covered.
+      const covered = found.filter((path) => path === source).slice(1);
+      if (covered.length > 0) await unmount(...covered);
+    } catch (error) {
+      say(
+        "warning",
+        `The mount on "${target}" is hidden by the overlay: ${
+          messageOf(error)
+        }`,
+      );
+    }
   }
 }
 
@@ -4660,8 +4695,8 @@ function overlayEntries(name: string, paths: Paths): string[][] {
     OVERLAY_FEATURES_OFF,
     NO_ATIME,
   ];
-  // private: what is mounted on the directory must not appear in its lower.
-  const bind = [directory, lower, "none", "bind,private"];
+  // rprivate: what is mounted on the directory must not appear in its lower.
+  const bind = [directory, lower, "none", "rbind,rprivate"];
   const overlay = ["overlay", directory, "overlay", options.join()];
   return isSameFile(directory, lower) ? [overlay] : [bind, overlay];
 }

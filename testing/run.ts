@@ -27,6 +27,7 @@ const rough = [
   "testing/holds_test.ts",
   "testing/layout_test.ts",
   "testing/cases_test.ts",
+  "testing/mounts_test.ts",
   "testing/daemon_json_test.ts",
   "testing/life_test.ts",
   "testing/move_test.ts",
