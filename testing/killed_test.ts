@@ -23,9 +23,16 @@ const payloadDisk = {
     dd of="$DISK" conv=notrunc status=none`,
 };
 
-const setUps: Record<string, SystemOptions["disks"]> = {
-  "a single disk with a payload": [payloadDisk],
-  "two disks": [magicDisk, magicDisk],
+/** By what comes before the next run. A payload takes ten commands more. */
+const setUps: Record<string, Record<string, SystemOptions["disks"]>> = {
+  "at once": {
+    "a single disk with a payload": [payloadDisk],
+    "two disks": [magicDisk, magicDisk],
+  },
+  "after a reboot": {
+    "a single disk": [magicDisk],
+    "two disks": [magicDisk, magicDisk],
+  },
 };
 
 const recoveries: Record<string, (system: System) => Promise<void>> = {
@@ -33,8 +40,8 @@ const recoveries: Record<string, (system: System) => Promise<void>> = {
   "after a reboot": (system) => system.reboot(),
 };
 
-for (const [setUp, disks] of Object.entries(setUps)) {
-  for (const [when, recover] of Object.entries(recoveries)) {
+for (const [when, recover] of Object.entries(recoveries)) {
+  for (const [setUp, disks] of Object.entries(setUps[when])) {
     onDisks(
       `killed before any command on ${setUp}, run again ${when}: persistent`,
       { disks },
