@@ -3257,6 +3257,15 @@ async function growPartition({ path, disk, number }: BlockDevice) {
 
 /** Takes the magic away, now or at the next boot. */
 async function clearMagic(device: BlockDevice): Promise<void> {
+  if (device.payload && device.read.gpt?.lost) {
+    // Without its text nothing would tell why the backup table counts.
+    const { gpt } = await readDevice(device);
+    assert(
+      gpt?.lost === undefined,
+      `Cannot take the magic away from ${device.path}: its partition table ` +
+        `could not be restored`,
+    );
+  }
   await erasePayload(device);
   await setMagic(device, DATA);
 }

@@ -304,7 +304,7 @@ for (const [what, text] of [["", files], [", one that is bad", "-- x --\n"]]) {
       assertEquals(await system.sh("cat etc/hostname"), "lightwhale\n");
       const { stdout } = await system.run(["--status", "--root", system.root]);
       assertMatch(stdout, /device 2: .*data raid1/s);
-      assert(!stdout.includes("payload"), stdout);
+      assert(!stdout.includes("payload: applied"), stdout);
       await assertErased(second);
       assertNoSecret(first, { stderr, stdout });
     },
