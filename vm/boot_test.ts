@@ -224,6 +224,16 @@ const dataVolume = `modprobe dm_mod
   dmsetup mknodes
   [ -b /dev/mapper/data ]`;
 
+/** The whole of vda as a device-mapper volume that can be made mute. */
+const muteVolume = `modprobe dm_mod
+  echo "0 $(cat /sys/block/vda/size) linear /dev/vda 0" | dmsetup create mute
+  dmsetup mknodes`;
+
+const dataOnWholeDisk: DiskBefore = {
+  sizeMiB: 200,
+  contents: 'mkfs.btrfs --quiet --label lightwhale-data "$1"',
+};
+
 /** The init script alone has made the system writable. */
 const byInitScript = {
   ...volatile,
@@ -506,6 +516,31 @@ const situations: Situation[] = [
           grep 'Docker is held back' $data/lightwhale-state/docker`,
       },
     ],
+  },
+  {
+    name: "the program hangs while it mounts, and the mount ends later",
+    everyTime: false,
+    disks: [dataOnWholeDisk],
+    boots: [{
+      image: () =>
+        failingImage("hanging", "mount -t btrfs /dev/mapper/mute $data"),
+      before: `${muteVolume}; dmsetup suspend mute`,
+      after: { ...byInitScript, errors: /did not end in 5 s/ },
+      run: `dmsetup resume mute
+        sleep 3 # and the mount ends, as it likes
+        echo more >>/etc/file
+        [ "$(stat -f -c %T $data)" = tmpfs ]
+        grep 'Docker is held back' $data/lightwhale-state/docker`,
+    }],
+  },
+  {
+    name: "the program is not there",
+    everyTime: false,
+    disks: [{ ...small, bystander: true }],
+    boots: [{
+      image: () => failingImage("missing"),
+      after: { ...byInitScript, marked: "vda", errors: /cannot be run/ },
+    }],
   },
   {
     name: "a mirror's second disk appears when it is waited for",
@@ -1360,4 +1395,25 @@ function bareInitImage(): string {
     { mode: 0o755 },
   );
   return systemImage({ name: "bare-init", changes: dir });
+}
+
+/**
+ * A system image whose program is a script, or is not there; it has 5 seconds.
+ */
+function failingImage(name: string, script?: string): string {
+  const dir = `${here}cache/${name}`;
+  const program = `${dir}/usr/sbin/persistence.ts`;
+  const s11 = `${dir}/etc/init.d/S11persistence`;
+  for (const path of [program, s11]) {
+    Deno.mkdirSync(dirname(path), { recursive: true });
+  }
+  if (script === undefined) Deno.writeTextFileSync(`${program}.removed`, "");
+  else {
+    const start = "#!/bin/sh\ndata=/mnt/lightwhale-data\n[ $# = 0 ] || exit\n";
+    Deno.writeTextFileSync(program, start + script, { mode: 0o755 });
+  }
+  const original = Deno.readTextFileSync(`${here}../S11persistence`);
+  const shortened = original.replace(/^boot_seconds=.*/m, "boot_seconds=5");
+  Deno.writeTextFileSync(s11, shortened, { mode: 0o755 });
+  return systemImage({ name, changes: dir });
 }

@@ -25,6 +25,7 @@ profiles() {
 disks() {
   for disk in /sys/block/*; do
     [ "$(cat "$disk/serial" 2>/dev/null)" != system ] || continue
+    [ "$(cat "$disk/dm/suspended" 2>/dev/null)" != 1 ] || continue # mute
     case $disk in *loop*) ;; *) echo "${disk##*/}" ;; esac
   done
 }
