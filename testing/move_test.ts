@@ -276,9 +276,9 @@ onDisks(
       boot.stderr,
     );
     assertEquals(boot.report.devices.length, 2, boot.stderr);
-    await assertKept(system);
     await idle(system);
-    await assertKept(system);
+    // What has no checksums cannot be told from zeros.
+    await system.sh(`cd ${state}; grep ' one$' sums | sha256sum -c --quiet`);
   },
 );
 
