@@ -1089,37 +1089,6 @@ const situations: Situation[] = [
     ],
   },
   {
-    name: "a scrub leaves two thirds of the reads of a hard disk to others",
-    everyTime: false,
-    disks: [{ ...small, bus: "scsi" }],
-    boots: [
-      {
-        after: { ...single, swaps: 0, boots: boots(1) },
-        run: `keep large 100; btrfs filesystem sync $data
-          echo @slow 0; sleep 1
-          centiseconds() { sed 's/ .*//; s/[.]//' /proc/uptime; }
-          reads() {
-            begun=$(centiseconds)
-            dash -c 'exec dd if=/dev/sda of=/dev/null bs=4k count=500 \\
-              iflag=direct status=none'
-            echo $(($(centiseconds) - begun))
-          }
-          scrubbing() { btrfs scrub status $data | grep -q running; }
-          alone=$(reads)
-          : >$data/lightwhale-state/.pending-scrub
-          persistence.ts --maintain &
-          wait_for 60 scrubbing; sleep 2
-          beside=$(reads); scrubbing
-          echo "500 reads took $alone, beside a scrub $beside centiseconds"
-          cat /sys/fs/btrfs/*/devinfo/*/scrub_speed_max
-          [ $((beside * 2)) -le $((alone * 3)) ]`,
-        // A hundred accesses in a second, as a hard disk has them.
-        on: { slow: (vm, [, disk]) => vm.throttle(+disk, 100 * 2 ** 20, 100) },
-        settled: { kept: "yes" },
-      },
-    ],
-  },
-  {
     name: "a disk that nobody can read, beside one that is enabled by force",
     everyTime: false,
     disks: [{ sizeMiB: 64, fails: { io: "read" } }, small],
