@@ -20,27 +20,19 @@ const config = ["--config", `${projectFolder}deno.npm.json`];
 const executable = [`${projectFolder}dist/persistence`];
 const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 
-/** Long lives, bad input, bad luck: once is enough, with the executable. */
+/** Once is enough for these, with the executable; the longest come first. */
 const rough = [
-  "testing/decide_test.ts",
-  "testing/formats_test.ts",
-  "testing/holds_test.ts",
-  "testing/layout_test.ts",
-  "testing/cases_test.ts",
-  "testing/mounts_test.ts",
-  "testing/daemon_json_test.ts",
-  "testing/life_test.ts",
-  "testing/move_test.ts",
-  "testing/fuzz_test.ts",
-  "testing/hostile_names_test.ts",
-  "testing/bystanders_test.ts",
-  "testing/lock_test.ts",
-  "testing/s11_test.ts",
-  "testing/fault_test.ts",
-  "testing/payload_test.ts",
-  "testing/cuts_test.ts",
-  "testing/maintain_test.ts",
-];
+  ...["cuts", "life", "cases", "move", "payload", "fault", "bystanders"],
+  ...["maintain", "fuzz", "s11", "layout", "hostile_names", "lock", "mounts"],
+  ...["daemon_json", "recipes", "decide", "formats", "holds"],
+].map((name) => `testing/${name}_test.ts`);
+
+/** By the executable and by Deno: all files but the rough ones. */
+const usual = [...Deno.readDirSync(`${projectFolder}testing`)]
+  .map(({ name }) => `testing/${name}`)
+  .filter((path) => path.endsWith("_test.ts") && !rough.includes(path))
+  .sort().reverse() // "killed" takes longest
+  .concat("persistence_test.ts");
 
 /** In the virtual machine; BOOT=all: every situation, cut and fault. */
 const bootTests = [
@@ -49,12 +41,17 @@ const bootTests = [
   "vm/fault_test.ts",
 ];
 
-const groups: Record<string, () => Promise<Count>> = {
-  check,
-  executable: () => denoTest("executable", usual(), executable),
-  script: () => denoTest("script", usual(), script),
-  rough: () => denoTest("rough", rough, executable),
-  boot: () => denoTest("boot", bootTests, executable),
+type Task = () => Promise<Count>;
+
+const by = (group: string, paths: string[], tool: string[]): Task[] =>
+  paths.map((path) => () => denoTest(group, path, tool));
+
+const groups: Record<string, Task[]> = {
+  script: by("script", usual, script),
+  rough: by("rough", rough, executable),
+  executable: by("executable", usual, executable),
+  check: [check],
+  boot: by("boot", bootTests, executable),
 };
 
 const names = Deno.args.length > 0 ? Deno.args : Object.keys(groups);
@@ -66,24 +63,15 @@ if (unknown.length > 0) {
   Deno.exit(2);
 }
 
-// Two groups run side by side, one a processor; the longest is begun first. The
-// virtual machine has both processors for itself: its tests watch the clock.
+// Two files run side by side, one a processor. The virtual machine has both
+// processors for itself: its tests watch the clock.
 const total: Count = { passed: 0, failed: 0, skipped: 0 };
 const built = await run(["npm", "run", "--silent", "build"]) === 0;
-const inOrder = ["rough", "script", "executable", "check"]
-  .filter((name) => names.includes(name));
-for (const queue of built ? [inOrder, names.filter(isBoot)] : []) {
-  await Promise.all([0, 1].map(async () => {
-    for (let name = queue.shift(); name; name = queue.shift()) {
-      console.log(`\n# ${name} begins`);
-      const { passed, failed, skipped } = await groups[name]();
-      console.log(`# ${name}: ${passed} passed, ${failed} failed`);
-      total.passed += passed;
-      total.failed += failed;
-      total.skipped += skipped;
-    }
-  }));
-}
+const tasks = Object.keys(groups).filter((name) => names.includes(name))
+  .filter((name) => name !== "boot").flatMap((name) => groups[name]);
+const alone = names.includes("boot") ? groups.boot : [];
+await runAll(built ? tasks : [], 2);
+await runAll(built ? alone : [], 1);
 if (!built) total.failed++;
 const { passed, failed, skipped } = total;
 const tail = skipped > 0 ? `, ${skipped} skipped` : "";
@@ -93,8 +81,18 @@ if (skippedInCi) console.error("Skipped tests count as failures in CI");
 console.log(`\n${passed} passed, ${failed} failed${tail}`);
 Deno.exit(failed > 0 || passed === 0 || skippedInCi ? 1 : 0);
 
-function isBoot(name: string): boolean {
-  return name === "boot";
+async function runAll(tasks: Task[], atATime: number): Promise<void> {
+  const queue = [...tasks];
+  await Promise.all(
+    Array(atATime).fill(0).map(async () => {
+      for (let task = queue.shift(); task; task = queue.shift()) {
+        const { passed, failed, skipped } = await task();
+        total.passed += passed;
+        total.failed += failed;
+        total.skipped += skipped;
+      }
+    }),
+  );
 }
 
 /** Formatting, linting, types, and whether the build is reproducible. */
@@ -133,28 +131,22 @@ async function isReproducible(): Promise<boolean> {
   return isSame;
 }
 
-/** All files of tests here but the rough ones. */
-function usual(): string[] {
-  const files = [...Deno.readDirSync(`${projectFolder}testing`)]
-    .map(({ name }) => `testing/${name}`)
-    .filter((path) => path.endsWith("_test.ts") && !rough.includes(path));
-  return ["persistence_test.ts", ...files.sort()];
-}
-
-/** These tests, with this command as the tool. */
+/** The tests of a file, with this command as the tool. */
 async function denoTest(
   group: string,
-  paths: string[],
+  path: string,
   tool: string[],
 ): Promise<Count> {
+  const name = `${group} ${path.replace(/^.*\/|_test\.ts$/g, "")}`;
+  const startedMs = performance.now();
   const junit = await Deno.makeTempFile({ suffix: ".xml" });
-  // Another group prints at the same time: each line says whose it is.
+  // Another file prints at the same time: each line says whose it is.
   const prefixed = 'set -o pipefail; "$@" 2>&1 | sed -u "s/^/$0| /"';
   const status = await run([
-    ...["bash", "-c", prefixed, group],
+    ...["bash", "-c", prefixed, name],
     ...[deno, "test", "-A", "--no-check", ...config],
     ...["--sanitize-ops", "--sanitize-resources", `--junit-path=${junit}`],
-    ...paths,
+    path,
   ], { PERSISTENCE: tool.join(" ") });
   const report = await Deno.readTextFile(junit);
   await Deno.remove(junit);
@@ -162,12 +154,13 @@ async function denoTest(
     [...report.matchAll(new RegExp(`<testsuite .*\\b${name}="(\\d+)"`, "g"))]
       .reduce((sum, [, digits]) => sum + Number(digits), 0);
   const bad = sum("failures") + sum("errors");
-  return {
-    passed: sum("tests") - bad - sum("disabled"),
-    // A file that does not even load is in no report.
-    failed: status !== 0 ? Math.max(bad, 1) : bad,
-    skipped: sum("disabled"),
-  };
+  const skipped = sum("disabled");
+  const passed = sum("tests") - bad - skipped;
+  // A file that does not even load is in no report.
+  const failed = status !== 0 ? Math.max(bad, 1) : bad;
+  const seconds = Math.round((performance.now() - startedMs) / 1000);
+  console.log(`# ${name}: ${passed} passed, ${failed} failed, ${seconds} s`);
+  return { passed, failed, skipped };
 }
 
 async function run(
