@@ -2060,6 +2060,7 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     }
   }
   if (chosen && !mounted) leaveOut(chosen);
+  if (chosen) inheritRecord(chosen, usable);
   if (chosen) findLeaver(chosen, usable);
   const ours = filesystems.flatMap(allDevices);
   const isData = (device: BlockDevice) =>
@@ -2274,7 +2275,8 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
   const { data, create, joins, mode } = plan;
   const members: BlockDevice[] = data?.members ?? [];
   const used = [...members, ...devicesOf([...create?.members ?? [], ...joins])];
-  const seen = [...used, ...data ? allDevices(data) : []];
+  const left = data?.leaver ? [data.leaver] : []; // to be wiped, by its node
+  const seen = [...used, ...left, ...data ? allDevices(data) : []];
   const repairs: Repair[] = [];
   for (const disk of devices) {
     const { path, readOnly, sectorBytes, sizeBytes, read: { gpt } } = disk;
@@ -2699,6 +2701,25 @@ function leaveOut(data: DataFilesystem): void {
   data.members = members.filter((member) => member !== leaver);
   data.missing = Math.max(0, numDevices - data.members.length);
   data.leaver = leaver;
+}
+
+/**
+ * A replace may end, and the power go, before its target has a record: then it
+ * takes over that of the member that was to move, which says so of itself and
+ * is no member any more (fs/btrfs/volumes.c, btrfs_scratch_superblocks()).
+ */
+function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
+  const { members: [member, another], fsid } = data;
+  if (!member || another || member.holds.record) return;
+  for (const { read: { record, btrfs } } of devices) {
+    if (record?.fsid !== fsid || btrfs || record.leaving?.how !== "move") {
+      continue;
+    }
+    if (record.leaving.member !== record.member) continue;
+    const own = { member: `${record.member}-moved`, hardware: undefined };
+    member.holds = { ...member.holds, record: { ...record, ...own } };
+    data.leaving = record.leaving;
+  }
 }
 
 /**
@@ -5476,7 +5497,7 @@ function freeLeaver({ data, state, paths }: Situation): Job | undefined {
 
 /**
  * Wipes a data partition and, of a disk that is ours alone, swap and table. Its
- * record goes last but for the table: by that the next boot finds it again.
+ * record goes last: by that the next boot finds it again.
  *
  * @returns What is blank now.
  */
@@ -5500,13 +5521,14 @@ async function free(device: BlockDevice, others: BlockDevice[]) {
     await writeBytes(path, at, new Uint8Array(BTRFS.bytes));
   }
   if (whole?.magic) await setMagic(whole, "");
-  if (kind === "partition") await setMagic(device, "");
+  if (isOurs) {
+    // The backup first: without it, the partition is found until all is gone.
+    const sector = new Uint8Array(whole.read.gpt!.sectorBytes);
+    await writeBytes(whole.path, whole.sizeBytes - sector.length, sector);
+    await writeBytes(whole.path, 0, new Uint8Array(MiB));
+  } else if (kind === "partition") await setMagic(device, "");
   await wipe(device);
   if (!isOurs) return path;
-  await run(words`wipefs --quiet --all ${whole.path}`, {
-    to: `wipe ${whole.path}`,
-  });
-  await writeBytes(whole.path, 0, new Uint8Array(MiB)); // what the table was
   await deleteOldPartitions(whole);
   return whole.path;
 }

@@ -87,6 +87,20 @@ const waitForWork = `
   sync
 `;
 
+/** Waits until this is the only member, and the other disk is blank. */
+function waitForOne(name: string): string {
+  return `
+    tries=0
+    until [ "$(ls /sys/fs/btrfs/*-*/devices)" = ${name} ] &&
+      [ -z "$(wipefs /dev/vda)" ] && [ -e /run/lightwhale/left.json ]
+    do
+      sleep 0.3
+      tries=$((tries + 1))
+      [ $tries -lt 200 ] || exit 1
+    done
+    sync`;
+}
+
 /** Writes files, and says which of them are on the disks for sure. */
 const writeFiles = `
   for n in 1 2 3; do
@@ -238,6 +252,38 @@ const scenes: Scene[] = [
     profiles: "raid1 raid1 raid1",
   },
   {
+    name: "--move to another disk",
+    disks: [smallMagicDisk, smallDisk],
+    before: persist,
+    does: `persistence.ts --move /dev/vda /dev/vdb; echo '@asked '
+      ${waitForOne("vdb1")}`,
+    profiles: "single dup dup",
+    async after({ system, said }) {
+      const [old, fresh] = system.disks;
+      const found = await dataNodes(system.disks);
+      if (said("asked")) assertEquals(found, [`${fresh.path}p1`]);
+      else assertEquals(found.length, 1, `${found}`);
+      if (said("asked")) assertEquals(await blkid(old.path), "");
+    },
+  },
+  {
+    name: "--remove of one of two, at the next boot",
+    disks: [smallMagicDisk, smallMagicDisk],
+    before: async (system) => {
+      await persist(system);
+      const args = ["--remove", system.disks[0].path];
+      const { status, stderr } = await system.run([...system.place(), ...args]);
+      assertEquals(status, 0, stderr);
+    },
+    does: waitForOne("vdb1"),
+    profiles: "single dup dup",
+    async after({ system }) {
+      const [gone, stays] = system.disks;
+      assertEquals(await dataNodes(system.disks), [`${stays.path}p1`]);
+      assertEquals(await blkid(gone.path), "");
+    },
+  },
+  {
     name: "a disk has grown",
     disks: [smallMagicDisk],
     before: persist,
@@ -327,7 +373,13 @@ async function recordScene(
   const boot = await bootVm({
     disks,
     check: `set -e\n${scene.does ?? ""}`,
-    on: { synced: note, enabled: note, disabled: note, grown: note },
+    on: {
+      synced: note,
+      enabled: note,
+      disabled: note,
+      grown: note,
+      asked: note,
+    },
   });
   assertEquals(boot.checkStatus, 0, `${boot.console}\n${boot.checkOutput}`);
   for (const { file } of disks) await Deno.remove(file);
@@ -461,17 +513,29 @@ async function playCut(
 
 /** `btrfs check` of the filesystem on these disks. */
 async function assertClean(disks: Disk[]): Promise<void> {
-  const nodes: string[] = [];
-  for (const { path } of disks) {
-    await command(["partx", "--update", path]);
-    const found = await command([
-      ...["blkid", "--probe", "--match-tag", "LABEL", "--output", "value"],
-      `${path}p2`,
-    ]).then(() => `${path}p2`, () => `${path}p1`);
-    nodes.push(found);
-  }
+  const nodes = await dataNodes(disks);
   await command(["btrfs", "device", "scan", ...nodes]);
   await command(["btrfs", "check", "--readonly", "--quiet", nodes[0]]);
+}
+
+/** The partitions that answer to the name. */
+async function dataNodes(disks: Disk[]): Promise<string[]> {
+  const nodes: string[] = [];
+  for (const { path } of disks) {
+    // Fails where there is no table, which is fine.
+    await command(["sh", "-c", 'partx --update "$1" 2>&1 || :', "sh", path]);
+    for (const node of [`${path}p1`, `${path}p2`]) {
+      if (await blkid(node, "LABEL") === "lightwhale-data") nodes.push(node);
+    }
+  }
+  return nodes;
+}
+
+/** What libblkid sees, or one value of that; empty where it sees nothing. */
+async function blkid(path: string, ...tag: string[]): Promise<string> {
+  const options = tag.flatMap((name) => ["--match-tag", name]);
+  const line = ["--probe", ...options, "--output", "value", path];
+  return (await command(["blkid", ...line]).catch(() => "")).trim();
 }
 
 // Before the machine

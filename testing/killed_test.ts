@@ -8,12 +8,16 @@ import {
   command,
   GiB,
   header,
+  MiB,
   onDisks,
   type System,
   type SystemOptions,
 } from "./system.ts";
 
 const magicDisk = { sizeBytes: 3 * GiB, contents: header };
+
+/** Quickly copied; too small for swap. */
+const small = { sizeBytes: 500 * MiB, contents: header };
 
 /** To be found in the end, and nowhere but in its place. */
 const payloadDisk = {
@@ -34,6 +38,77 @@ const setUps: Record<string, Record<string, SystemOptions["disks"]>> = {
     "two disks": [magicDisk, magicDisk],
   },
 };
+
+/** What was asked for, and where the data are in the end. */
+const askedFor: Record<string, {
+  disks: SystemOptions["disks"];
+  args: number[];
+  members: number[];
+}> = {
+  "--move": {
+    disks: [small, { sizeBytes: small.sizeBytes }],
+    args: [0, 1],
+    members: [1],
+  },
+  "--remove": { disks: [small, small], args: [0], members: [1] },
+};
+
+/** KILLS=all: before each command; else before some of them. */
+const kills = Deno.env.get("KILLS") === "all" ? Infinity : 4;
+
+for (const [option, { disks, args, members }] of Object.entries(askedFor)) {
+  onDisks(
+    `killed before commands of a boot and of the work after ${option}`,
+    { disks },
+    async (system) => {
+      const traps = await makeTraps();
+      const images = await Deno.makeTempDir({ prefix: "persistence-images-" });
+      try {
+        await system.boot();
+        await system.sh(`cd mnt/lightwhale-data
+          head -c 9M /dev/urandom > file; sha256sum file > sum; sync -f .`);
+        // The work waits for the next boot.
+        await system.sh(`flock run/lightwhale/maintenance.lock \
+          sleep 1000 >/dev/null 2>&1 & sleep 0.3`);
+        const asked = await system.run([
+          ...[...system.place(), option],
+          ...args.map((place) => system.disks[place].path),
+        ]);
+        assertEquals(asked.status, 0, asked.stderr);
+        await system.reboot({
+          whileOff: () =>
+            eachImage(system, (image, n) => copy(image, `${images}/${n}`)),
+        });
+        await bootTrapped(system, traps, 1e6);
+        const commands = Number(await Deno.readTextFile(`${traps}/count`));
+        assert(commands > 20, `Only ${commands} commands were seen`);
+        await assertLeft(system, members, "not killed");
+        const step = Math.max(1, commands / kills);
+        const first = Math.ceil(Math.random() * step);
+        for (let turn = first; turn <= commands; turn += step) {
+          await system.reboot({
+            whileOff: () =>
+              eachImage(system, (image, n) => copy(`${images}/${n}`, image)),
+          });
+          await bootTrapped(system, traps, Math.floor(turn));
+          const lines = await Deno.readTextFile(`${traps}/log`);
+          await system.reboot();
+          const boot = await system.boot();
+          assertEquals(boot.status, 0, `${boot.stderr}\nafter\n${lines}`);
+          await system.settle();
+          await assertLeft(
+            system,
+            members,
+            `${boot.stderr}\nkilled before the last of\n${lines}`,
+          );
+        }
+      } finally {
+        await Deno.remove(traps, { recursive: true });
+        await Deno.remove(images, { recursive: true });
+      }
+    },
+  );
+}
 
 const recoveries: Record<string, (system: System) => Promise<void>> = {
   "at once": async () => {},
@@ -87,7 +162,16 @@ count=$(($(cat "${folder}/count") + 1))
 echo "$count" >"${folder}/count"
 echo "$count: \${0##*/} $*" >>"${folder}/log"
 turn=$(cat "${folder}/turn")
-if [ "$count" -eq "$turn" ]; then kill -KILL "$(cat "${folder}/pid")"; fi
+if [ "$count" -eq "$turn" ]; then
+  # The work in the background is another process than the boot, and there may
+  # be a shell between it and this.
+  for pid in "$(cat "${folder}/pid")" "$PPID" \\
+    "$(awk '/^PPid/ { print $2 }' "/proc/$PPID/status")"; do
+    case $(tr '\\0' ' ' <"/proc/$pid/cmdline") in
+    *" --root "*) kill -KILL "$pid" ;;
+    esac
+  done
+fi
 if [ "$count" -ge "$turn" ]; then exit 1; fi
 exec 9>&-
 exec "\${0##*/}" "$@"
@@ -123,9 +207,9 @@ async function bootTrapped(
     return true;
   }
   assertEquals(status, 0, stderr);
+  await system.settle();
   const seen = Number(await Deno.readTextFile(`${traps}/count`));
-  assert(seen < turn, `Command ${turn} of ${seen} did not kill the tool`);
-  return false;
+  return seen >= turn;
 }
 
 /** The payload is where it belongs, and nothing of it before the partitions. */
@@ -187,4 +271,33 @@ async function assertComplete(system: System, how: string): Promise<void> {
     ...["btrfs", "check", "--readonly", "--quiet", "--force"],
     `${system.disks[0].path}p2`,
   ]);
+}
+
+/** The data are on these disks alone, and all of them; the others are blank. */
+async function assertLeft(
+  system: System,
+  members: number[],
+  how: string,
+): Promise<void> {
+  await system.sh("cd mnt/lightwhale-data; sha256sum --quiet -c sum");
+  const shown = await system.sh("btrfs filesystem show mnt/lightwhale-data");
+  const found = [...shown.matchAll(/ path (.*?)p\d+$/gm)].map(([, path]) =>
+    path
+  );
+  assertEquals(found, members.map((place) => system.disks[place].path), how);
+  for (const [place, { path }] of system.disks.entries()) {
+    if (members.includes(place)) continue;
+    assertEquals(await command(["wipefs", "--noheadings", path]), "", how);
+  }
+}
+
+async function eachImage(
+  { disks }: System,
+  use: (image: string, n: number) => Promise<void>,
+): Promise<void> {
+  for (const [n, { image }] of disks.entries()) await use(image, n);
+}
+
+async function copy(from: string, to: string): Promise<void> {
+  await command(["cp", "--sparse=always", from, to]);
 }

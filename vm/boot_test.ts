@@ -681,6 +681,107 @@ const situations: Situation[] = [
     ],
   },
   {
+    name: "the data move from USB to NVMe under load; it boots from that alone",
+    disks: [{ ...small, bus: "usb" }, { sizeMiB: 260, bus: "nvme" }],
+    boots: [
+      {
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: `keep before 24
+          persistence.ts --move /dev/sda /dev/nvme0n1
+          n=0
+          until background_is_done; do
+            n=$((n + 1))
+            keep load$((n % 8)) 1
+          done
+          [ $n -gt 1 ]
+          fills_disks
+          [ -z "$(wipefs /dev/sda)" ]`,
+        settled: {
+          ...whole,
+          profiles: "single dup dup",
+          health: /^\/dev\/sda holds none .* can be pulled$/,
+          alone: "yes",
+        },
+      },
+      ...[[1], [0, 1]].map((present, n) => ({
+        present,
+        after: { ...single, swaps: 0, boots: boots(n + 2) },
+        run: "keep after 4",
+      })),
+    ],
+  },
+  {
+    name: "mirrors of four, three and two lose and change members",
+    everyTime: false,
+    disks: [
+      ...Array(4).fill({ magic: true, sizeMiB: 1000, bus: "scsi" }),
+      { sizeMiB: 1000, bus: "scsi" },
+    ],
+    boots: [
+      {
+        present: [0, 1, 2, 3],
+        after: {
+          ...persistent,
+          profiles: "raid1 raid1c4 raid1c4",
+          swaps: 0,
+          boots: boots(1),
+        },
+        run: "keep four 24; persistence.ts --remove /dev/sda; sleep 2",
+        settled: {
+          ...whole,
+          profiles: "raid1 raid1c3 raid1c3",
+          health: /sda holds none/,
+          alone: /^/,
+        },
+      },
+      {
+        present: [1, 2, 3, 4],
+        after: {
+          ...persistent,
+          profiles: "raid1 raid1c3 raid1c3",
+          swaps: 0,
+          boots: boots(2),
+        },
+        run: "keep three 4; persistence.ts --move /dev/sda /dev/sdd; sleep 2",
+        settled: {
+          ...whole,
+          profiles: "raid1 raid1c3 raid1c3",
+          health: /sda holds none/,
+          alone: /^/,
+        },
+      },
+      {
+        present: [2, 3, 4],
+        after: {
+          ...persistent,
+          profiles: "raid1 raid1c3 raid1c3",
+          swaps: 0,
+          boots: boots(3),
+        },
+        run: "keep changed 4; persistence.ts --remove /dev/sda; sleep 2",
+        settled: { ...whole, health: /sda holds none/ },
+      },
+      {
+        present: [3, 4],
+        after: { ...mirroredSmall, boots: boots(4) },
+        run: "keep two 4; persistence.ts --remove /dev/sda",
+      },
+      {
+        present: [3, 4],
+        after: { ...atWork, boots: boots(5), warnings: "" },
+        says: /leave \/dev\/sda1 out/,
+        run: "keep one 4",
+        settled: {
+          ...whole,
+          profiles: "single dup dup",
+          health: /sda holds none/,
+          alone: "yes",
+        },
+      },
+      { present: [4], after: { ...single, swaps: 0, boots: boots(6) } },
+    ],
+  },
+  {
     name: "disks with sectors of 512 and of 4096 bytes are enlarged",
     everyTime: false,
     disks: [small, { ...small, sectorBytes: 4096 }],
