@@ -5252,6 +5252,7 @@ function releaseTarget(situation: Situation): Job | undefined {
       await cancelReplace(paths);
       await confirm(device);
       await wipe(device);
+      allowJoins([device], paths); // as before the power went
     },
   };
 }
@@ -5913,31 +5914,31 @@ export function judgeScrub(
 }
 
 /** Lets magic disks join a whole filesystem, now or when there is time. */
-function allowJoins(joins: NewMember[], { joining }: Paths): void {
-  const allowed = listJoining(joining).concat(joins.map(joiningId));
+function allowJoins(devices: BlockDevice[], { joining }: Paths): void {
+  const allowed = listJoining(joining).concat(devices.map(joiningId));
   replaceFile(joining, `${allowed.join("\n")}\n`);
 }
 
 const listJoining = (path: string) => (readText(path) ?? "").split("\n");
-const joiningId = ({ device }: NewMember) => device.sequence ?? device.path;
+const joiningId = ({ sequence, path }: BlockDevice) => sequence ?? path;
 
 /**
  * A magic disk takes the place of a missing member at once. A whole filesystem
  * takes one that was there at a boot, or that a person lets in.
  */
 function mayJoin(
-  member: NewMember,
+  { device }: NewMember,
   { missing }: FilesystemState,
   { joining }: Paths,
 ): boolean {
-  return missing.length > 0 || listJoining(joining).includes(joiningId(member));
+  return missing.length > 0 || listJoining(joining).includes(joiningId(device));
 }
 
 /** Starts {@linkcode maintain} in the background if there is work for it. */
 function startMaintenance(plan: Plan, settings: Settings, paths: Paths) {
   if (!plan.data) return;
   if (plan.data.needsScrub) setPending("scrub", true, paths);
-  allowJoins(plan.joins, paths);
+  allowJoins(devicesOf(plan.joins), paths);
   const state = stateOf(plan.data);
   const job = state && decideJob(plan, state, readPending(paths));
   if (!job) return;

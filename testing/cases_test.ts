@@ -1837,18 +1837,22 @@ onDisks(
 /** A filesystem as a power cut leaves it, with a log tree. */
 const withLog = `old "$DISK"
   folder=$(mktemp -d); mount "$DISK" $folder
-  echo before > $folder/file; sync -f $folder
-  echo logged | dd of=$folder/file conv=fsync,notrunc status=none
-  # What it writes goes past the cache of the device.
-  dd if="$DISK" of="$folder.copy" bs=1M iflag=direct conv=sparse status=none
-  umount $folder
-  dd if="$folder.copy" of="$DISK" bs=1M oflag=direct status=none
-  rm "$folder.copy"; rmdir $folder
-  blockdev --flushbufs "$DISK"
   rootOf() { # the logical address of a tree
-    btrfs inspect-internal dump-super "$DISK" |
+    btrfs inspect-internal dump-super "\${2-$DISK}" |
       while read -r key value; do [ "$key" != "$1" ] || echo $value; done
   }
+  echo before > $folder/file
+  for try in 1 2 3 4 5 6 7 8; do # a commit of its own has no log
+    sync -f $folder
+    echo "logged $try" | dd of=$folder/file conv=fsync,notrunc status=none
+    # What it writes goes past the cache of the device.
+    dd if="$DISK" of="$folder.copy" bs=1M iflag=direct conv=sparse status=none
+    [ $(rootOf log_root "$folder.copy") = 0 ] || break
+  done
+  umount $folder
+  dd if="$folder.copy" of="$DISK" bs=1M conv=fsync status=none
+  rm "$folder.copy"; rmdir $folder
+  blockdev --flushbufs "$DISK"
   test $(rootOf log_root) -gt 0
   damage() { # both copies: no extent tells where those of the log tree are
     btrfs-map-logical -l $(rootOf root) "$DISK" | while read -r line; do
