@@ -228,6 +228,8 @@ export interface Reading {
   plain: boolean;
   /** A Btrfs superblock that is left only as a backup copy. */
   backup?: Superblock;
+  /** A superblock of a member with a record, whose magic was erased. */
+  scratched?: Superblock;
   swapLabel?: string;
 }
 
@@ -366,6 +368,14 @@ const BTRFS = {
   label: 0x12b,
   labelBytes: 256,
 };
+
+/** A copy of a superblock, with its magic. */
+function withBtrfsMagic(block: Uint8Array): Uint8Array {
+  const copy = Buffer.alloc(BTRFS.bytes);
+  copy.set(block.subarray(0, BTRFS.bytes));
+  copy.write(BTRFS.magicText, BTRFS.magic);
+  return copy;
+}
 
 /**
  * Reads a Btrfs superblock, or a copy of it; undefined where there is none.
@@ -1368,6 +1378,9 @@ export function parseStart(start: Uint8Array): Reading {
   const slots = start.subarray(RECORD.slotsAt[0], BTRFS.superblockAt);
   const btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
   const record = parseRecord(slots);
+  const scratched = record && !btrfs
+    ? parseSuperblock(withBtrfsMagic(start.subarray(BTRFS.superblockAt)))
+    : undefined;
   const onlyText = `${MAGIC}(\r?\n(${ANYWAY}\r?\n?)?)?`;
   return {
     header,
@@ -1382,6 +1395,7 @@ export function parseStart(start: Uint8Array): Reading {
     btrfs,
     // The record of a member that has left is all that is left on it.
     record: !btrfs || record?.fsid === btrfs.fsid ? record : undefined,
+    scratched: scratched?.intact ? scratched : undefined,
     recordable: [0, RECORD.bytes].every((at) =>
       isRecordSlot(slots.subarray(at, at + RECORD.bytes))
     ),
@@ -2308,6 +2322,10 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
       ));
     }
   }
+  for (const device of members) {
+    if (device.read.btrfs || mode === "mounted") continue;
+    repairs.push({ do: "restore superblock", device });
+  }
   plan.repairs.unshift(...repairs);
 }
 
@@ -2491,7 +2509,27 @@ export function findDataFilesystems(
   const groups = Object.groupBy(members, ({ holds }) => holds.btrfs.fsid);
   return (Object.values(groups) as Member[][])
     .filter((group) => group.some(({ holds }) => holds.btrfs.label === DATA))
+    .map((group) => withScratched(group, devices))
     .map((group) => sortOutMembers(withoutJoining(group, devices), machine));
+}
+
+/**
+ * At the end of a replace the kernel erases the magic of the source before it
+ * commits that the target is a member (fs/btrfs/dev-replace.c,
+ * btrfs_dev_replace_finishing()). Where the power went in between, the source
+ * still is the member; it is told by its record.
+ */
+function withScratched(group: Member[], devices: BlockDevice[]): Member[] {
+  const [{ holds: { btrfs: { fsid } } }] = group;
+  if (group.some((device) => devidOf(device) > 0)) return group;
+  const found = devices.filter(({ read, signatures = [] }) =>
+    read.scratched?.fsid === fsid && read.record?.fsid === fsid &&
+    signatures.length === 0
+  );
+  if (found.length !== 1) return group;
+  const [{ read: { scratched, record } }] = found;
+  const holds = { kind: "member" as const, btrfs: scratched!, record };
+  return [...group, Object.assign(found[0], { holds })];
 }
 
 /**
@@ -3171,6 +3209,20 @@ const REPAIRS = {
     says: ({ path }: BlockDevice) =>
       `show the partitions of ${path} to the kernel`,
     does: showPartitions,
+  },
+  "restore superblock": {
+    says: ({ path }: BlockDevice) =>
+      `restore the superblock of ${path}, for its replace did not end`,
+    async does({ path }: BlockDevice) {
+      const at = BTRFS.superblockAt;
+      const block = await readBytes(path, at, BTRFS.bytes);
+      const whole = withBtrfsMagic(block);
+      assert(
+        parseSuperblock(whole)?.intact === true,
+        `Cannot restore the superblock of ${path}: it has changed`,
+      );
+      await writeBytes(path, at, whole);
+    },
   },
   "grow": {
     says: ({ path }: BlockDevice) => `grow ${path} to the end of its disk`,
