@@ -2369,6 +2369,7 @@ export function isMagic(device: BlockDevice, devices: BlockDevice[]): boolean {
 export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
   const { read, partitionName, kind } = device;
   if (read.error || isOpen(device)) return false;
+  if (read.record && !read.btrfs) return true;
   const disk = devices.find(({ name }) => name === device.disk);
   if (disk?.read.header || partitionName === MAGIC) return true;
   if (kind === "disk" && namesIn(read).includes(MAGIC)) return true;
@@ -2761,8 +2762,9 @@ function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
 }
 
 /**
- * Finds what has left: the very disk that its record names, and nobody used it
- * since. Of two that look so one is a copy: neither is touched.
+ * Finds what has left: the very disk that its record names, which was there when
+ * it was told to leave, and which nobody used since, neither as a member nor for
+ * something else. Of two that look so one is a copy: neither is touched.
  */
 function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
   const { fsid, members, leaving } = data;
@@ -2772,7 +2774,11 @@ function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
     const { record } = device.read;
     return record?.fsid === fsid && record.member === leaving?.member &&
       isKnown(record.mounts?.at(-1)) && isOnItsHardware(device) !== false &&
-      !isOpen(device) && !members.includes(device as Member);
+      !isOpen(device) && !members.includes(device as Member) &&
+      record.leaving?.member === record.member &&
+      othersOn(device).length === 0 &&
+      !(holding("member")(device) &&
+        members.some((member) => wroteWithout(device, member)));
   });
   data.leaver ??= found.length === 1 ? found[0] : undefined;
   const { leaver } = data;
@@ -3241,6 +3247,11 @@ const REPAIRS = {
 async function carryOut(repair: Repair): Promise<void> {
   const { says, does } = REPAIRS[repair.do];
   say("info", `Repair: ${says(repair.device)}`);
+  const { path, disk, sequence } = repair.device;
+  assert(
+    readIdentity(disk).sequence === sequence,
+    `Cannot repair ${path}: it is not the disk any more that was looked at`,
+  );
   await does(repair.device);
 }
 
@@ -5429,7 +5440,19 @@ function moveMember(situation: Situation): Job | undefined {
         paths,
       );
       const lock = await takeLock(join(paths.run, "lock"));
-      await begin().finally(lock.release);
+      try {
+        await confirm(member.device); // hours have gone by
+        const { record } = parseStart(
+          await readBytes(source.path, 0, START_BYTES),
+        );
+        assert(
+          record?.leaving?.member === record?.member,
+          `${source.path} is not told to leave any more`,
+        );
+        await begin();
+      } finally {
+        lock.release();
+      }
       await finish();
     },
   };
@@ -5560,7 +5583,8 @@ async function free(device: BlockDevice, others: BlockDevice[]) {
   const names = whole ? namesIn(whole.read) : [];
   const isOurs = whole?.read.plain &&
     names.filter((name) => name === DATA).length === 1 &&
-    names.every((name) => name === DATA || name === SWAP);
+    names.every((name) => name === DATA || name === SWAP) &&
+    others.every(({ kind, holds }) => kind === "disk" || holds.kind === "swap");
   for (const swap of others.filter(({ holds }) => holds.kind === "swap")) {
     if (readSwaps().some((path) => nameAt(path) === swap.name)) {
       await run(words`swapoff ${swap.path}`, { to: `let go of ${swap.path}` });
@@ -6388,7 +6412,7 @@ async function enable(
   }
   if (!names.some(Boolean)) return;
   if (now) return await startNow(settings, names);
-  console.log("At the next boot:");
+  console.log("At the next boot (where a member is missing, within the hour):");
   await dryRun(settings);
 }
 
@@ -6635,6 +6659,10 @@ async function tellToLeave(
   // What --remove converts before --remove --cancel gets its profile again.
   const settled = { ...settledOf(members), devices: 0 };
   const failed = await recordMembers(members, fsid, { leaving, settled });
+  if (failed.length > 0 && leaving) {
+    const told = members.filter((member) => !failed.includes(member));
+    await attempt(() => recordMembers(told, fsid, { leaving: null }));
+  }
   assert(
     failed.length === 0,
     `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,

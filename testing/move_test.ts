@@ -184,7 +184,7 @@ for (const count of isAll ? [2, 3, 4] : [2, 3]) {
       await assertKept(system);
       assertEquals(
         await memberDisks(system),
-        staying.map(({ path }) => path),
+        staying.map(({ path }) => path).sort(),
       );
       assertEquals(await profiles(system), whole[count - 1]);
       await assertBlank(gone);
@@ -374,6 +374,95 @@ onDisks(
 );
 
 // What is looked at
+
+/** What a disk that was pulled before it had left may be used for elsewhere. */
+const uses: Record<string, string> = {
+  "swap": 'mkswap -L mine "$1"',
+  "LVM": 'wipefs -qa "$1"; pvcreate -qq -y "$1"',
+  "NTFS": 'mkfs.ntfs -Q -F "$1"',
+  "a filesystem of its own":
+    `folder=$(mktemp -d); mount -o degraded "$1" $folder
+    for file in 1 2 3; do echo new >$folder/$file; sync -f $folder; done
+    umount $folder; rmdir $folder`,
+};
+
+for (const [what, script] of Object.entries(uses)) {
+  if (what !== "swap" && what !== "a filesystem of its own" && !isAll) continue;
+  onDisks(
+    `--remove: the disk was pulled and is ${what} now: it is not touched`,
+    { disks: [magicDisk, magicDisk], needs: ["pvcreate", "mkfs.ntfs"] },
+    async (system) => {
+      await persist(system);
+      const [gone, stays] = system.disks;
+      await asked(system, ["--remove", gone.path]);
+      await system.reboot({ without: [gone] });
+      assertEquals((await system.boot(["--wait", "0"])).status, 0);
+      await idle(system);
+      await system.reboot({ without: [stays] });
+      await command(["partx", "--update", gone.path]);
+      await command(["sh", "-euc", script, "sh", `${gone.path}p1`]);
+      await command(["blockdev", "--flushbufs", gone.path]);
+      const before = await system.checksum(gone);
+      await system.reboot();
+      const boot = await system.boot();
+      assertEquals(boot.report.mode, "persistent", boot.stderr);
+      await idle(system);
+      await asked(system, ["--maintain"]);
+      assertEquals(await system.checksum(gone), before, boot.stderr);
+    },
+  );
+}
+
+onDisks(
+  "--move to a smaller disk is taken back while the old one shrinks",
+  { disks: [magicDisk, { sizeBytes: 700 * MiB }] },
+  async (system) => {
+    await persist(system);
+    const [old, fresh] = system.disks;
+    const traps = await Deno.makeTempDir({ prefix: "persistence-programs-" });
+    await Deno.writeTextFile(
+      `${traps}/btrfs`,
+      `#!/bin/sh
+if [ "$1 $2" = "filesystem resize" ]; then touch ${traps}/shrinks; sleep 4; fi
+PATH=\${PATH#*:}
+exec btrfs "$@"
+`,
+      { mode: 0o755 },
+    );
+    const path = `${traps}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin`;
+    try {
+      const args = ["--move", old.path, fresh.path];
+      const moving = await system.run([...system.place(), ...args], { path });
+      assertEquals(moving.status, 0, moving.stderr);
+      await system.sh(`until [ -e ${traps}/shrinks ]; do sleep 0.1; done`);
+      await asked(system, ["--remove", "--cancel"]);
+      await asked(system, ["--disable", fresh.path]);
+      await idle(system);
+      assertEquals(await memberDisks(system), [old.path]);
+      await assertKept(system);
+    } finally {
+      await Deno.remove(traps, { recursive: true });
+    }
+  },
+);
+
+onDisks(
+  "--remove that cannot be told to all members is told to none",
+  { disks: [magicDisk, magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [gone, , third] = system.disks;
+    const node = `${third.path}p1`;
+    await command(["blockdev", "--setro", node]);
+    const args = [...system.place(), "--remove", gone.path];
+    const { status: code } = await system.run(args);
+    assertEquals(code, 1);
+    await command(["blockdev", "--setrw", node]);
+    await asked(system, ["--maintain"]);
+    await idle(system);
+    assertEquals((await memberDisks(system)).length, 3);
+  },
+);
 
 async function asked(system: System, args: string[]): Promise<Result> {
   const result = await system.run([...system.place(), ...args]);
