@@ -1040,7 +1040,14 @@ async function makePlan(
   let saidWaiting = false;
   for (;;) {
     const facts = { ...await look(settings), misfits };
-    if (forNextBoot) facts.mounted = undefined;
+    if (forNextBoot) {
+      facts.mounted = undefined;
+      for (const device of facts.devices) {
+        if (!isStartedOver(device.disk, facts.devices)) continue;
+        device.holds = { kind: "nothing of ours" }; // and not open any more
+        device.inUse = undefined;
+      }
+    }
     const plan = decide(facts, settings);
     const late = whatIsLate(plan, facts);
     if (late && performance.now() < giveUpAt) {
@@ -2087,6 +2094,14 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     const data = partsOf(device, usable).filter(isData);
     // It stays magic until it has taken its place.
     if (data.some((part) => part === chosen?.replaceTarget)) continue;
+    if (isStartedOver(device.disk, devices)) { // while its data are in use
+      plan.notes.push(warning(
+        `${device.path} is formatted at the next boot, and all that ` +
+          `${pathsOf(data)} holds is lost (persistence.ts --disable ` +
+          `${device.path} takes that back)`,
+      ));
+      continue;
+    }
     if (!device.readOnly) plan.repairs.push({ do: "clear magic", device });
     const end = device.readOnly
       ? "stays magic, for it is read-only"
@@ -2298,7 +2313,8 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
     const isPart = (device: BlockDevice) =>
       device !== disk && device.disk === disk.name;
     // sfdisk takes a table for one of the disk's own sectors.
-    const canChange = !readOnly && gpt.sectorBytes === sectorBytes;
+    const canChange = !readOnly && gpt.sectorBytes === sectorBytes &&
+      !isStartedOver(disk.name, devices);
     if (canChange && gpt.lost && used.some(isPart)) {
       repairs.push({ do: "restore table", device: disk });
     }

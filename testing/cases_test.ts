@@ -1834,6 +1834,28 @@ onDisks(
   },
 );
 
+onDisks(
+  "a disk is started over while its data are in use: at the next boot, as said",
+  { disks: [swapDisk] },
+  async (system) => {
+    await bootPersistent(system);
+    const [{ path }] = system.disks;
+    const zeros = 'dd if=/dev/zero of="$1" count=1 conv=notrunc status=none';
+    await onDevices(system.disks, `${zeros}; printf ${magic} | put "$1" 0`);
+    const run = (...args: string[]) => system.run([...system.place(), ...args]);
+    const { stdout } = await run("--dry-run");
+    assertMatch(stdout, new RegExp(`partition ${path} `));
+    for (const args of [["--maintain"], []]) {
+      assertEquals((await run(...args)).status, 0);
+      assert(await isMarked(system.disks[0]));
+    }
+    await system.sh("echo precious > etc/precious");
+    await system.reboot();
+    await bootPersistent(system);
+    assertEquals(await system.sh("cat etc/precious || echo none"), "none\n");
+  },
+);
+
 /** A filesystem as a power cut leaves it, with a log tree. */
 const withLog = `old "$DISK"
   folder=$(mktemp -d); mount "$DISK" $folder
