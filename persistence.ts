@@ -2207,6 +2207,9 @@ function planNew(found: Findings, plan: Plan): void {
   sayDoubts(found, candidates.length > 0 ? "warning" : "error", plan);
   const members = planMembers(candidates, found, plan);
   if (members.length === 0) {
+    const { reason } = plan;
+    if (candidates.length > 0) plan.reason = "no enabled disk can be used";
+    if (reason !== "no disk is enabled") plan.reason = reason;
     if (settings.required) requireDisk(plan);
     return;
   }
@@ -6732,6 +6735,9 @@ type GivenPayload = Payload & { text: Buffer; sum: number };
 
 function readPayloadFile(path: string): GivenPayload {
   try {
+    const stat = fs.statSync(path, { throwIfNoEntry: false });
+    assert(stat !== undefined, "there is no such file");
+    assert(stat.isFile(), "it is no file"); // a device may have no end
     const bytes = fs.readFileSync(path);
     const payload = parsePayload(bytes.subarray(0, PAYLOAD_TEXT.roomBytes));
     const { bodyBytes, endBytes, crlf } = payload;

@@ -2401,12 +2401,8 @@ const situations: {
       }),
     ],
     facts: { mounted },
-    decides: {
-      ...mirrored,
-      mode: "mounted",
-      disarm: ["sdb"],
-      repair: ["sdb"],
-    },
+    decides: { ...mirrored, mode: "mounted" },
+    says: /^\/dev\/sdb is formatted at the next boot, .* \/dev\/sdb2 .* lost/,
   },
   {
     name: "a damaged disk, and one that is to be formatted anyway",
