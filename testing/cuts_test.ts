@@ -28,7 +28,7 @@ import {
 } from "./system.ts";
 
 /** Of each scene. Each takes about a second. */
-const cuts = countFrom("CUTS", 15);
+const cuts = countFrom("CUTS", 10);
 
 /** Large enough for a swap partition. */
 const disk: DiskSpec = { sizeBytes: 2100 * MiB };

@@ -22,7 +22,16 @@ const script = [deno, "run", "-A", ...config, `${projectFolder}persistence.ts`];
 
 /** Once is enough for these, with the executable; the longest come first. */
 const rough = [
-  ...["cuts", "life", "cases", "move", "payload", "fault", "bystanders"],
+  ...[
+    "cuts",
+    "life",
+    "cases",
+    "killed",
+    "move",
+    "payload",
+    "fault",
+    "bystanders",
+  ],
   ...["maintain", "fuzz", "s11", "layout", "hostile_names", "lock", "mounts"],
   ...["daemon_json", "recipes", "decide", "formats", "holds"],
 ].map((name) => `testing/${name}_test.ts`);
@@ -31,7 +40,7 @@ const rough = [
 const usual = [...Deno.readDirSync(`${projectFolder}testing`)]
   .map(({ name }) => `testing/${name}`)
   .filter((path) => path.endsWith("_test.ts") && !rough.includes(path))
-  .sort().reverse() // "killed" takes longest
+  .sort()
   .concat("persistence_test.ts");
 
 /** In the virtual machine; BOOT=all: every situation, cut and fault. */
