@@ -17,6 +17,7 @@ import {
   MiB,
   onDisks,
   type Report,
+  sleep,
   type System,
   type SystemOptions,
 } from "./system.ts";
@@ -1778,10 +1779,6 @@ async function membersOf({ disks, sh }: System): Promise<number[]> {
   const devices = [...shown.matchAll(/path (\S+)/g)].map(([, path]) => path);
   return disks.map((_, n) => n + 1)
     .filter((n) => devices.some((device) => isPartOf(device, disks[n - 1])));
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
 // Damage that is easily taken for emptiness.

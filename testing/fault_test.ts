@@ -15,6 +15,7 @@ import {
   onDisks,
   projectFolder,
   type RunOptions,
+  sleep,
   type System,
   tool,
 } from "./system.ts";
@@ -808,8 +809,4 @@ async function persist(system: System): Promise<void> {
   assertEquals(boot.status, 0, boot.stderr);
   await system.sh("echo precious > etc/precious");
   await system.reboot();
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }

@@ -22,7 +22,9 @@ import {
   mark,
   MiB,
   onDisks,
+  profiles,
   type Report,
+  sleep,
   type System,
   tool,
 } from "./system.ts";
@@ -1278,15 +1280,6 @@ async function status(system: System): Promise<Status> {
   return JSON.parse(stdout);
 }
 
-/** Of data, metadata and system chunks: `raid1 raid1 single+raid1`. */
-async function profiles(system: System): Promise<string> {
-  const found = await system.sh("btrfs filesystem df mnt/lightwhale-data");
-  return ["Data", "Metadata", "System"].map((type) =>
-    [...found.matchAll(new RegExp(`^${type}, ([^:]+):`, "gm"))]
-      .map(([, profile]) => profile.toLowerCase()).sort().join("+")
-  ).join(" ");
-}
-
 async function uuid(system: System): Promise<string> {
   const shown = await system.sh("btrfs filesystem show mnt/lightwhale-data");
   return /uuid: (\S+)/.exec(shown)?.[1] ?? "";
@@ -1475,8 +1468,4 @@ async function tablesOf({ path }: Disk): Promise<string> {
     ],
     { DISK: path, SIZE: String(size) },
   );
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }

@@ -13,6 +13,7 @@ import {
   MiB,
   onDisks,
   projectFolder,
+  sleep,
   type System,
 } from "./system.ts";
 
@@ -499,8 +500,4 @@ async function fsid(system: System): Promise<string> {
 /** Progress of scrubs lies outside of the system's own root. */
 async function forgetScrubs(system: System): Promise<void> {
   await Deno.remove(`/var/lib/btrfs/scrub.status.${await fsid(system)}`);
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }

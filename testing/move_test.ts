@@ -17,7 +17,9 @@ import {
   header,
   MiB,
   onDisks,
+  profiles,
   type Result,
+  sleep,
   type System,
 } from "./system.ts";
 
@@ -604,17 +606,4 @@ async function status(system: System): Promise<Status> {
   const { stdout, stderr } = await system.run(args);
   assert(stdout.startsWith("{"), stderr);
   return JSON.parse(stdout);
-}
-
-/** Of data, metadata and system chunks. */
-async function profiles(system: System): Promise<string> {
-  const found = await system.sh("btrfs filesystem df mnt/lightwhale-data");
-  return ["Data", "Metadata", "System"].map((type) =>
-    [...found.matchAll(new RegExp(`^${type}, ([^:]+):`, "gm"))]
-      .map(([, profile]) => profile.toLowerCase()).sort().join("+")
-  ).join(" ");
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }

@@ -551,6 +551,15 @@ async function packRoot(folder: string, script: string): Promise<void> {
   await Deno.remove(tree, { recursive: true });
 }
 
-function sleep(ms: number): Promise<void> {
+export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+/** Profiles of data, metadata and system chunks: `raid1 raid1 single+raid1`. */
+export async function profiles(system: System): Promise<string> {
+  const found = await system.sh("btrfs filesystem df mnt/lightwhale-data");
+  return ["Data", "Metadata", "System"].map((type) =>
+    [...found.matchAll(new RegExp(`^${type}, ([^:]+):`, "gm"))]
+      .map(([, profile]) => profile.toLowerCase()).sort().join("+")
+  ).join(" ");
 }
