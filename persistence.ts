@@ -2207,9 +2207,9 @@ function planNew(found: Findings, plan: Plan): void {
   sayDoubts(found, candidates.length > 0 ? "warning" : "error", plan);
   const members = planMembers(candidates, found, plan);
   if (members.length === 0) {
-    const { reason } = plan;
-    if (candidates.length > 0) plan.reason = "no enabled disk can be used";
-    if (reason !== "no disk is enabled") plan.reason = reason;
+    if (candidates.length > 0 && doubted.length === 0) {
+      plan.reason = "no enabled disk can be used";
+    }
     if (settings.required) requireDisk(plan);
     return;
   }
@@ -3988,15 +3988,19 @@ function syncFile(path: string): void {
   }
 }
 
+function assertRecorded(failed: Member[]): void {
+  assert(
+    failed.length === 0,
+    `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
+  );
+}
+
 /** The members of a filesystem that was made, with their records. */
 async function recordNew(members: NewMember[], superblocks: Superblock[]) {
   const made = members.map((member, i) => memberOf(member, superblocks[i]));
   const settled = { devices: made.length, unmirrored: [] };
   const failed = await recordMembers(made, superblocks[0].fsid, { settled });
-  assert(
-    failed.length === 0,
-    `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
-  );
+  assertRecorded(failed);
   return made;
 }
 
@@ -6682,10 +6686,7 @@ async function tellToLeave(
     const told = members.filter((member) => !failed.includes(member));
     await attempt(() => recordMembers(told, fsid, { leaving: null }));
   }
-  assert(
-    failed.length === 0,
-    `Cannot write a record to ${pathsOf(failed)}: the disk may be broken`,
-  );
+  assertRecorded(failed);
 }
 
 /** What is used, each byte counted once. */
