@@ -75,6 +75,7 @@ if (unknown.length > 0) {
 // Two files run side by side, one a processor. The virtual machine has both
 // processors for itself: its tests watch the clock.
 const total: Count = { passed: 0, failed: 0, skipped: 0 };
+const failures: string[] = []; // said once more at the end of a long log
 const built = await run(["npm", "run", "--silent", "build"]) === 0;
 const tasks = Object.keys(groups).filter((name) => names.includes(name))
   .filter((name) => name !== "boot").flatMap((name) => groups[name]);
@@ -87,7 +88,9 @@ const tail = skipped > 0 ? `, ${skipped} skipped` : "";
 // In CI nobody reads what was skipped, so it must be nothing.
 const skippedInCi = skipped > 0 && Deno.env.get("CI") !== undefined;
 if (skippedInCi) console.error("Skipped tests count as failures in CI");
-console.log(`\n${passed} passed, ${failed} failed${tail}`);
+console.log(
+  ["", ...failures, `${passed} passed, ${failed} failed${tail}`].join("\n"),
+);
 Deno.exit(failed > 0 || passed === 0 || skippedInCi ? 1 : 0);
 
 async function runAll(tasks: Task[], atATime: number): Promise<void> {
@@ -115,9 +118,14 @@ async function check(): Promise<Count> {
   ];
   let failed = 0;
   for (const line of checks) {
-    if (await run(line) !== 0) failed++;
+    if (await run(line) === 0) continue;
+    failed++;
+    failures.push(`FAILED check: ${line.slice(0, 3).join(" ")}`);
   }
-  if (!await isReproducible()) failed++;
+  if (!await isReproducible()) {
+    failed++;
+    failures.push("FAILED check: the build is not reproducible");
+  }
   return { passed: checks.length + 1 - failed, failed, skipped: 0 };
 }
 
@@ -168,6 +176,13 @@ async function denoTest(
   // A file that does not even load is in no report.
   const failed = status !== 0 ? Math.max(bad, 1) : bad;
   const seconds = Math.round((performance.now() - startedMs) / 1000);
+  // JUnit XML: a case that failed holds its message, quoted.
+  const bads = report.matchAll(
+    /<testcase name="([^"]*)"[^>]*>\s*<(?:failure|error) message="([^"]*)"/g,
+  );
+  for (const [, test, message] of bads) {
+    failures.push(`FAILED ${name}: ${test}\n${message.slice(0, 2000)}`);
+  }
   console.log(`# ${name}: ${passed} passed, ${failed} failed, ${seconds} s`);
   return { passed, failed, skipped };
 }
