@@ -30,6 +30,7 @@ import {
   magic,
   MiB,
   type Result,
+  runOnDisk,
   type System,
   withSystem,
 } from "./system.ts";
@@ -137,9 +138,7 @@ class Bench implements Place {
     ]);
     const path = loop.trim();
     try {
-      const output = await command(["sh", "-euc", script], { DISK: path });
-      await command(["blockdev", "--flushbufs", path]);
-      return output;
+      return await runOnDisk(script, path);
     } finally {
       await command(["losetup", "--detach", path]);
     }

@@ -426,8 +426,11 @@ onDisks(
     for (
       const [bad, says] of [
         ["tmp/bad", /Cannot use the payload ".*bad": line 1: /],
-        ["tmp/nothing", /Cannot use the payload ".*nothing": .*ENOENT/],
-        ["tmp", /Cannot use the payload ".*tmp": .*EISDIR/],
+        [
+          "tmp/nothing",
+          /Cannot use the payload ".*nothing": there is no such file/,
+        ],
+        ["tmp", /Cannot use the payload ".*tmp": it is no file/],
       ] as const
     ) {
       const refused = await enable("--with", `${system.root}/${bad}`);

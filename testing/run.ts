@@ -157,10 +157,11 @@ async function denoTest(
   const name = `${group} ${path.replace(/^.*\/|_test\.ts$/g, "")}`;
   const startedMs = performance.now();
   const junit = await Deno.makeTempFile({ suffix: ".xml" });
-  // Another file prints at the same time: each line says whose it is.
+  // Another file prints at the same time: each line says whose it is. Its new
+  // mount namespaces would keep what this one has mounted from being unmounted.
   const prefixed = 'set -o pipefail; "$@" 2>&1 | sed -u "s/^/$0| /"';
   const status = await run([
-    ...["bash", "-c", prefixed, name],
+    ...["unshare", "--mount", "bash", "-c", prefixed, name],
     ...[deno, "test", "-A", "--no-check", ...config],
     ...["--sanitize-ops", "--sanitize-resources", `--junit-path=${junit}`],
     path,

@@ -450,9 +450,19 @@ async function fill(disk: Disk, spec: DiskSpec): Promise<void> {
   await Deno.truncate(disk.image, spec.sizeBytes);
   await attach(disk);
   if (spec.contents) {
-    await command(["sh", "-euc", spec.contents], { DISK: disk.path });
-    await command(["blockdev", "--flushbufs", disk.path]);
+    await runOnDisk(spec.contents, disk.path);
   }
+}
+
+/**
+ * Runs a script with `$DISK`. What it mounts and unmounts nobody else has: a
+ * mount namespace that is made meanwhile would keep the filesystem in use.
+ */
+export async function runOnDisk(script: string, disk: string): Promise<string> {
+  const line = ["unshare", "--mount", "sh", "-euc", script];
+  const output = await command(line, { DISK: disk });
+  await command(["blockdev", "--flushbufs", disk]);
+  return output;
 }
 
 async function attach(disk: Disk, path = "--find"): Promise<void> {
