@@ -498,6 +498,15 @@ async function detach(disk: Disk): Promise<void> {
   const { path } = disk;
   if (!path) return;
   const name = path.slice("/dev/".length);
+  // A test that has detached it itself has left the number to anybody else.
+  const isOurs = async () =>
+    (await Deno.readTextFile(`/sys/block/${name}/loop/backing_file`)
+      .catch(() => "")) // it goes away at any instant
+      .startsWith(disk.image.replace(/[^/]*$/, ""));
+  if (!await isOurs()) {
+    disk.path = "";
+    return;
+  }
   const partitions = await partitionsOf(path);
   for (const node of [path, ...partitions]) {
     // Fails where there is no Btrfs, which is fine.
@@ -512,11 +521,7 @@ async function detach(disk: Disk): Promise<void> {
   // The next user of the loop device would find it as a test left it.
   await command(["blockdev", "--setrw", path]);
   await command(["losetup", "--detach", path]);
-  // Somebody else may have the number already.
-  const stillOurs = async () =>
-    await Deno.readTextFile(`/sys/block/${name}/loop/backing_file`)
-      .catch(() => "") === `${disk.image}\n`; // it goes away at any instant
-  for (let tries = 0; await stillOurs(); tries++) {
+  for (let tries = 0; await isOurs(); tries++) {
     if (tries === 600) throw new Error(`Cannot detach ${path}: it is in use`);
     await sleep(50);
   }
