@@ -727,9 +727,8 @@ const PAYLOAD_TEXT = {
 };
 
 /**
- * Reads a payload, without copying a byte of it (but where lines end in CRLF).
- * Whatever might be lost in silence is refused: a machine as specified or none.
- * What stands behind the end is not looked at.
+ * Reads a payload without copying it (unless its lines end in CRLF). Whatever
+ * might be lost in silence is refused. What stands behind the end is not read.
  *
  * @param bytes From its first line on: the magic header, or the title, or, in a
  * file, the first marker.
@@ -748,79 +747,65 @@ export function parsePayload(bytes: Uint8Array): Payload {
     endBytes: 0,
     crlf: false,
   };
-  const { entries } = payload;
-  const lines = new Map<string, number>();
+  const lines = new Map<string, number>(); // of the markers, by name
   let isTitled = false;
+  let last: PayloadEntry | undefined;
   let contentsAt = 0;
-  for (let line = 1, at = 0;; line++) {
+  for (let line = 1, at = 0, next = 0; !payload.endBytes; line++, at = next) {
     const newline = indexOf(0x0a, at);
     const end = Math.min(newline, nul, bytes.length);
+    next = newline + 1;
     // Most lines cannot be markers: these begin with a dash or a space.
-    if (entries.length > 0 && end === newline && bytes[at] > 0x2d) {
-      at = newline + 1;
-      continue;
-    }
+    if (last && end === newline && bytes[at] > 0x2d) continue;
     const typed = buffer.toString("latin1", at, end);
-    if (entries.length === 0) payload.crlf = typed.endsWith("\r");
+    if (!last) payload.crlf = typed.endsWith("\r");
     const shown = payload.crlf ? typed.replace(/\r$/, "") : typed;
     const isMarker = /^-- .* --$/s.test(shown);
-    if (isMarker && entries.length > 0) {
-      const { user, ...last } = entries[entries.length - 1];
+    if (isMarker && last) {
       const contents = bytes.subarray(contentsAt, at);
-      const why = user && whyNoPassword(contents, payload.crlf);
-      refuseLine(last.line, why);
-      entries[entries.length - 1].contents = payload.crlf
-        ? withoutReturns(contents)
-        : contents;
+      last.contents = payload.crlf ? withoutReturns(contents) : contents;
+      refuseLine(last.line, last.user && whyNoPassword(last.contents));
     }
     if (shown === endMarker) {
       const isLong = end - payload.atBytes > largestBytes;
       refuseLine(line, isLong && `it is longer than ${largestBytes} bytes`);
       payload.endBytes = at + shown.length;
-      break;
+      continue;
     }
-    const isCut = end !== newline &&
-      (nul < newline
-        ? `a NUL byte before "${endMarker}": it is cut off, or is no text`
-        : `"${endMarker}" is missing, or it is longer than ${largestBytes} bytes`);
-    refuseLine(line, isCut);
+    const why = nul < newline
+      ? `a NUL byte before "${endMarker}": it is cut off, or is no text`
+      : `"${endMarker}" is missing, or it is longer than ${largestBytes} bytes`;
+    refuseLine(line, end !== newline && why);
     refuseLine(line, whyNoMarker(shown));
     if (isMarker) {
-      const name = nameIn(buffer.subarray(at, at + shown.length));
+      const name = decode(bytes.subarray(at + 3, at + shown.length - 3)).trim();
       refuseLine(line, whyNotNamed(name));
       const first = lines.get(name);
       refuseLine(line, first && `the same as in line ${first}`);
       lines.set(name, line);
       const user = /^password (.*)/.exec(name)?.[1];
-      entries.push({ line, name, user, contents: bytes.subarray(0, 0) });
-      contentsAt = newline + 1;
-    } else if (entries.length === 0) {
-      const isHeader = (line === 1 && shown.startsWith(MAGIC)) ||
-        shown === ANYWAY;
-      if (shown.startsWith(PAYLOAD)) {
-        const isOther = isTitled || shown !== title;
-        refuseLine(line, isOther && `only "${title}" is known here`);
-        isTitled = true;
-        payload.atBytes = at;
-      } else if (!isHeader) {
-        const isComment = /^(#|\s*$)/.test(shown);
-        refuseLine(
-          line,
-          !isComment &&
-            `text before the first file (a comment begins with "#")`,
-        );
-      }
-      if (isHeader || isTitled) payload.bodyBytes = newline + 1;
+      last = { line, name, user, contents: bytes.subarray(0, 0) };
+      payload.entries.push(last);
+      contentsAt = next;
+    } else if (!last) {
+      const isHeader = shown === ANYWAY ||
+        (line === 1 && shown.startsWith(MAGIC));
+      const isTitle = shown.startsWith(PAYLOAD);
+      const isOther = isTitle && (isTitled || shown !== title);
+      refuseLine(line, isOther && `only "${title}" is known here`);
+      const isText = !isTitle && !isHeader && !/^(#|\s*$)/.test(shown);
+      const comment = `(a comment begins with "#")`;
+      refuseLine(line, isText && `text before the first file ${comment}`);
+      if (isTitle) payload.atBytes = at;
+      isTitled ||= isTitle;
+      if (isHeader || isTitled) payload.bodyBytes = next;
     }
-    at = newline + 1;
   }
-  for (const { line, name } of entries) {
+  for (const { line, name } of payload.entries) {
     for (let path = dirname(name); path !== "."; path = dirname(path)) {
       const first = lines.get(path);
-      refuseLine(
-        line,
-        first && `line ${first} has a file in the place of its directory`,
-      );
+      const why = `line ${first} has a file in the place of its directory`;
+      refuseLine(line, first && why);
     }
   }
   return payload;
@@ -828,13 +813,6 @@ export function parsePayload(bytes: Uint8Array): Payload {
 
 function refuseLine(line: number, why: string | false | 0 | undefined): void {
   if (why) throw new Error(`line ${line}: ${why}`);
-}
-
-/** What a marker names; undefined where that is not UTF-8. */
-function nameIn(marker: Uint8Array): string {
-  const name = marker.subarray(3, -3);
-  const decoded = decode(name);
-  return Buffer.from(decoded).equals(name) ? decoded.trim() : "\0";
 }
 
 /** A marker that is none because of what cannot be seen. */
@@ -852,7 +830,7 @@ const PASSWORD_FILES = ["passwd", "shadow", "group", "gshadow"]
 /** Why a marker's name is refused; only what is surely a path is quoted. */
 function whyNotNamed(name: string): string | undefined {
   const [top, ...others] = name.split("/");
-  if (/\p{Cc}/u.test(name)) return "its name is not UTF-8, or no text";
+  if (/[\p{Cc}\ufffd]/u.test(name)) return "its name is not UTF-8, or no text";
   if (/^password [^\s:/]+$/.test(name)) return undefined;
   if (!OVERLAYS.includes(top) || others.length === 0) {
     return `a file is below ${OVERLAYS.join(", ")}, a password "password USER"`;
@@ -873,20 +851,16 @@ function whyNotNamed(name: string): string | undefined {
 /** crypt(5): `$id$...`, or the older two, of which DES has no prefix. */
 const HASH = /^(\$[\w,=-]+\$[!-~]{22,}|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13})$/;
 
-function whyNoPassword(contents: Uint8Array, crlf: boolean) {
-  const line = Buffer.from(contents).toString("latin1")
-    .replace(crlf ? /\r\n$/ : /\n$/, "");
+function whyNoPassword(contents: Uint8Array): string | undefined {
+  const line = decode(contents, "latin1").replace(/\n$/, "");
   const isHash = HASH.test(line) && !/[:;*!\\]/.test(line);
   return line === "*" || isHash
     ? undefined
     : "a password is one line: a crypt(5) hash, or * for none";
 }
 
-function withoutReturns(contents: Uint8Array): Uint8Array {
-  const { buffer, byteOffset, length } = contents;
-  const text = Buffer.from(buffer, byteOffset, length).toString("latin1");
-  return Buffer.from(text.replaceAll("\r\n", "\n"), "latin1");
-}
+const withoutReturns = (contents: Uint8Array) =>
+  Buffer.from(decode(contents, "latin1").replaceAll("\r\n", "\n"), "latin1");
 
 /**
  * Where a payload waits while its disk is partitioned: neither wipefs(8) nor
@@ -927,7 +901,7 @@ const isZero = (bytes: Uint8Array) =>
   !bytes[0] && Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0;
 
 /** A byte order mark is a character like others; what is none is U+FFFD. */
-const decode = (bytes: Uint8Array, encoding: "utf8" | "utf16le" = "utf8") =>
+const decode = (bytes: Uint8Array, encoding: BufferEncoding = "utf8") =>
   Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length)
     .toString(encoding).toWellFormed();
 
