@@ -638,11 +638,7 @@ const UNSETTLED: Settled = { devices: 0, unmirrored: [] };
 export function formatRecord(record: MemberRecord): Uint8Array {
   const json = JSON.stringify(record);
   const sum = crcOfText(json).toString(16).padStart(8, "0");
-  const block = new Uint8Array(RECORD.bytes);
-  const bytes = new TextEncoder().encode(`${RECORD.title}\n${sum}\n${json}\n`);
-  assert(bytes.length <= block.length, "The record of a member is too long");
-  block.set(bytes);
-  return block;
+  return blockOf([RECORD.title, sum, json], RECORD.bytes);
 }
 
 /** Reads the newer of two slots, given as they stand on the disk. */
@@ -875,12 +871,8 @@ const COPY = {
   title: "lightwhale-payload-copy 1",
 };
 
-export function formatCopyTitle(text: Uint8Array): Uint8Array {
-  const title = new Uint8Array(COPY.titleBytes);
-  const lines = [COPY.title, crc32(text), text.length, ""].join("\n");
-  title.set(new TextEncoder().encode(lines));
-  return title;
-}
+export const formatCopyTitle = (text: Uint8Array) =>
+  blockOf([COPY.title, crc32(text), text.length], COPY.titleBytes);
 
 /** Reads a copy; undefined where there is none, or not all of it. */
 export function parseCopy(copy: Uint8Array): Uint8Array | undefined {
@@ -892,9 +884,15 @@ export function parseCopy(copy: Uint8Array): Uint8Array | undefined {
   return isWhole ? found : undefined;
 }
 
-function viewOf(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+/** Lines of text, and zeros behind them. */
+function blockOf(lines: unknown[], length: number): Uint8Array {
+  const text = Buffer.from(lines.map((line) => `${line}\n`).join(""));
+  assert(text.length <= length, `${text.length} bytes are too long`);
+  return Buffer.concat([text], length);
 }
+
+const viewOf = ({ buffer, byteOffset, byteLength }: Uint8Array) =>
+  new DataView(buffer, byteOffset, byteLength);
 
 /** Is the first byte zero, and each other like the one before it? */
 const isZero = (bytes: Uint8Array) =>
@@ -912,11 +910,9 @@ function text(bytes: Uint8Array, at: number, length: number): string {
   return decode(end < 0 ? field : field.subarray(0, end));
 }
 
-function uuid(bytes: Uint8Array, at: number): string {
-  return Array.from(bytes.subarray(at, at + 16))
-    .map((byte) => byte.toString(16).padStart(2, "0")).join("")
+const uuid = (bytes: Uint8Array, at: number) =>
+  decode(bytes.subarray(at, at + 16), "hex")
     .replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
-}
 
 // ---------------------------------------------------------------------------
 // The boot sequence.
@@ -1229,22 +1225,22 @@ const READERS = { atATime: 8, moreEveryMs: 20 };
 
 async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
   const found: Found[] = [];
-  let next = 0;
   const readers: Promise<void>[] = [];
+  const left = nodes.entries(); // for all readers
   const readSome = async () => {
-    let buffer = new Uint8Array(START_BYTES);
-    while (next < nodes.length) {
-      const index = next++;
-      const read = await readDevice(nodes[index], buffer);
-      found[index] = { ...nodes[index], read };
+    let buffer: Uint8Array<ArrayBuffer> | undefined;
+    for (const [i, node] of left) {
+      const read = await readDevice(
+        node,
+        buffer ??= new Uint8Array(START_BYTES),
+      );
+      found[i] = { ...node, read };
       // A read that was given up may end after all, and write there.
-      if (read.error) buffer = new Uint8Array(START_BYTES);
+      if (read.error) buffer = undefined;
     }
   };
   const begin = () => {
-    for (let i = 0; i < READERS.atATime && next < nodes.length; i++) {
-      readers.push(readSome());
-    }
+    for (let i = 0; i < READERS.atATime; i++) readers.push(readSome());
   };
   begin();
   const timer = setInterval(begin, READERS.moreEveryMs);
@@ -1356,6 +1352,7 @@ export function parseStart(start: Uint8Array): Reading {
   const anyway = second === ANYWAY ||
     (third === ANYWAY && second.startsWith(PAYLOAD));
   const title = second === ANYWAY ? third : second;
+  const place = title === PAYLOAD_TEXT.copied ? "copy" : "original";
   const slots = start.subarray(RECORD.slotsAt[0], BTRFS.superblockAt);
   const btrfs = parseSuperblock(start.subarray(BTRFS.superblockAt));
   const record = parseRecord(slots);
@@ -1366,11 +1363,7 @@ export function parseStart(start: Uint8Array): Reading {
   return {
     header,
     anyway,
-    payloadPlace: !title?.startsWith(PAYLOAD)
-      ? undefined
-      : title === PAYLOAD_TEXT.copied
-      ? "copy"
-      : "original",
+    payloadPlace: title?.startsWith(PAYLOAD) ? place : undefined,
     onlyHeader: header &&
       new RegExp(`^${onlyText}\0*$`).test(decode(start.subarray(0, 512))),
     btrfs,
@@ -1501,19 +1494,16 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
     const known = entry ? disk : name; // to the kernel
     const startBytes = entry?.startBytes ??
       (number > 0 ? readSysfsBytes(name, "start") : 0);
+    const bytes = readSysfsBytes(known, "size");
     const identity = identities.get(disk) ?? readIdentity(disk);
     identities.set(disk, identity);
-    const sizeBytes = entry
-      ? Math.min(
-        entry.sizeBytes,
-        Math.max(0, readSysfsBytes(disk, "size") - startBytes),
-      )
-      : readSysfsBytes(name, "size");
     const device: BlockDevice = {
       ...node,
       ...identity,
       startBytes,
-      sizeBytes,
+      sizeBytes: entry
+        ? Math.min(entry.sizeBytes, Math.max(0, bytes - startBytes))
+        : bytes,
       readOnly: readSysfs(known, "ro") === "1",
       inUse: users.get(known),
       magic: false,
@@ -1572,18 +1562,15 @@ const HARDWARE_ATTRIBUTES = [
 
 const IMAGE = "file:";
 
-/** What tells hardware, each asked only where those before it say nothing. */
-function* readHardware(disk: string) {
-  const image = readSysfs(disk, "loop/backing_file"); // it is that file
-  const stat = image && orUndefined(() => fs.statSync(image));
-  if (stat) yield `${IMAGE}${stat.dev}:${stat.ino}`;
-  for (const name of HARDWARE_ATTRIBUTES) yield readSysfs(disk, name);
-  yield readUsbSerial(disk);
-}
-
 /** What makes a disk this very one, not only its name. */
 function readIdentity(disk: string): { sequence?: string; hardware?: string } {
-  const hardware = readHardware(disk)
+  const image = readSysfs(disk, "loop/backing_file"); // it is that file
+  const stat = image && orUndefined(() => fs.statSync(image));
+  const hardware = [
+    stat && `${IMAGE}${stat.dev}:${stat.ino}`,
+    ...HARDWARE_ATTRIBUTES.map((name) => readSysfs(disk, name)),
+    readUsbSerial(disk),
+  ]
     .map((value) => value?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
     // Neither nothing, nor one character over and over, nor a placeholder.
     .find((value) => value && !/^(.)\1*$|^0?123456789|^none$/i.test(value));
@@ -1775,12 +1762,13 @@ async function readPayload(
   if (place !== "copy") {
     return await readBytes(path, atBytes, PAYLOAD_TEXT.roomBytes);
   }
-  return parseCopy(await readBytes(path, COPY.at, COPY.endBytes - COPY.at)) ??
-    failed(`its copy at ${COPY.at / KiB} KiB of ${path} is damaged`);
-}
-
-function failed(message: string): never {
-  throw new Error(message);
+  const { at, endBytes } = COPY;
+  const text = parseCopy(await readBytes(path, at, endBytes - at));
+  assert(
+    text !== undefined,
+    `its copy at ${at / KiB} KiB of ${path} is damaged`,
+  );
+  return text;
 }
 
 /** Why the files of this system do not take a payload. No link is followed. */
@@ -1960,8 +1948,8 @@ export interface DataFilesystem {
   replaceTarget?: Member;
   /** Members that missed writes: they are wiped and rebuilt. */
   stale: Member[];
-  /** Devices of this filesystem that the kernel must not see, and why. */
-  conflicting: { device: Member; why: string; isTwin: boolean }[];
+  /** Devices of this filesystem that the kernel must not see. */
+  conflicting: Member[];
   /** A member has missed writes, and no record says which. */
   needsScrub: boolean;
   /** Which member is to leave, or has left and is not wiped yet. */
@@ -2008,23 +1996,15 @@ export function decide(facts: Facts, settings: Settings): Plan {
   return plan;
 }
 
-interface Findings {
-  facts: Facts;
-  settings: Settings;
-  /** Devices but those below an md array or a volume, which is looked at. */
-  usable: BlockDevice[];
-  chosen?: DataFilesystem;
-  /** Magic devices that hold no data. */
-  candidates: BlockDevice[];
-  /** What may be a damaged data disk. */
-  suspects: Holding<"suspect">[];
-  unreadable: Holding<"unreadable">[];
-  /** Both: any of them may be the data disk. */
-  doubted: BlockDevice[];
-}
+type Findings = ReturnType<typeof sortOut>;
 
-function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
+/**
+ * Sorts out the data filesystem to use, the magic devices that hold no data
+ * (`candidates`), and what may be a data disk: suspects, and what is unreadable.
+ */
+function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   const { devices, mounted, machine } = facts;
+  // Of an md array or a volume, only that is looked at, not what is below.
   const usable = devices.filter(({ inUse }) => !inUse?.startsWith("held by"));
   for (const device of usable) {
     if (!device.read.header || device.kind === "disk" || device.magic) continue;
@@ -2093,19 +2073,22 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan): Findings {
     .filter((device) => !given.includes(device) && device !== chosen?.leaver);
   const unreadable = usable.filter(holding("unreadable"));
   const doubted = [...suspects, ...unreadable];
-  const found = { facts, settings, usable, candidates, suspects, unreadable };
-  if (!chosen) return { ...found, doubted };
+  const found = {
+    ...{ facts, settings, usable, candidates, suspects, unreadable, doubted },
+    chosen,
+  };
+  if (!chosen) return found;
   const known = suspects.filter(({ holds }) => holds.fsid === chosen.fsid);
   chosen.absent = Math.max(0, chosen.absent - known.length);
   const isOther = !mounted && !settings.dataUuid &&
     chosen.members.length > 0 && isAnothers(chosen, machine);
-  if (!isOther || doubted.length === 0) return { ...found, doubted, chosen };
+  if (!isOther || doubted.length === 0) return found;
   plan.notes.push(error(
     `${pathsOf(chosen.members)} holds another machine's data filesystem: it ` +
       `is not used while ${pathsOf(doubted)} may be this machine's (to use ` +
       `it: lightwhale.data=${chosen.fsid} on the kernel command line)`,
   ));
-  return { ...found, doubted };
+  return { ...found, chosen: undefined };
 }
 
 const holding =
@@ -2184,7 +2167,15 @@ function planNew(found: Findings, plan: Plan): void {
     if (candidates.length > 0 && doubted.length === 0) {
       plan.reason = "no enabled disk can be used";
     }
-    if (settings.required) requireDisk(plan);
+    if (!settings.required) return;
+    plan.waitFor ??= "a data disk (lightwhale.persistence=required)";
+    if (plan.notes.some(isError)) return; // it says why there is none
+    plan.reason = "the data disk is not there";
+    plan.notes.push(error(
+      `There is no data disk, and none is enabled, but the kernel command ` +
+        `line requires one (lightwhale.persistence): plug it in, enable a ` +
+        `new one with persistence.ts --enable, or leave the parameter out`,
+    ));
     return;
   }
   const { payload, problem } = choosePayload(found.candidates, members);
@@ -2199,18 +2190,6 @@ function planNew(found: Findings, plan: Plan): void {
   plan.mode = "persistent";
   plan.reason = `${pathsOf(devicesOf(members))} ` +
     `carr${members.length > 1 ? "y" : "ies"} the magic to be formatted`;
-}
-
-/** The kernel command line expects a disk: it may come yet, on whatever bus. */
-function requireDisk(plan: Plan): void {
-  plan.waitFor ??= "a data disk (lightwhale.persistence=required)";
-  if (plan.notes.some(isError)) return; // it says why there is none
-  plan.reason = "the data disk is not there";
-  plan.notes.push(error(
-    `There is no data disk, and none is enabled, but the kernel command line ` +
-      `requires one (lightwhale.persistence): plug it in, enable a new one ` +
-      `with persistence.ts --enable, or leave the parameter out`,
-  ));
 }
 
 /**
@@ -2684,12 +2663,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     absent: missing - stale.length - (replaceTarget ? 1 : 0) - (isLeft ? 1 : 0),
     replaceTarget,
     stale,
-    conflicting: late.filter((device) => !stale.includes(device))
-      .map((device) => ({
-        device,
-        why: whyNotUsed(device, members, missing),
-        isTwin: members.some((member) => isTwin(device, member)),
-      })),
+    conflicting: late.filter((device) => !stale.includes(device)),
     needsScrub: open.length === 0 &&
       members.some((member) => generationOf(member) < generationOf(top)),
     leaving,
@@ -2776,8 +2750,7 @@ function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
   data.leaver ??= found.length === 1 ? found[0] : undefined;
   const { leaver } = data;
   if (!leaver) return;
-  data.conflicting = data.conflicting
-    .filter(({ device }) => device !== leaver);
+  data.conflicting = data.conflicting.filter((device) => device !== leaver);
   data.leaverDisk = devices
     .filter((device) => device !== leaver && device.disk === leaver.disk);
 }
@@ -2829,8 +2802,7 @@ function isTwin(a: Member, b: Member): boolean {
 const isAnothers = ({ members }: DataFilesystem, machine?: string) =>
   members.every((member) => machineRank(member, machine) === 0);
 
-/** Why a device is not used. */
-function whyNotUsed(device: Member, members: Member[], missing: number) {
+function whyNotUsed(device: Member, { members, missing }: DataFilesystem) {
   const same = members.find((member) => devidOf(member) === devidOf(device));
   if (same && isTwin(device, same)) {
     return `is ${same.path} on another path, or holds exactly the same`;
@@ -2849,10 +2821,9 @@ function whyNotUsed(device: Member, members: Member[], missing: number) {
 }
 
 function allDevices(data: DataFilesystem): Member[] {
-  const target = data.replaceTarget ? [data.replaceTarget] : [];
-  const conflicting = data.conflicting.map(({ device }) => device);
-  const leaver = [data.leaver ?? []].flat().filter(holding("member"));
-  return [...data.members, ...data.stale, ...target, ...conflicting, ...leaver];
+  const { members, stale, replaceTarget, conflicting, leaver } = data;
+  return [...members, ...stale, replaceTarget, ...conflicting, leaver]
+    .filter((device) => device !== undefined).filter(holding("member"));
 }
 
 /**
@@ -2890,8 +2861,9 @@ function chooseDataFilesystem(
     plan.waitFor = `the data filesystem ${dataUuid} (lightwhale.data)`;
   }
   const chosen = isThere ? ranked[0] : undefined;
+  const members = pathsOf(chosen?.members ?? []);
   const used = chosen
-    ? `${chosen.fsid} on ${pathsOf(chosen.members)} is used`
+    ? `${chosen.fsid} on ${members} is used`
     : `${dataUuid} is asked for`;
   for (const other of ranked.filter((data) => data !== chosen)) {
     plan.notes.push(warning(
@@ -2900,16 +2872,17 @@ function chooseDataFilesystem(
         `lightwhale.data=${other.fsid} on the kernel command line)`,
     ));
   }
-  for (const { device, why, isTwin } of chosen?.conflicting ?? []) {
+  if (!chosen) return undefined;
+  for (const device of chosen.conflicting) {
     const { path } = device;
-    const used = pathsOf(chosen!.members);
-    const remedy = `to use it instead, unplug ${used}` +
-      (isTwin ? "" : `; ${howToGiveUp(device, devices)}`);
+    const isSame = chosen.members.some((member) => isTwin(device, member));
+    const orGiveUp = isSame ? "" : `; ${howToGiveUp(device, devices)}`;
     plan.notes.push(warning(
-      `${path} ${why}: ${used} is used, ${path} is not touched (${remedy})`,
+      `${path} ${whyNotUsed(device, chosen)}: ${members} is used, ${path} is ` +
+        `not touched (to use it instead, unplug ${members}${orGiveUp})`,
     ));
   }
-  if (chosen?.missing) plan.notes.push(warning(describeMissing(chosen)));
+  if (chosen.missing > 0) plan.notes.push(warning(describeMissing(chosen)));
   return chosen;
 }
 
@@ -4154,8 +4127,9 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
       .catch((error) => dropMembers([member], messageOf(error), data));
   }
   const { leaver, members } = data;
-  const unwanted = data.conflicting.map(({ device }) => device);
-  await forget([...unwanted, ...data.stale, ...leaver ? [leaver] : []]);
+  await forget(
+    [...data.conflicting, ...data.stale, ...leaver ? [leaver] : []],
+  );
   fs.mkdirSync(paths.data, { recursive: true });
   const mountWith = async (
     devices: Member[],
@@ -7269,7 +7243,7 @@ function* judgeHealth(
   for (const { path, devid, missing, errors } of devices) {
     if (missing && !leaving?.isOut) {
       const back = plan?.data?.conflicting
-        .find(({ device }) => devidOf(device) === devid)?.device.path;
+        .find((device) => devidOf(device) === devid)?.path;
       const text = `Device ${devid} is missing: there is no redundancy until ` +
         (back
           ? `the next boot takes in ${back}, which is back, or rebuilds it`

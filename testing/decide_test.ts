@@ -3944,7 +3944,7 @@ function summary(plan: Plan): Decision {
     missing: data?.missing ?? 0,
     absent: data?.absent ?? 0,
     stale: names(data?.stale),
-    excluded: newNames(data?.conflicting),
+    excluded: names(data?.conflicting),
     target: names([data?.replaceTarget]),
     join: newNames(joins),
     disarm: repaired("clear magic"),

@@ -822,7 +822,7 @@ function assertMount(plan: Plan, { bytes }: Machine): void {
   for (const member of [...members, ...stale]) {
     assertEquals(member.holds.btrfs.fsid, fsid);
     assertEquals(member.holds.btrfs.intact, true);
-    const excluded = conflicting.map(({ device }) => device);
+    const excluded = conflicting;
     assert(!excluded.includes(member), `${member.path} is in and out`);
   }
   for (const device of stale) {
