@@ -55,8 +55,9 @@ export const DATA = "lightwhale-data";
 export const SWAP = "lightwhale-swap";
 
 /**
- * Label of a data filesystem while it is being made. {@linkcode DATA} is set
- * last and is the commit record: until then the disk still counts as magic.
+ * Label of a data filesystem while it is being made (step 5). {@linkcode DATA}
+ * is set last. A power cut before that leaves disks that are still magic, with
+ * half a filesystem or one with this label: the next boot formats them again.
  */
 export const UNFINISHED = "lightwhale-unfinished";
 
@@ -68,9 +69,8 @@ const SUBVOLUMES = {
 };
 
 /**
- * Subvolumes in `@lightwhale-state`, with their modes: a snapshot of the state
- * stops at them. They are narrower than 0755 as dockerd and containerd make them:
- * user namespaces pass through, but do not look.
+ * Subvolumes in `@lightwhale-state`, where a snapshot of the state stops. The
+ * modes are those of dockerd and containerd.
  */
 const NESTED = { docker: 0o710, containerd: 0o711 };
 
@@ -78,9 +78,9 @@ const NESTED = { docker: 0o710, containerd: 0o711 };
 const OVERLAYS = ["etc", "var", "home"];
 
 /**
- * These break, or show wrong files, when a new system image brings another
- * lower layer (Documentation/filesystems/overlayfs.rst, "Changes to underlying
- * filesystems"); a kernel may have them on by default.
+ * A kernel may have these on by default. They break, or show wrong files, when
+ * a new system image brings another lower layer
+ * (Documentation/filesystems/overlayfs.rst, "Changes to underlying filesystems").
  */
 const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
 
@@ -116,7 +116,7 @@ const SURELY_FITS_BYTES = 2 * GiB;
 const MINIMUM_DISK_FOR_SWAP_BYTES = 2 * GiB;
 
 /**
- * To make a directory, Btrfs was seen to fail with 4 MiB of metadata free: it
+ * Btrfs was seen to refuse a new directory with 4 MiB of metadata free: it
  * reserves the worst case, two nodes a level for each item (fs/btrfs/fs.h,
  * btrfs_calc_insert_metadata_size()).
  */
@@ -126,7 +126,7 @@ const LARGEST_METADATA_RESERVATION_BYTES = 8 * MiB;
 const TIMEOUT = {
   readMs: 20_000, // a hard disk that spins up needs some 10 s
   commandMs: 60_000,
-  detachMs: 5_000, // it takes none, but umount(8) may never end
+  detachMs: 5_000, // umount(8) may never end
   endMs: 30_000, // of a command that was killed
   mkfsMs: 300_000, // also add, replace: a discard of the device comes first
   mountMs: 300_000, // log replay and block group scan on large hard disks
@@ -212,7 +212,7 @@ export interface Reading {
   error?: string;
   /** It begins with {@linkcode MAGIC}. */
   header: boolean;
-  /** {@linkcode ANYWAY} is the next line. */
+  /** A line after the header is {@linkcode ANYWAY}. */
   anyway: boolean;
   /** Its first sector is the header and otherwise zeros. */
   onlyHeader: boolean;
@@ -271,7 +271,7 @@ export interface FoundPayload {
   place: "original" | "copy" | "partition";
   /** Paths of files; `password USER`. */
   writes: string[];
-  /** The same where the text is the same; blinded, for plans are printed. */
+  /** Equal for equal texts; blinded, for plans are printed. */
   sum: number;
   /** Why it cannot be used, with the number of the line. */
   problem?: string;
@@ -407,10 +407,10 @@ export function parseSuperblock(
   };
 }
 
-/** Made when it is needed: not every call of this program reads a disk. */
+/** The table is made when it is needed: many calls read no superblock. */
 let crc32cTable: Uint32Array | undefined;
 
-/** CRC-32C, by a table of its reflected polynomial. */
+/** CRC-32C (reflected polynomial, table-driven). */
 function crc32c(bytes: Uint8Array): number {
   const table = crc32cTable ??= Uint32Array.from({ length: 256 }, (_, crc) => {
     for (let i = 0; i < 8; i++) crc = (crc >>> 1) ^ (crc & 1 ? 0x82f63b78 : 0);
@@ -479,8 +479,8 @@ const GPT = {
 };
 
 /**
- * Reads the GUID partition table, made for sectors of a size, whose header is
- * at a byte of a disk; undefined where there is none or it is damaged.
+ * Reads the GUID partition table whose header is at a byte of a disk; undefined
+ * where there is none for sectors of this size, or it is damaged.
  */
 export async function readGptAt(
   at: number,
@@ -573,11 +573,11 @@ export function parseSwapLabel(start: Uint8Array): string | undefined {
 }
 
 /**
- * What a member remembers of its last read-write mount. Superblocks alone
- * cannot tell a stale member, a split mirror or a copy, so that every member
- * present gets a record in the first 64 KiB of its data partition, which Btrfs
- * never uses (btrfs(5), "bootloader support"). The fields from `machine` on are
- * unknown to version 1.0, which ignores and drops them.
+ * What a member remembers of its last read-write mount. Superblocks cannot
+ * tell a stale member, a split mirror or a copy. So every member that is present
+ * at a mount gets a record in the first 64 KiB of its data partition, which
+ * Btrfs never uses (btrfs(5), "bootloader support"). Version 1.0 ignores and
+ * drops the fields from `machine` on.
  */
 export interface MemberRecord {
   fsid: string;
@@ -587,7 +587,7 @@ export interface MemberRecord {
   epoch: number;
   /** Identities of the members that were present. */
   present: string[];
-  /** Members that were not, and the generation when each was last there. */
+  /** Members that were not, and the own generation when each was last there. */
   absent: Record<string, number>;
   /** Hash of the machine that mounted it. */
   machine?: string;
@@ -604,7 +604,7 @@ export interface MemberRecord {
   settled?: Settled;
 }
 
-/** Told to leave by `--move` or `--remove`: known before the mount. */
+/** A member was told to leave by `--move` or `--remove`. */
 export interface Leaving {
   member: string;
   /** `left`: it is no member any more, and was not there to be wiped. */
@@ -612,12 +612,12 @@ export interface Leaving {
 }
 
 /**
- * For which devices the profiles are settled. Only what is not, because a
- * device was added or chunks were written while one was missing, is converted:
- * all else is as a person wants it.
+ * For how many devices the profiles are settled. Chunks are converted only
+ * where a device was added, or was missing when they were written; all others
+ * are as a person wants them.
  */
 export interface Settled {
-  /** How many there were; 0 while one is missing. */
+  /** 0 while one is missing. */
   devices: number;
   /** Types of chunks that a person keeps without a mirror on several devices. */
   unmirrored: string[];
@@ -674,8 +674,8 @@ function parseSlot(slot: string): MemberRecord | undefined {
 }
 
 /**
- * May a record be written over this slot? Over zeros, and over a record of ours
- * even where a power cut tore it: its first sector may be the one that is lost.
+ * A record may be written over zeros, and over a record of ours, even one that
+ * a power cut tore: its first sector may be the one that is lost.
  */
 function isRecordSlot(slot: Uint8Array): boolean {
   const { title } = RECORD;
@@ -688,10 +688,7 @@ function isRecordSlot(slot: Uint8Array): boolean {
 
 const crcOfText = (text: string) => crc32(new TextEncoder().encode(text));
 
-/**
- * Files and passwords for the system that is made of a disk: a txtar archive
- * (golang.org/x/tools/txtar) with an end.
- */
+/** Files and passwords: a txtar archive (golang.org/x/tools/txtar) with an end. */
 export interface Payload {
   entries: PayloadEntry[];
   /** Where it begins (its title, if there is one), its body, and its end. */
@@ -860,9 +857,8 @@ const withoutReturns = (contents: Uint8Array) =>
 
 /**
  * Where a payload waits while its disk is partitioned: neither wipefs(8) nor
- * sfdisk(8), with sectors of 4096 bytes either, nor the partitions touch it. A
- * title with checksum and length comes first, for it is written first and
- * erased last.
+ * sfdisk(8) nor any partition touches this place. A title with checksum and
+ * length comes first: it is written first and erased last.
  */
 const COPY = {
   at: PAYLOAD_TEXT.roomBytes,
@@ -898,7 +894,7 @@ const viewOf = ({ buffer, byteOffset, byteLength }: Uint8Array) =>
 const isZero = (bytes: Uint8Array) =>
   !bytes[0] && Buffer.compare(bytes.subarray(1), bytes.subarray(0, -1)) === 0;
 
-/** A byte order mark is a character like others; what is none is U+FFFD. */
+/** A byte order mark is kept; what is no character becomes U+FFFD. */
 const decode = (bytes: Uint8Array, encoding: BufferEncoding = "utf8") =>
   Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length)
     .toString(encoding).toWellFormed();
