@@ -653,7 +653,7 @@ function parseSlot(slot: string): MemberRecord | undefined {
   const [title, sum, json] = slot.split("\n");
   if (title !== RECORD.title) return undefined;
   if (crcOfText(json) !== parseInt(sum, 16)) return undefined;
-  try {
+  return orUndefined(() => {
     const record = JSON.parse(json);
     const { fsid, member, epoch, present, absent } = record;
     const { machine = "", hardware = "", seconds = 0 } = record;
@@ -668,9 +668,7 @@ function parseSlot(slot: string): MemberRecord | undefined {
       [epoch, seconds, devices, ...Object.values(absent)]
         .every(Number.isSafeInteger);
     return valid ? record : undefined;
-  } catch {
-    return undefined;
-  }
+  });
 }
 
 /**
@@ -1035,15 +1033,14 @@ async function makePlan(
 }
 
 /** Names what a boot should wait for, or undefined when nothing is late. */
-function whatIsLate(plan: Plan, facts: Facts): string | undefined {
-  if (plan.mode === "mounted" || plan.mode === "off") return undefined;
-  if (plan.waitFor) return plan.waitFor;
-  const absent = plan.data?.absent ?? 0;
-  if (absent > 0) return `${absent} missing device(s) of "${DATA}"`;
-  const isOwn = plan.data && !isAnothers(plan.data, facts.machine);
-  if (!isOwn && facts.diskPending) {
-    return "a USB disk whose driver is still starting it";
-  }
+function whatIsLate({ mode, data, waitFor }: Plan, facts: Facts) {
+  if (mode === "mounted" || mode === "off") return undefined;
+  if (waitFor) return waitFor;
+  if (data?.absent) return `${data.absent} missing device(s) of "${DATA}"`;
+  const isOwn = data && !isAnothers(data, facts.machine);
+  return !isOwn && facts.diskPending
+    ? "a USB disk whose driver is still starting it"
+    : undefined;
 }
 
 // ---------------------------------------------------------------------------
@@ -1071,11 +1068,11 @@ export async function look(
     !found.some(({ read, disk }) =>
       read.btrfs?.label === DATA && !isStartedOver(disk, found)
     );
-  const close = new Set(
-    found.filter(({ read }) => isFirst || mayMatter(read))
-      .map(({ disk }) => disk).concat(always ?? []),
-  );
-  const devices = complete(found.filter(({ disk }) => close.has(disk)), mounts);
+  const disks = new Set([always]);
+  for (const { read, disk } of found) {
+    if (isFirst || mayMatter(read)) disks.add(disk);
+  }
+  const devices = complete(found.filter(({ disk }) => disks.has(disk)), mounts);
   await askAbout(
     devices.filter((device) =>
       isFirst || device.disk === always || isInQuestion(device, devices)
@@ -1112,12 +1109,9 @@ const hasOurNames = (read: Reading) =>
   namesIn(read).some((name) => [MAGIC, DATA, SWAP].includes(name));
 
 /** Our magic, our names, a Btrfs, a backup superblock, or a read error. */
-function mayMatter(read: Reading): boolean {
-  return read.header || read.btrfs !== undefined || read.backup !== undefined ||
-    read.error !== undefined || read.swapLabel === SWAP ||
-    read.record !== undefined ||
-    hasOurNames(read);
-}
+const mayMatter = (read: Reading) =>
+  read.header || read.swapLabel === SWAP || hasOurNames(read) ||
+  [read.btrfs, read.backup, read.record, read.error].some(Boolean);
 
 /** Memory, floppy and optical drives; loop devices unless asked for. */
 const NEVER_LOOKED_AT = /^(ram|zram|fd|sr|loop)\d/;
@@ -1300,11 +1294,9 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const start = await read(base, START_BYTES, buffer);
   const reading = parseStart(start);
   if (node.kind === "disk") {
-    const isOther = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
     // The kernel takes a GPT beside an MBR of its own right for a leftover.
-    reading.gpt = isOther
-      ? undefined
-      : await readGpt(node, start, reading, read);
+    const isOther = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
+    if (!isOther) reading.gpt = await readGpt(node, start, reading, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
     if (hasOurNames(reading)) {
       reading.plain = isZero(await read(START_BYTES, 4 * START_BYTES)) &&
@@ -1715,9 +1707,10 @@ async function findPayload(
   const [holder = device] = holders;
   if (!place || (holder === device && !read.payloadPlace)) return undefined;
   const { entry, startBytes, disk, path } = holder;
+  const [node, atBytes] = entry ? [nodeOf(disk), startBytes] : [path, 0];
   const found: FoundPayload = {
-    path: entry ? nodeOf(disk) : path,
-    atBytes: entry ? startBytes : 0,
+    path: node,
+    atBytes,
     place,
     writes: [],
     sum: 0,
@@ -1817,13 +1810,9 @@ function walk(
     const stat = lookAt(path);
     if (!stat && !make) return { path };
     if (!stat) make?.(path);
-    else if (!stat.isDirectory()) {
-      throw new Error(
-        `"${name}" leads through a ${
-          stat.isSymbolicLink() ? "symbolic link" : "file"
-        }, "${part}"`,
-      );
-    }
+    const what = stat?.isSymbolicLink() ? "symbolic link" : "file";
+    const isDirectory = !stat || stat.isDirectory();
+    assert(isDirectory, `"${name}" leads through a ${what}, "${part}"`);
   }
   path = join(path, parts[parts.length - 1]);
   const stat = lookAt(path);
@@ -1872,14 +1861,14 @@ function unescapeOctal(field: string): string {
 function fsidOf({ type, source }: Mount): string | undefined {
   if (type !== "btrfs") return undefined;
   const device = nameAt(source);
-  const open = listDirectory("/sys/fs/btrfs")
-    .filter((fsid) => fs.existsSync(`/sys/fs/btrfs/${fsid}/devices`));
-  const found = open.find((fsid) =>
-    device && fs.existsSync(`/sys/fs/btrfs/${fsid}/devices/${device}`)
-  );
-  const ours = open
-    .filter((fsid) => readText(`/sys/fs/btrfs/${fsid}/label`) === DATA);
-  return found ?? (ours.length === 1 ? ours[0] : undefined);
+  const open = listDirectory("/sys/fs/btrfs").map((fsid) => ({
+    fsid,
+    devices: listDirectory(`/sys/fs/btrfs/${fsid}/devices`),
+    label: readText(`/sys/fs/btrfs/${fsid}/label`),
+  }));
+  const found = open.find(({ devices }) => device && devices.includes(device));
+  const ours = open.filter(({ label }) => label === DATA);
+  return found?.fsid ?? (ours.length === 1 ? ours[0].fsid : undefined);
 }
 
 // ---------------------------------------------------------------------------
@@ -2022,11 +2011,10 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   if (mounted?.type === "tmpfs" && !settings.off) {
     for (const data of filesystems) {
       if (data.members.some(isOpen)) continue; // by a person, elsewhere
+      const paths = pathsOf(allDevices(data));
       plan.notes.push(warning(
-        `${
-          pathsOf(allDevices(data))
-        } holds a data filesystem, but the system ` +
-          `runs without: to use it, reboot`,
+        `${paths} holds a data filesystem, but the system runs without: to ` +
+          `use it, reboot`,
       ));
     }
   }
@@ -2142,13 +2130,12 @@ function planNew(found: Findings, plan: Plan): void {
       ? "a data disk may be damaged"
       : "a disk cannot be read";
     if (stopped.length > 0) {
+      const paths = pathsOf(stopped);
       plan.notes.push(error(
-        `${pathsOf(stopped)} will not be formatted while ` +
-          `${pathsOf(doubted)} may be a damaged data disk: repair or unplug ` +
-          `that, or have ${pathsOf(stopped)} formatted nevertheless: ` +
-          `persistence.ts --enable --force ${
-            stopped.map((device) => device.path).join(" ")
-          }`,
+        `${paths} will not be formatted while ${pathsOf(doubted)} may be a ` +
+          `damaged data disk: repair or unplug that, or have ${paths} ` +
+          `formatted nevertheless: persistence.ts --enable --force ` +
+          paths.replaceAll(", ", " "),
       ));
     } else if (unreadable.length > 0 && candidates.length === 0) {
       plan.notes.push(error(
