@@ -2023,35 +2023,33 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   if (chosen) findLeaver(chosen, usable);
   const ours = filesystems.flatMap(allDevices);
   const isData = (device: BlockDevice) =>
-    ours.includes(device as Member) ||
+    ours.some((member) => member === device) ||
     (device.holds.kind === "suspect" && device.holds.labelled);
-  const magic = usable.filter((device) => device.magic);
-  const forgotten = magic
-    .filter((device) => partsOf(device, usable).some(isData));
-  for (const device of forgotten) {
+  const candidates: BlockDevice[] = [];
+  for (const device of usable.filter(({ magic }) => magic)) {
+    const { path, readOnly } = device;
     const data = partsOf(device, usable).filter(isData);
+    if (data.length === 0) candidates.push(device);
     // It stays magic until it has taken its place.
-    if (data.some((part) => part === chosen?.replaceTarget)) continue;
-    if (isStartedOver(device.disk, devices)) { // while its data are in use
+    else if (data.some((part) => part === chosen?.replaceTarget)) continue;
+    else if (isStartedOver(device.disk, devices)) { // while its data are in use
       plan.notes.push(warning(
-        `${device.path} is formatted at the next boot, and all that ` +
-          `${pathsOf(data)} holds is lost (persistence.ts --disable ` +
-          `${device.path} takes that back)`,
+        `${path} is formatted at the next boot, and all that ` +
+          `${pathsOf(data)} holds is lost (persistence.ts --disable ${path} ` +
+          `takes that back)`,
       ));
-      continue;
+    } else {
+      if (!readOnly) plan.repairs.push({ do: "clear magic", device });
+      const end = readOnly
+        ? "stays magic, for it is read-only"
+        : "is not magic any more";
+      plan.notes.push(warning(
+        `${path} carries the magic to be formatted, but ${pathsOf(data)} ` +
+          `holds data of a "${DATA}": the data wins, and ${path} ${end} ` +
+          `(${howToGiveUp(device, usable)})`,
+      ));
     }
-    if (!device.readOnly) plan.repairs.push({ do: "clear magic", device });
-    const end = device.readOnly
-      ? "stays magic, for it is read-only"
-      : "is not magic any more";
-    plan.notes.push(warning(
-      `${device.path} carries the magic to be formatted, but ${
-        pathsOf(data)
-      } holds data of a "${DATA}": the data wins, and ${device.path} ${end} (` +
-        `${howToGiveUp(device, usable)})`,
-    ));
   }
-  const candidates = magic.filter((device) => !forgotten.includes(device));
   const given = candidates.flatMap((device) => partsOf(device, usable));
   const suspects = usable.filter(holding("suspect"))
     .filter((device) => !given.includes(device) && device !== chosen?.leaver);
@@ -2111,19 +2109,20 @@ function planExisting(data: DataFilesystem, plan: Plan): void {
 
 /** There is no data filesystem: one is made of magic devices, or none. */
 function planNew(found: Findings, plan: Plan): void {
-  const { settings, suspects, unreadable, doubted } = found;
-  const stopped = found.candidates.filter(({ read }) =>
-    settings.dataUuid || (doubted.length > 0 && !read.anyway)
-  );
-  const candidates = found.candidates
-    .filter((device) => !stopped.includes(device));
-  if (settings.dataUuid) {
-    plan.reason = `the data filesystem ${settings.dataUuid} is not there`;
+  const { suspects, unreadable, doubted } = found;
+  const { dataUuid, required } = found.settings;
+  const isStopped = ({ read }: BlockDevice) =>
+    dataUuid || (doubted.length > 0 && !read.anyway);
+  const stopped = found.candidates.filter(isStopped);
+  const candidates = found.candidates.filter((device) => !isStopped(device));
+  if (dataUuid) {
+    plan.reason = `the data filesystem ${dataUuid} is not there`;
+    const end = stopped.length > 0
+      ? `${pathsOf(stopped)} will not be formatted in its place`
+      : "plug in its disk, or leave the parameter out";
     plan.notes.push(error(
-      `No data filesystem has the UUID ${settings.dataUuid} that the kernel ` +
-        `command line asks for (lightwhale.data)` + (stopped.length > 0
-          ? `: ${pathsOf(stopped)} will not be formatted in its place`
-          : `: plug in its disk, or leave the parameter out`),
+      `No data filesystem has the UUID ${dataUuid} that the kernel command ` +
+        `line asks for (lightwhale.data): ${end}`,
     ));
   } else if (doubted.length > 0) {
     plan.reason = suspects.length > 0
@@ -2150,7 +2149,7 @@ function planNew(found: Findings, plan: Plan): void {
     if (candidates.length > 0 && doubted.length === 0) {
       plan.reason = "no enabled disk can be used";
     }
-    if (!settings.required) return;
+    if (!required) return;
     plan.waitFor ??= "a data disk (lightwhale.persistence=required)";
     if (plan.notes.some(isError)) return; // it says why there is none
     plan.reason = "the data disk is not there";
@@ -3009,8 +3008,10 @@ function planJoins(found: Findings, plan: Plan): void {
     plan.mode !== "mounted" || inUse === openIn(data.fsid)
   );
   const doubted = data.missing > 0 ? [...found.suspects, ...mute] : [];
-  const stopped = found.candidates
-    .filter(({ read }) => doubted.length > 0 && !read.anyway);
+  const isStopped = ({ read }: BlockDevice) =>
+    doubted.length > 0 && !read.anyway;
+  const stopped = found.candidates.filter(isStopped);
+  const candidates = found.candidates.filter((device) => !isStopped(device));
   if (stopped.length > 0) {
     plan.notes.push(warning(
       `${pathsOf(stopped)} does not join the data filesystem while ` +
@@ -3018,8 +3019,6 @@ function planJoins(found: Findings, plan: Plan): void {
         `nevertheless: persistence.ts --enable --force ${stopped[0].path})`,
     ));
   }
-  const candidates = found.candidates
-    .filter((device) => !stopped.includes(device));
   const sizes = sizesOf(data);
   const largestFirst = planMembers(candidates, found, plan)
     .sort((a, b) => b.dataBytes - a.dataBytes);
