@@ -820,24 +820,27 @@ const PASSWORD_FILES = ["passwd", "shadow", "group", "gshadow"]
 
 /** Why a marker's name is refused; only what is surely a path is quoted. */
 function whyNotNamed(name: string): string | undefined {
-  const [top, ...others] = name.split("/");
-  if (/[\p{Cc}\ufffd]/u.test(name)) return "its name is not UTF-8, or no text";
-  if (/^password [^\s:/]+$/.test(name)) return undefined;
-  if (!OVERLAYS.includes(top) || others.length === 0) {
-    return `a file is below ${OVERLAYS.join(", ")}, a password "password USER"`;
-  }
-  if (others.some((part) => ["", ".", ".."].includes(part))) {
-    return `"${name}" has an empty part, "." or ".."`;
-  }
-  if (PASSWORD_FILES.includes(name)) {
-    return `"${name}" is never replaced (see "password USER")`;
-  }
-  // NAME_MAX; PATH_MAX is 4096, with what stands before it.
+  const [top, ...parts] = name.split("/");
+  const isIn = OVERLAYS.includes(top) && parts.length > 0;
   const bytes = (text: string) => Buffer.byteLength(text);
-  if (others.some((part) => bytes(part) > 255) || bytes(name) > 2048) {
-    return "its name is too long";
-  }
+  if (/^password [^\s:/\p{Cc}\ufffd]+$/u.test(name)) return undefined;
+  return firstOf(
+    /[\p{Cc}\ufffd]/u.test(name) && "its name is not UTF-8, or no text",
+    !isIn &&
+      `a file is below ${OVERLAYS.join(", ")}, a password "password USER"`,
+    parts.some((part) => ["", ".", ".."].includes(part)) &&
+      `"${name}" has an empty part, "." or ".."`,
+    PASSWORD_FILES.includes(name) &&
+      `"${name}" is never replaced (see "password USER")`,
+    // NAME_MAX; PATH_MAX is 4096, with what stands before it.
+    (bytes(name) > 2048 || parts.some((part) => bytes(part) > 255)) &&
+      "its name is too long",
+  );
 }
+
+/** The first of several answers that applies. */
+const firstOf = <T>(...answers: (T | false | "" | undefined)[]) =>
+  answers.find((answer): answer is T => Boolean(answer));
 
 /** crypt(5): `$id$...`, or the older two, of which DES has no prefix. */
 const HASH = /^(\$[\w,=-]+\$[!-~]{22,}|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13})$/;
@@ -2348,53 +2351,39 @@ export function whatItHolds(
   devices: BlockDevice[],
 ): Holds {
   const { read, partitionName, signatures = [], path } = device;
-  const { btrfs, record } = read;
+  const { btrfs, record, swapLabel } = read;
+  const member = btrfs && { kind: "member" as const, btrfs, record };
   if (read.error) return { kind: "unreadable", why: read.error };
-  if (btrfs && isOpen(device)) return { kind: "member", btrfs, record };
+  if (member && isOpen(device)) return member;
   if (isStartedOver(device.disk, devices)) return { kind: "nothing of ours" };
+  const isNamed = partitionName === DATA;
   const isOurs = btrfs?.label === DATA;
   const labelled = isOurs || signatures.some(({ label }) => label === DATA);
-  const suspect = (why: string, remedy?: string): Holds => ({
-    kind: "suspect",
-    why,
-    labelled,
-    fsid: btrfs?.fsid,
-    remedy,
-  });
+  const fsid = btrfs?.fsid;
+  const suspect = (why: string, remedy?: string) =>
+    ({ kind: "suspect", why, labelled, fsid, remedy }) as const;
   const rescue = `"btrfs rescue super-recover ${path}" may repair it`;
-  const others = othersOn(device);
+  const others = othersOn(device).join(", ");
   const doubt = whyTableIsDoubted(device, devices);
-  if (doubt && (labelled || partitionName === DATA)) return suspect(doubt);
-  if (isOurs && others.length > 0) {
-    return suspect(`it holds ${others.join(", ")} as well as a Btrfs`);
-  }
-  if (isOurs && !btrfs.intact) {
-    return suspect("its superblock is damaged", rescue);
-  }
-  if (isOurs && btrfs.deviceBytes > device.sizeBytes) {
-    const lost = btrfs.deviceBytes - device.sizeBytes;
-    return suspect(
+  const lost = isOurs ? btrfs.deviceBytes - device.sizeBytes : 0;
+  const what = describeSignatures(signatures);
+  return firstOf<Holds>(
+    doubt && (labelled || isNamed) && suspect(doubt),
+    isOurs && others && suspect(`it holds ${others} as well as a Btrfs`),
+    isOurs && !btrfs.intact && suspect("its superblock is damaged", rescue),
+    lost > 0 && suspect(
       `it is ${inMiB(lost)} (${lost} bytes) smaller than its filesystem`,
       "give the disk its size again",
-    );
-  }
-  if (btrfs?.intact && !read.table && (isOurs || partitionName !== DATA)) {
-    return { kind: "member", btrfs, record };
-  }
-  const isSwap = read.swapLabel === SWAP && !labelled;
-  if (isSwap && partitionName !== DATA) return { kind: "swap" };
-  const what = describeSignatures(signatures);
-  if (labelled) return suspect(`it holds ${what}`);
-  if (read.backup?.label === DATA && !what) {
-    return suspect("only a backup superblock is left", rescue);
-  }
-  if (partitionName === DATA) {
-    return suspect(what ? `it holds ${what}` : "it holds no filesystem");
-  }
-  if (onlySwapIsLeft(device)) {
-    return suspect(`it has a "${SWAP}" partition and no other`);
-  }
-  return { kind: "nothing of ours" };
+    ),
+    btrfs?.intact && !read.table && (isOurs || !isNamed) && member,
+    swapLabel === SWAP && !labelled && !isNamed && { kind: "swap" },
+    labelled && suspect(`it holds ${what}`),
+    read.backup?.label === DATA && !what &&
+      suspect("only a backup superblock is left", rescue),
+    isNamed && suspect(what ? `it holds ${what}` : "it holds no filesystem"),
+    onlySwapIsLeft(device) &&
+      suspect(`it has a "${SWAP}" partition and no other`),
+  ) ?? { kind: "nothing of ours" };
 }
 
 /** A disk of which only our swap partition is left. */
@@ -2920,44 +2909,41 @@ function planMembers(
 ): NewMember[] {
   const members: NewMember[] = [];
   for (const device of magic) {
+    const { path, disk, sizeBytes, sectorBytes, number } = device;
+    const isPartition = device.kind === "partition";
     const member = layOut(device, facts.memoryBytes, settings.noSwap);
     const parts = partsOf(device, facts.devices);
     const user = parts.find((part) => part.inUse);
     const mute = parts.find((part) => part.read.error);
-    const misfit = facts.misfits.find((m) => m.device.path === device.path);
-    const whole = usable.find(({ name }) => name === device.disk);
-    const tableBytes = whole?.read.gpt?.sectorBytes;
+    const misfit = facts.misfits.find((m) => m.device.path === path);
+    const whole = usable.find(({ name }) => name === disk);
+    const madeFor = whole?.read.gpt?.sectorBytes;
     const sibling = magic.find((other) =>
-      other !== device && other.disk === device.disk &&
-      (other.kind === "disk" || other.sizeBytes > device.sizeBytes ||
-        (other.sizeBytes === device.sizeBytes && other.number < device.number))
+      other !== device && other.disk === disk &&
+      (other.kind === "disk" || other.sizeBytes > sizeBytes ||
+        (other.sizeBytes === sizeBytes && other.number < number))
     );
     const used = chosen?.members.find((member) =>
-      device.kind === "partition" && member.disk === device.disk
+      isPartition && member.disk === disk
     );
-    const size = inMiB(device.sizeBytes);
-    const isOtherTable = device.kind === "partition" &&
-      tableBytes !== device.sectorBytes;
     const itself = "a disk is no mirror of itself";
-    const reasons: [applies: unknown, why: string | undefined][] = [
-      [mute, `${mute?.path} cannot be read`],
-      [device.readOnly, "it is read-only"],
-      [user, `${user?.path} is ${user?.inUse}`],
-      [
-        member.dataBytes < MINIMUM_DATA_BYTES,
-        `it is too small (${size}; Btrfs needs ${inMiB(MINIMUM_DATA_BYTES)} ` +
-        `for data)`,
-      ],
-      [misfit, misfit?.why],
-      [isOtherTable, `its table was made for sectors of ${tableBytes} bytes`],
-      [sibling?.kind === "disk", "its whole disk carries the magic header too"],
-      [sibling, `${sibling?.path} on the same disk is used: ${itself}`],
-      [used, `${used?.path} on the same disk is a member: ${itself}`],
-    ];
-    const why = reasons.find(([applies]) => applies)?.[1];
+    const why = firstOf(
+      mute && `${mute.path} cannot be read`,
+      device.readOnly && "it is read-only",
+      user && `${user.path} is ${user.inUse}`,
+      member.dataBytes < MINIMUM_DATA_BYTES &&
+        `it is too small (${inMiB(sizeBytes)}; Btrfs needs ` +
+          `${inMiB(MINIMUM_DATA_BYTES)} for data)`,
+      misfit?.why,
+      isPartition && madeFor !== sectorBytes &&
+        `its table was made for sectors of ${madeFor} bytes`,
+      sibling?.kind === "disk" && "its whole disk carries the magic header too",
+      sibling && `${sibling.path} on the same disk is used: ${itself}`,
+      used && `${used.path} on the same disk is a member: ${itself}`,
+    );
     const note = misfit?.isTwin ? warning : error;
     if (!why) members.push(member);
-    else plan.notes.push(note(`Cannot format ${device.path}: ${why}`));
+    else plan.notes.push(note(`Cannot format ${path}: ${why}`));
   }
   return members;
 }
