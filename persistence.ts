@@ -43,8 +43,8 @@ export const MAGIC = "lightwhale-please-format-me";
 export const ANYWAY = "lightwhale-anyway";
 
 /**
- * Begins the line after the header that says that a payload follows, and is the
- * GPT name of the partition that holds the payload of a magic partition.
+ * First word of the line that announces a payload; GPT name of a payload's
+ * partition.
  */
 export const PAYLOAD = "lightwhale-payload";
 
@@ -68,10 +68,7 @@ const SUBVOLUMES = {
   snapshots: "@lightwhale-state-snapshots",
 };
 
-/**
- * Subvolumes in `@lightwhale-state`, where a snapshot of the state stops. The
- * modes are those of dockerd and containerd.
- */
+/** Subvolumes in the state, where its snapshots stop; modes as Docker's own. */
 const NESTED = { docker: 0o710, containerd: 0o711 };
 
 /** The directories that get an overlay. */
@@ -85,8 +82,8 @@ const OVERLAYS = ["etc", "var", "home"];
 const OVERLAY_FEATURES_OFF = "index=off,redirect_dir=off,metacopy=off,xino=off";
 
 /**
- * Reading must not write. An overlay has to be told as well: it does not take
- * the option over from the filesystem of its upper (fs/overlayfs/super.c).
+ * Reading must not write. An overlay does not take this over from the
+ * filesystem of its upper (fs/overlayfs/super.c), so it is told as well.
  */
 const NO_ATIME = "noatime";
 
@@ -109,10 +106,10 @@ const GiB = 1024 * MiB;
 /** mkfs.btrfs needs this much for `--data single --metadata dup`. */
 const MINIMUM_DATA_BYTES = 109 * MiB;
 
-/** From this size on, a member fits beside others of any size. */
+/** A member of this size fits beside others of any size. */
 const SURELY_FITS_BYTES = 2 * GiB;
 
-/** A disk smaller than this gets no swap partition. */
+/** A smaller disk gets no swap partition. */
 const MINIMUM_DISK_FOR_SWAP_BYTES = 2 * GiB;
 
 /**
@@ -378,9 +375,8 @@ function withBtrfsMagic(block: Uint8Array): Uint8Array {
 }
 
 /**
- * Reads a Btrfs superblock, or a copy of it; undefined where there is none.
- *
- * @param at Where it was read: a superblock in another place is not intact.
+ * Reads a Btrfs superblock, which is intact only at its own place `at`;
+ * undefined where there is none.
  */
 export function parseSuperblock(
   block: Uint8Array,
@@ -480,7 +476,7 @@ const GPT = {
 
 /**
  * Reads the GUID partition table whose header is at a byte of a disk; undefined
- * where there is none for sectors of this size, or it is damaged.
+ * where it is not, or is damaged.
  */
 export async function readGptAt(
   at: number,
@@ -612,9 +608,8 @@ export interface Leaving {
 }
 
 /**
- * For how many devices the profiles are settled. Chunks are converted only
- * where a device was added, or was missing when they were written; all others
- * are as a person wants them.
+ * For how many devices the profiles are settled. Only chunks are converted that
+ * were written before a device was added, or while one was missing.
  */
 export interface Settled {
   /** 0 while one is missing. */
@@ -672,8 +667,8 @@ function parseSlot(slot: string): MemberRecord | undefined {
 }
 
 /**
- * A record may be written over zeros, and over a record of ours, even one that
- * a power cut tore: its first sector may be the one that is lost.
+ * A record is written over zeros or a record of ours, also one whose first
+ * sector a power cut tore off.
  */
 function isRecordSlot(slot: Uint8Array): boolean {
   const { title } = RECORD;
@@ -916,9 +911,9 @@ const uuid = (bytes: Uint8Array, at: number) =>
 // ---------------------------------------------------------------------------
 
 /**
- * Gives the system its writable filesystem: the nine documented steps. Running
- * it again changes nothing. Returns the exit status: 0 as configured, 1 when
- * something failed and the fallback is in place.
+ * The nine documented steps. Running them again changes nothing. Returns the
+ * exit status: 0 as configured, 1 if something failed and the fallback is in
+ * place.
  */
 export async function boot(settings: Settings): Promise<number> {
   const startedMs = performance.now();
@@ -1052,7 +1047,7 @@ function whatIsLate({ mode, data, waitFor }: Plan, facts: Facts) {
 
 /**
  * Reads all devices, then completes and judges the disks that may matter.
- * Changes nothing. Our own reading is for speed: libblkid is asked about what
+ * Changes nothing. Our own reading is fast; libblkid is asked only about what
  * may be changed or blamed and, before a first filesystem is made, about all.
  *
  * @param always Name of a disk to complete and ask about, whatever it holds.
@@ -1123,10 +1118,9 @@ const NEVER_LOOKED_AT = /^(ram|zram|fd|sr|loop)\d/;
 const VOLUME = /^(md[_\d]|dm-\d)/;
 
 /**
- * Lists block devices, whatever their driver calls them. sysfs knows which are
- * whole disks; `/proc/partitions` has neither those without a medium, such as
- * card readers, nor the hidden paths of NVMe multipath (block/genhd.c,
- * show_partition()).
+ * Block devices, whatever their driver calls them. sysfs tells which are whole
+ * disks; `/proc/partitions` leaves out card readers without a card and the
+ * hidden paths of NVMe multipath (block/genhd.c, show_partition()).
  */
 function listDevices({ only }: Settings): DeviceNode[] {
   const disks = new Set(
@@ -1164,8 +1158,7 @@ const readSysfsBytes = (name: string, attribute: "size" | "start") =>
   512 * Number(readSysfs(name, attribute) ?? 0);
 
 /**
- * The node of a device: sysfs has "!" in its name for a "/", as in `cciss!c0d0`
- * (drivers/base/core.c, device_get_devnode()).
+ * sysfs has "!" for a "/" in a name, as in `cciss!c0d0` (drivers/base/core.c).
  */
 export const nodeOf = (name: string) => `/dev/${name.replaceAll("!", "/")}`;
 
@@ -1174,8 +1167,8 @@ export const nameOf = (path: string) =>
   path.replace(/^\/dev\//, "").replaceAll("/", "!");
 
 /**
- * The name in sysfs of the device that any path leads to: told by its number,
- * for `/dev/mapper/NAME` may be a node of its own, and no link to `/dev/dm-0`.
+ * The name in sysfs of the device at a path, by its number: `/dev/mapper/NAME`
+ * may be a node of its own, and no link to `/dev/dm-0`.
  */
 function nameAt(path: string): string | undefined {
   const stat = orUndefined(() => fs.statSync(path));
@@ -1189,8 +1182,8 @@ function nameAt(path: string): string | undefined {
 }
 
 /**
- * What the number of a partition follows: a "p" where the disk's name ends with
- * a digit (block/partitions/core.c, add_partition()).
+ * The number follows a "p" where the disk's name ends with a digit
+ * (block/partitions/core.c, add_partition()).
  */
 const partitionPrefix = (disk: string) => /\d$/.test(disk) ? `${disk}p` : disk;
 
@@ -1210,9 +1203,9 @@ export function partitionPath(disk: { path: string }, number: number): string {
 const START_BYTES = BTRFS.superblockAt + BTRFS.bytes;
 
 /**
- * Eight devices are read at a time; each concurrent read costs a thread. Every
- * 20 ms eight more are started, so that a device that does not answer holds up
- * no other. Each reader reuses one buffer: new memory takes as long as a read.
+ * Each concurrent read costs a thread, so eight devices are read at a time. A
+ * device that does not answer holds up no other: eight more readers start every
+ * 20 ms. A reader reuses its buffer, for new memory takes as long as a read.
  */
 const READERS = { atATime: 8, moreEveryMs: 20 };
 
@@ -1243,9 +1236,9 @@ async function readDevices(nodes: DeviceNode[]): Promise<Found[]> {
 }
 
 /**
- * Partitions that are in the table but not in the kernel, because it has no
- * GPT parser, the table was made for other sectors, or a power cut left only
- * the backup table: read through the whole disk.
+ * Reads partitions that the table has and the kernel does not, through the
+ * whole disk. The kernel may have no GPT parser, the table may be made for
+ * other sectors, or a power cut may have left only the backup table.
  */
 async function readPartitionsWithoutNode(found: Found[]): Promise<Found[]> {
   const known = new Set(found.map(({ path }) => path));
@@ -1289,8 +1282,8 @@ function cannotRead(path: string, error: unknown): string {
 
 /**
  * Reads the places where known formats keep their headers. A backup superblock
- * counts only if the start of the device is zero, as Btrfs leaves it: otherwise
- * something newer was written there, a filesystem for example.
+ * counts only if the start is zero, as Btrfs leaves it: otherwise something
+ * newer was written there.
  */
 async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const base = node.entry?.startBytes ?? 0;
@@ -1370,10 +1363,9 @@ export function parseStart(start: Uint8Array): Reading {
 }
 
 /**
- * Finds the GPT of a disk, at the place for its own sectors or for those of
- * another disk. The backup at the end counts where LBA 0 announces a GPT, the
- * start was zeroed, or the primary entries are still the same: anything else
- * may have been put there after the table.
+ * Finds the GPT of a disk, made for its own or for other sectors. The backup
+ * counts where LBA 0 announces a GPT, the start was zeroed, or the primary
+ * entries are still the same: otherwise something newer may be there.
  */
 async function readGpt(
   disk: DeviceNode,
@@ -1417,10 +1409,7 @@ type Read = (
   buffer?: Uint8Array, // of that length
 ) => Promise<Uint8Array>;
 
-/**
- * Opens a device for reading, and gives it up where it does not answer in time.
- * (A suspended volume, of which the open itself may never end, is not opened.)
- */
+/** Opens a device, and gives it up where it does not answer in time. */
 async function withDevice<T>(path: string, use: (read: Read) => Promise<T>) {
   let open: number | undefined;
   const reading = (async () => {
@@ -1449,8 +1438,8 @@ async function withDevice<T>(path: string, use: (read: Read) => Promise<T>) {
 }
 
 /**
- * Turns a node:fs callback into a promise (node:fs/promises costs half a
- * millisecond to load).
+ * A promise of a node:fs call (node:fs/promises takes half a millisecond to
+ * load).
  */
 function promisify<T>(
   call: (done: (error: Error | null, value: T) => void) => void,
@@ -1461,9 +1450,9 @@ function promisify<T>(
 }
 
 /**
- * Hands the open file of a mute device to a detached `sleep`. Whoever closes it
- * last blocks until its I/O completes (block/bdev.c, blkdev_flush_mapping());
- * init waits for us, so it must not be us.
+ * Hands the open file of a mute device to a detached `sleep`: whoever closes it
+ * last blocks until its I/O completes (block/bdev.c, blkdev_flush_mapping()),
+ * and init waits for us.
  */
 function parkOpenFile(file: number): void {
   const sleep = findProgram("sleep");
@@ -1524,10 +1513,9 @@ const entryOf = (
   );
 
 /**
- * Reads the partition's name from the text of a `uevent` file in sysfs:
- * KEY=value, a line each. The first such line is the kernel's: behind it come
- * the lines that may be in the name, which anybody may have chosen
- * (block/partitions/core.c, part_uevent()).
+ * The partition's name in the text of a `uevent` file in sysfs. The first such
+ * line is the kernel's; the next may be part of a name, which anybody may have
+ * chosen (block/partitions/core.c, part_uevent()).
  */
 export function parsePartname(uevent: string): string | undefined {
   const key = "PARTNAME=";
@@ -1584,8 +1572,8 @@ function readUsbSerial(disk: string): string | undefined {
 
 /**
  * Hash of the DMI product UUID, which tells machines apart
- * (Documentation/ABI/testing/sysfs-firmware-dmi-tables). Some makers leave the
- * same in all their boards.
+ * (Documentation/ABI/testing/sysfs-firmware-dmi-tables) unless its maker left a
+ * placeholder.
  */
 function readMachine(): string | undefined {
   const uuid = readText("/sys/class/dmi/id/product_uuid")?.trim().toLowerCase();
@@ -1596,9 +1584,9 @@ function readMachine(): string | undefined {
 }
 
 /**
- * Who uses which device (by name in sysfs). The strongest test first: holders
- * are exact for md and device mapper; Btrfs registers only its first device as
- * mounted and no holder at all, so that its own sysfs directory is asked.
+ * Who uses which device, by name in sysfs. Holders are exact for md and device
+ * mapper; Btrfs has no holder, and only its first device looks mounted, so its
+ * own sysfs directory is asked.
  */
 function readUsers(nodes: DeviceNode[], mounts: Mount[]): Map<string, string> {
   const users = new Map<string, string>();
@@ -1642,8 +1630,8 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
 }
 
 /**
- * All signatures on a device: wipefs(8) lists every one, where blkid(8) picks
- * one, but it needs a device node.
+ * All signatures on a device: wipefs(8) lists every one, and blkid(8) only one,
+ * but it needs no device node.
  */
 async function listSignatures(
   { path, disk, entry }: { path: string; disk?: string; entry?: GptPartition },
@@ -1676,9 +1664,8 @@ async function listSignatures(
 }
 
 /**
- * Is a USB storage driver bound to an interface that has no disk yet?
- * (It waits `delay_use` seconds before it even looks:
- * Documentation/admin-guide/kernel-parameters.txt, usb-storage.delay_use.)
+ * Is a USB storage driver bound to an interface that has no disk yet? It waits
+ * some seconds before it looks (kernel-parameters.txt, usb-storage.delay_use).
  */
 function isDiskPending(): boolean {
   return ["usb-storage", "uas"].some((driver) => {
@@ -1694,8 +1681,8 @@ function isDiskPending(): boolean {
 const BLIND = crypto.getRandomValues(new Uint32Array(1))[0];
 
 /**
- * Finds the payload of a device: that of a partition is in another partition of
- * its disk. One that begins with 4 KiB of zeros was applied, or never written.
+ * Finds the payload of a device; that of a partition is in another partition.
+ * One that begins with 4 KiB of zeros was applied, or never written.
  *
  * @param paths The system that it is for; undefined: another one.
  */
@@ -1858,8 +1845,8 @@ function unescapeOctal(field: string): string {
 }
 
 /**
- * The UUID of a mounted Btrfs, from the device that stands for it. That one may
- * have been pulled: then it is the only open filesystem with our label.
+ * The UUID of a mounted Btrfs. The device that stands for it may have been
+ * pulled: then it is the only open filesystem with our label.
  */
 function fsidOf({ type, source }: Mount): string | undefined {
   if (type !== "btrfs") return undefined;
@@ -1949,8 +1936,8 @@ export interface DataFilesystem {
 }
 
 /**
- * Decides what a boot does: sorts out what is there, then plans one of three
- * cases. Whatever is wrong with a device is said in the plan.
+ * Sorts out what is there, then plans one of three cases. The plan also says
+ * what is wrong with a device.
  */
 export function decide(facts: Facts, settings: Settings): Plan {
   const plan: Plan = {
@@ -1987,8 +1974,9 @@ export function decide(facts: Facts, settings: Settings): Plan {
 type Findings = ReturnType<typeof sortOut>;
 
 /**
- * Sorts out the data filesystem to use, the magic devices that hold no data
- * (`candidates`), and what may be a data disk: suspects, and what is unreadable.
+ * Finds the data filesystem to use, the magic devices without data
+ * (`candidates`), and what may be a data disk: suspects, and what is
+ * unreadable.
  */
 function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   const { devices, mounted, machine } = facts;
@@ -2178,7 +2166,7 @@ function planNew(found: Findings, plan: Plan): void {
 }
 
 /**
- * The payload of a new filesystem. It is that of all magic devices, also of one
+ * The payload of a new filesystem. All magic devices must agree on it, also one
  * that is left out: a machine as specified, or none.
  */
 function choosePayload(
@@ -2238,8 +2226,8 @@ export interface Repair {
 }
 
 /**
- * Plans what makes members usable: tables, nodes, sizes, swap. The kernel may
- * see what must not be used, too; written to is only what is used.
+ * Plans what makes members usable: tables, nodes, sizes. The kernel is shown
+ * also what is not used; only what is used is written to.
  */
 function planRepairs(devices: BlockDevice[], plan: Plan): void {
   const { data, create, joins, mode } = plan;
@@ -2320,8 +2308,8 @@ export function isMagic(device: BlockDevice, devices: BlockDevice[]): boolean {
 }
 
 /**
- * Is libblkid to be asked about a device: is it to be formatted, repaired,
- * grown, blamed, or not plainly a member? The kernel knows best what is open.
+ * Is libblkid to be asked: is the device to be formatted, repaired, grown or
+ * blamed, or not plainly a member? The kernel knows best what is open.
  */
 export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
   const { read, partitionName, kind } = device;
@@ -2343,8 +2331,8 @@ export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
 }
 
 /**
- * What a device holds: computed once, from our own reading and from what
- * libblkid sees where it was asked. More than one answer is not ours.
+ * What a device holds, by our own reading and by what libblkid sees, where it
+ * was asked. Two answers at once are suspect.
  */
 export function whatItHolds(
   device: BlockDevice,
@@ -2393,10 +2381,10 @@ function onlySwapIsLeft({ read }: BlockDevice): boolean {
 }
 
 /**
- * Why partitions must not be believed: the table is not whole and not alone, or
- * a filesystem of the whole disk overlaps them. A hybrid ISO image is meant to
- * be both; RAID metadata behind all partitions overlap nothing; and a Btrfs is
- * older than the table over it, for mkfs.btrfs zeroes the first 2 MiB.
+ * Why partitions must not be believed: the table is damaged and not alone, or a
+ * filesystem of the whole disk overlaps them. Not in doubt are a hybrid ISO
+ * image, which is meant to be both; RAID metadata behind all partitions; and a
+ * table over a Btrfs, which is newer, for mkfs.btrfs zeroes the first 2 MiB.
  */
 function whyTableIsDoubted(device: BlockDevice, devices: BlockDevice[]) {
   const disk = devices.find(({ name }) => name === device.disk);
@@ -2458,10 +2446,10 @@ export function findDataFilesystems(
 }
 
 /**
- * At the end of a replace the kernel erases the magic of the source before it
+ * A replace ends in two steps: the kernel erases the magic of the source, then
  * commits that the target is a member (fs/btrfs/dev-replace.c,
- * btrfs_dev_replace_finishing()). Where the power went in between, the source
- * still is the member; it is told by its record.
+ * btrfs_dev_replace_finishing()). After a power cut in between, the source
+ * still is the member; its record tells.
  */
 function withScratched(group: Member[], devices: BlockDevice[]): Member[] {
   const [{ holds: { btrfs: { fsid } } }] = group;
@@ -2477,8 +2465,8 @@ function withScratched(group: Member[], devices: BlockDevice[]): Member[] {
 }
 
 /**
- * Ignores a device whose `btrfs device add` was cut by a power loss: it still
- * carries the magic, and holds nothing but that one transaction's superblock.
+ * Ignores a device whose `btrfs device add` was cut by a power loss: it is
+ * still magic, and holds nothing but that one transaction's superblock.
  */
 function withoutJoining(group: Member[], devices: BlockDevice[]): Member[] {
   const only = findOnlyMember(group);
@@ -2553,8 +2541,8 @@ function wroteWithout(writer: Member, other: Member): boolean {
 
 /**
  * Did a member take part in the last mount of another? The name of that mount
- * tells, which no copy has that was not there; version 1.0 had only identities
- * of members, which a copy shares.
+ * tells, which no copy made before it has; version 1.0 had only identities of
+ * members, which a copy shares.
  */
 function tookPart({ holds: { record } }: Member, last: Member): boolean {
   const mount = lastMountOf(last);
@@ -2577,9 +2565,10 @@ function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {
 }
 
 /**
- * Classifies the devices of one filesystem. The records prove staleness, except
- * while it is mounted: then superblocks are read mid-commit, and the kernel's
- * list of open devices decides.
+ * Classifies the devices of one filesystem. A member is stale if its record or
+ * generation proves that another member was written without it, and not the
+ * other way round. The kernel's list decides while the filesystem is open, for
+ * then superblocks are read mid-commit.
  */
 function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   const together = (device: Member) =>
@@ -2643,8 +2632,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
 }
 
 /**
- * Which member is to leave, as the newest record says. The one that is to leave
- * has no say: only what those that stay remember is known at the next boot.
+ * Which member is to leave, as the newest record says. The leaver's own record
+ * does not count: the next boot may have only those of the others.
  */
 function leavingOf(members: Member[]): Leaving | undefined {
   const [newest, ...others] = members.filter(({ holds }) => holds.record)
@@ -2662,10 +2651,10 @@ function leavingMember({ members, leaving }: DataFilesystem, how?: string) {
 }
 
 /**
- * Of two members one can leave only while it is not mounted: Btrfs keeps no
- * mirror on a single device, and to convert with both there would spread the
- * only copy over both. So it stays whole until the other has all. Of more, what
- * `btrfs device remove` was at when the power went may have left already.
+ * The leaver of two members is left out of the mount: Btrfs mirrors nothing on
+ * one device, and a conversion with both would spread the only copy over both.
+ * So the leaver stays whole until the other has all. With more members, a
+ * `btrfs device remove` that a power cut interrupted may be done already.
  */
 function leaveOut(data: DataFilesystem): void {
   const leaver = leavingMember(data, "remove");
@@ -2681,9 +2670,10 @@ function leaveOut(data: DataFilesystem): void {
 }
 
 /**
- * A replace may end, and the power go, before its target has a record: then it
- * takes over that of the member that was to move, which says so of itself and
- * is no member any more (fs/btrfs/volumes.c, btrfs_scratch_superblocks()).
+ * A replace may end, and the power go, before its target has a record: it
+ * inherits that of the member that was to move, whose own record says so, and
+ * which is no member any more (fs/btrfs/volumes.c,
+ * btrfs_scratch_superblocks()).
  */
 function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
   const { members: [member, another], fsid } = data;
@@ -2700,9 +2690,9 @@ function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
 }
 
 /**
- * Finds what has left: the very disk that its record names, which was there when
- * it was told to leave, and which nobody used since, neither as a member nor for
- * something else. Of two that look so one is a copy: neither is touched.
+ * Finds the disk that has left: its record says so and names this hardware, and
+ * nobody used it since. If two disks look so, one is a copy: neither is
+ * touched.
  */
 function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
   const { fsid, members, leaving } = data;
@@ -2727,9 +2717,8 @@ function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
 }
 
 /**
- * Leaves out, in the order of rank, what has the devid of another device (a
- * copy, or a member that was replaced), and what is the other half of a split
- * brain.
+ * Leaves out, by rank, a device with the devid of another (a copy, or one that
+ * was replaced), and the other half of a split brain.
  */
 function withoutConflicts(ranked: Member[]): Member[] {
   const kept: Member[] = [];
@@ -2743,8 +2732,7 @@ function withoutConflicts(ranked: Member[]): Member[] {
 }
 
 /**
- * Does a member know that this device went on after it was copied? The mount in
- * which the member saw it last is then none of its own.
+ * Does a member know a later mount of this device than the device itself does?
  */
 function isOlderCopy(device: Member, members: Member[]): boolean {
   const { record } = device.holds;
@@ -2763,7 +2751,7 @@ function machineRank({ holds: { record } }: Member, machine?: string): number {
   return record.machine === machine ? 2 : 0;
 }
 
-/** Do two devices not differ in anything? One may be a path to the other. */
+/** Two devices that differ in nothing may be one device on two paths. */
 function isTwin(a: Member, b: Member): boolean {
   return devidOf(a) === devidOf(b) && generationOf(a) === generationOf(b) &&
     epochOf(a) === epochOf(b) && lastMountOf(a) === lastMountOf(b);
@@ -2798,11 +2786,11 @@ function allDevices(data: DataFilesystem): Member[] {
 }
 
 /**
- * Chooses among several data filesystems by a rule that gives the same answer
- * at the next boot: the one asked for; the one that this machine used last, so
- * that another machine's disk never takes over; one that can be mounted, if
- * only degraded; the one mounted most often, so that an old disk that is
- * plugged in when another fails does not take over; a whole one; the lower UUID.
+ * Chooses the data filesystem by a rule that gives the same answer at the next
+ * boot: the one asked for; the one this machine used last, so that no other
+ * machine's disk takes over; one that can be mounted, if only degraded; the one
+ * mounted most often, so that no old disk takes over when another fails; a
+ * whole one; the lower UUID.
  */
 function chooseDataFilesystem(
   filesystems: DataFilesystem[],
@@ -2870,7 +2858,7 @@ function describeMissing(data: DataFilesystem): string {
         `persistence.ts --enable)`);
 }
 
-/** Swap on the disks of the members, also what a boot did not get to make. */
+/** Swap on the members' disks, also what a boot did not get to make. */
 function planSwap(devices: BlockDevice[], plan: Plan): void {
   const disks = plan.data?.members.map(({ disk }) => disk) ?? [];
   plan.swap = devices.filter(({ disk, inUse, readOnly, ...device }) => {
@@ -2891,7 +2879,7 @@ function planSwap(devices: BlockDevice[], plan: Plan): void {
 
 /**
  * The profiles for a number of devices (mkfs.btrfs(8), PROFILES). `raid1`
- * survives the loss of one device; more copies of the metadata cost little.
+ * survives the loss of one; more copies of the metadata cost little.
  */
 export function profilesFor(
   devices: number,
@@ -2977,8 +2965,9 @@ export function layOut(
 const inMiB = (bytes: number) => `${Math.floor(bytes / MiB)} MiB`;
 
 /**
- * Adds the magic devices that join the data filesystem in use. Beside a whole
- * one a leftover is no obstacle; where a member is missing, it may be that.
+ * Adds the magic devices that join the data filesystem. A suspect is no
+ * obstacle beside a whole one; where a member is missing, it may be that
+ * member.
  */
 function planJoins(found: Findings, plan: Plan): void {
   const { data } = plan;
@@ -3033,10 +3022,9 @@ function planJoins(found: Findings, plan: Plan): void {
 }
 
 /**
- * Why a device cannot hold one data, one metadata and one system chunk beside
- * the others; undefined if it can. Metadata and system chunks get a copy on
- * each device, up to the fourth. Where one does not fit, Linux (6.18) aborts a
- * conversion, and the filesystem gets read-only.
+ * Why a device cannot hold a chunk of each kind beside the others: those of
+ * metadata and system get a copy on each device, up to the fourth. Without that
+ * room Linux (6.18) aborts a conversion, and the filesystem gets read-only.
  */
 function whyTooSmall(bytes: number, others: number[]): string | undefined {
   const smallest = Math.min(...others);
@@ -3049,8 +3037,8 @@ function whyTooSmall(bytes: number, others: number[]): string | undefined {
 
 /**
  * Why devices of these sizes cannot mirror what is used. The kernel would fill
- * up the smaller, and then have no room for any write, whatever is free on the
- * others (fs/btrfs/volumes.c, btrfs_alloc_chunk()).
+ * the smaller ones, and then have no room for any write, whatever is free on
+ * the others (fs/btrfs/volumes.c, btrfs_alloc_chunk()).
  *
  * @param spareBytes What has to be left.
  */
