@@ -931,7 +931,7 @@ export async function boot(settings: Settings): Promise<number> {
   const wasSetUp = withoutOverlay(paths).length === 0;
   try {
     await removeScratch(paths);
-    plan = await makePlan(settings, settings.waitMs); //    steps 1 and 2
+    plan = await makePlan(settings); //                     steps 1 and 2
     sayPlan(plan);
     await attemptEach(plan.repairs, carryOut);
     let { data, swap } = plan;
@@ -992,12 +992,8 @@ interface Outcome {
  *
  * @param forNextBoot Say what the next boot would do, and write to no disk.
  */
-async function makePlan(
-  settings: Settings,
-  waitMs: number,
-  forNextBoot = false,
-): Promise<Plan> {
-  const giveUpAt = performance.now() + waitMs;
+async function makePlan(settings: Settings, forNextBoot = false) {
+  const giveUpAt = performance.now() + (forNextBoot ? 0 : settings.waitMs);
   const misfits: Misfit[] = [];
   let saidWaiting = false;
   for (;;) {
@@ -1020,10 +1016,9 @@ async function makePlan(
     }
     if (!plan.create) return plan;
     const devices = devicesOf(plan.create.members);
-    const unfit = forNextBoot
-      ? undefined
-      : await findBusy(devices) ?? await findTwin(devices, []);
-    const misfit = unfit ??
+    const unfit = !forNextBoot &&
+      (await findBusy(devices) ?? await findTwin(devices, []));
+    const misfit = unfit ||
       await rehearse(plan.create, misfits.length > 0, settings.root);
     if (!misfit) return plan;
     misfits.push(misfit); // and decide without it
@@ -1138,9 +1133,8 @@ function listDevices({ only }: Settings): DeviceNode[] {
       nodes.push({ ...whole, ...own, number, kind: "partition" });
     } else if (disks.has(name)) {
       const kind = VOLUME.test(name) ? "volume" : "disk";
-      const sectorBytes = Number(
-        readSysfs(name, "queue/logical_block_size") ?? 512,
-      );
+      const size = readSysfs(name, "queue/logical_block_size") ?? 512;
+      const sectorBytes = Number(size);
       whole = { ...own, kind, disk: name, number: 0, sectorBytes };
       nodes.push(whole);
     }
@@ -1262,12 +1256,10 @@ async function readDevice(
 ): Promise<Reading> {
   const path = node.entry ? nodeOf(node.disk) : node.path;
   try {
-    if (
-      node.kind === "volume" && readSysfs(node.name, "dm/suspended") === "1"
-    ) {
-      const name = readSysfs(node.name, "dm/name"); // even an open never ends
-      throw new Error(`it is suspended (dmsetup resume "${name}")`);
-    }
+    const volume = node.kind === "volume" && readSysfs(node.name, "dm/name");
+    const isMute = volume && readSysfs(node.name, "dm/suspended") === "1";
+    // Not even an open would end.
+    assert(!isMute, `it is suspended (dmsetup resume "${volume}")`);
     return await withDevice(path, (read) => readFormats(node, buffer, read));
   } catch (error) {
     return { ...parseStart(new Uint8Array()), error: cannotRead(path, error) };
@@ -1792,12 +1784,10 @@ function walk(
   name: string,
   make?: (directory: string) => void,
 ) {
-  const lookAt = (path: string) =>
-    fs.lstatSync(path, { throwIfNoEntry: false });
   let path = directory;
   for (const part of ["", ...parts.slice(0, -1)]) {
     path = join(path, part);
-    const stat = lookAt(path);
+    const stat = whatIsAt(path);
     if (!stat && !make) return { path };
     if (!stat) make?.(path);
     const what = stat?.isSymbolicLink() ? "symbolic link" : "file";
@@ -1805,7 +1795,7 @@ function walk(
     assert(isDirectory, `"${name}" leads through a ${what}, "${part}"`);
   }
   path = join(path, parts[parts.length - 1]);
-  const stat = lookAt(path);
+  const stat = whatIsAt(path);
   const isReplaced = !stat || stat.isFile() || stat.isSymbolicLink();
   assert(isReplaced, `"${name}" is there, and is no file`);
   return { path, stat };
@@ -4344,7 +4334,7 @@ async function mountSubvolume(
     });
     const path = join(paths.topLevel, name);
     try {
-      const there = fs.lstatSync(path, { throwIfNoEntry: false });
+      const there = whatIsAt(path);
       if (there && !there.isDirectory()) {
         throw new Error(
           `"${name}" at the top level of the data filesystem on ` +
@@ -4912,7 +4902,7 @@ function configureDocker(mode: Outcome["mode"], paths: Paths): void {
  * its path behind symbolic links; undefined where there is none.
  */
 function readConfig(path: string) {
-  if (!fs.lstatSync(path, { throwIfNoEntry: false })) return undefined;
+  if (!whatIsAt(path)) return undefined;
   const file = fs.statSync(path, { throwIfNoEntry: false });
   assert(file !== undefined, `"${path}" is a symbolic link to nothing`);
   assert(file.isFile(), `"${path}" is not a file`); // a FIFO would block us
@@ -5013,11 +5003,10 @@ function listMembers(json: string) {
  */
 async function bindContainerd(paths: Paths): Promise<void> {
   const target = join(paths.root, CONTAINERD_ROOT);
-  const stat = (path: string) => fs.lstatSync(path, { throwIfNoEntry: false });
-  if (!stat(join(paths.lower, CONTAINERD_ROOT))?.isDirectory()) return;
+  if (!whatIsAt(join(paths.lower, CONTAINERD_ROOT))?.isDirectory()) return;
   makeDirectory(paths.containerd, NESTED.containerd);
   if (isSameFile(target, paths.containerd)) return;
-  const isTaken = stat(target)?.isDirectory() === false ||
+  const isTaken = whatIsAt(target)?.isDirectory() === false ||
     listDirectory(join(paths.upper, CONTAINERD_ROOT)).length > 0;
   if (isTaken) {
     say(
@@ -7439,7 +7428,7 @@ function judgeCheck(status: Status, isExpected: boolean) {
 }
 
 async function dryRun(settings: Settings, json = false): Promise<void> {
-  const plan = await makePlan(settings, 0, true);
+  const plan = await makePlan(settings, true);
   if (json) return console.log(JSON.stringify(plan, null, 2));
   for (const line of describePlan(plan)) console.log(line);
   for (const { level, text } of plan.notes) console.log(`${level}: ${text}`);
@@ -7866,6 +7855,10 @@ function orUndefined<T>(step: () => T): T | undefined {
 function readText(path: string): string | undefined {
   return orUndefined(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
 }
+
+/** A link is not followed. */
+const whatIsAt = (path: string) =>
+  fs.lstatSync(path, { throwIfNoEntry: false });
 
 function listDirectory(path: string): string[] {
   return orUndefined(() => fs.readdirSync(path)) ?? [];
