@@ -2167,17 +2167,17 @@ function choosePayload(
   const bad = all.find(({ payload }) => payload?.problem);
   const sums = new Set(all.map(({ payload }) => payload?.sum));
   const [used] = devicesOf(members).filter(({ payload }) => payload);
-  const remedy = `write it anew (persistence.ts --enable ${
-    (bad ?? all[0])?.path
-  } --with FILE), or take it away (persistence.ts --disable)`;
-  const problem = bad
-    ? `the payload of ${bad.path} cannot be used: ${bad.payload?.problem}; ` +
-      remedy
-    : sums.size > 1
-    ? `the payloads of ${pathsOf(all)} are not the same; ${remedy}`
-    : all.length > 0 && !used
-    ? `${pathsOf(all)}, which has a payload for it, cannot be used`
-    : undefined;
+  const path = (bad ?? all[0])?.path;
+  const remedy = `write it anew (persistence.ts --enable ${path} --with ` +
+    `FILE), or take it away (persistence.ts --disable)`;
+  const problem = firstOf(
+    bad && `the payload of ${path} cannot be used: ${bad.payload?.problem}; ` +
+        remedy,
+    sums.size > 1 &&
+      `the payloads of ${pathsOf(all)} are not the same; ${remedy}`,
+    all.length > 0 && !used &&
+      `${pathsOf(all)}, which has a payload for it, cannot be used`,
+  );
   return { payload: used?.payload, problem };
 }
 
@@ -2343,13 +2343,13 @@ export function whatItHolds(
   const rescue = `"btrfs rescue super-recover ${path}" may repair it`;
   const others = othersOn(device).join(", ");
   const doubt = whyTableIsDoubted(device, devices);
-  const lost = isOurs ? btrfs.deviceBytes - device.sizeBytes : 0;
+  const lost = (btrfs?.deviceBytes ?? 0) - device.sizeBytes;
   const what = describeSignatures(signatures);
   return firstOf<Holds>(
     doubt && (labelled || isNamed) && suspect(doubt),
     isOurs && others && suspect(`it holds ${others} as well as a Btrfs`),
     isOurs && !btrfs.intact && suspect("its superblock is damaged", rescue),
-    lost > 0 && suspect(
+    isOurs && lost > 0 && suspect(
       `it is ${inMiB(lost)} (${lost} bytes) smaller than its filesystem`,
       "give the disk its size again",
     ),
@@ -2383,10 +2383,8 @@ function whyTableIsDoubted(device: BlockDevice, devices: BlockDevice[]) {
   const known = device.read.btrfs?.label === DATA
     ? /^(iso9660\b|btrfs "lightwhale-data"$|a partition table)/
     : /^iso9660\b/;
-  const others = othersOn(
-    disk,
-    lost ? Infinity : endOfPartitions(disk.read.gpt),
-  )
+  const endBytes = lost ? Infinity : endOfPartitions(disk.read.gpt);
+  const others = othersOn(disk, endBytes)
     .filter((what) => lost || !known.test(what));
   if (others.length === 0) return undefined;
   return `${disk.path}, which it is a part of, holds ${others.join(", ")}` +
@@ -2542,8 +2540,7 @@ function tookPart({ holds: { record } }: Member, last: Member): boolean {
 
 /** Do the records prove that a device missed writes of another? */
 const isBehind = (device: Member, other: Member) =>
-  !isOpen(device) && wroteWithout(other, device) &&
-  !wroteWithout(device, other);
+  !isOpen(device) && wroteWithout(other, device);
 
 /** Is it on the hardware that its record names? Undefined: nobody can tell. */
 function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {
@@ -2795,10 +2792,9 @@ function chooseDataFilesystem(
     members.length > 0 && missing <= 1 ? 1 : 0;
   const owner = (data: DataFilesystem) =>
     most(data, (member) => machineRank(member, machine));
+  const secondsOf = ({ holds }: Member) => holds.record?.seconds ?? 0;
   const seconds = (data: DataFilesystem) =>
-    owner(data) === 2
-      ? most(data, ({ holds }) => holds.record?.seconds ?? 0)
-      : 0;
+    owner(data) === 2 ? most(data, secondsOf) : 0;
   const ranked = [...filesystems].sort((a, b) =>
     asked(b) - asked(a) || owner(b) - owner(a) || usable(b) - usable(a) ||
     seconds(b) - seconds(a) || most(b, epochOf) - most(a, epochOf) ||
@@ -2851,18 +2847,18 @@ function describeMissing(data: DataFilesystem): string {
 /** Swap on the members' disks, also what a boot did not get to make. */
 function planSwap(devices: BlockDevice[], plan: Plan): void {
   const disks = plan.data?.members.map(({ disk }) => disk) ?? [];
-  plan.swap = devices.filter(({ disk, inUse, readOnly, ...device }) => {
-    const { holds, partitionName, signatures } = device;
-    const isEmpty = plan.mode === "persistent" && partitionName === SWAP &&
-      holds.kind === "nothing of ours" && signatures?.length === 0 &&
-      device.read.plain;
-    return disks.includes(disk) && !inUse && !readOnly &&
-      (holds.kind === "swap" || isEmpty);
+  plan.swap = devices.filter((device) => {
+    const { disk, inUse, readOnly, holds, read } = device;
+    if (!disks.includes(disk) || inUse || readOnly) return false;
+    return holds.kind === "swap" ||
+      (plan.mode === "persistent" && device.partitionName === SWAP &&
+        holds.kind === "nothing of ours" && read.plain &&
+        device.signatures?.length === 0);
   });
-  const empty = plan.swap.filter(({ holds }) => holds.kind !== "swap");
-  plan.repairs.push(
-    ...empty.map((device): Repair => ({ do: "make swap", device })),
-  );
+  for (const device of plan.swap) {
+    if (device.holds.kind === "swap") continue;
+    plan.repairs.push({ do: "make swap", device });
+  }
 }
 
 // Which devices become members
@@ -3068,18 +3064,17 @@ export function* describePlan(plan: Plan): Generator<string> {
     yield REPAIRS[repair.do].says(repair.device);
   }
   for (const { device, ...member } of create?.members ?? []) {
-    const swap = member.swapBytes > 0
-      ? `swap of ${inMiB(member.swapBytes)} on ${member.swapPath}, `
-      : "";
-    const holds = describeSignatures(device.signatures ?? []);
-    const old = holds ? `, which holds ${holds}` : "";
-    yield device.kind === "partition"
-      ? `format ${device.path} (${inMiB(device.sizeBytes)}${old})`
-      : `partition ${device.path} (${inMiB(device.sizeBytes)}${old}): ` +
-        `${swap}data on ${member.dataPath}`;
+    const { path, kind, sizeBytes, signatures = [] } = device;
+    const { swapBytes, swapPath, dataPath } = member;
+    const old = describeSignatures(signatures);
+    const size = `(${inMiB(sizeBytes)}${old && `, which holds ${old}`})`;
+    const swap = `swap of ${inMiB(swapBytes)} on ${swapPath}, `;
+    yield kind === "partition"
+      ? `format ${path} ${size}`
+      : `partition ${path} ${size}: ${swapPath ? swap : ""}data on ${dataPath}`;
   }
   if (create) {
-    const nodes = create.members.map((member) => member.dataPath).join(", ");
+    const nodes = create.members.map(({ dataPath }) => dataPath).join(", ");
     yield `create "${DATA}" on ${nodes}: data ${create.dataProfile}, ` +
       `metadata ${create.metadataProfile}`;
   }

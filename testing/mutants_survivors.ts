@@ -81,9 +81,8 @@ export const survivors: Survivor[] = [
   },
   {
     where: "chooseDataFilesystem",
-    change: "owner(data) === 2 ? most(data, ({ holds }) => " +
-      "holds.record?.seconds ?? 0) : 0 -> owner(data) === 2 ? " +
-      "most(data, ({ holds }) => holds.record?.seconds ?? 0) : 1",
+    change: "owner(data) === 2 ? most(data, secondsOf) : 0 -> " +
+      "owner(data) === 2 ? most(data, secondsOf) : 1",
     why: "only filesystems of one owner are compared by it",
   },
   {
@@ -92,24 +91,12 @@ export const survivors: Survivor[] = [
       "missing > 0 && members.every(isOpen)",
     why: "where one is open, only those that are open are members",
   },
-  {
-    where: "describePlan",
-    change: "member.swapBytes > 0 -> member.swapBytes > 1",
-    why: "swap takes whole mebibytes",
-  },
   ...["1", "(-1)"].map((n) => ({
     where: "releaseTarget",
     change: "{ device, swapBytes: 0, dataPath, dataBytes } -> " +
       `{ device, swapBytes: ${n}, dataPath, dataBytes }`,
     why: "nothing but the paths is used of a target that is there",
   })),
-  {
-    where: "isBehind",
-    change: "!isOpen(device) && wroteWithout(other, device) && " +
-      "!wroteWithout(device, other) -> " +
-      "!isOpen(device) && wroteWithout(other, device)",
-    why: "halves of a split are left out before; this is a second guard",
-  },
   {
     where: "rebuildStale",
     change: 'device.kind === "partition" -> device.kind !== "partition"',
