@@ -312,16 +312,7 @@ export interface Facts {
   misfits: Misfit[];
 }
 
-/** A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)). */
-export interface Mount {
-  target: string;
-  type: string;
-  source: string;
-  /** `major:minor` of the mounted filesystem. */
-  deviceNumber: string;
-  /** Per-superblock options. */
-  superOptions: string[];
-}
+export type Mount = ReturnType<typeof parseMountinfo>[number];
 
 // ---------------------------------------------------------------------------
 // On-disk formats, as tables of offsets.
@@ -918,16 +909,11 @@ const uuid = (bytes: Uint8Array, at: number) =>
 export async function boot(settings: Settings): Promise<number> {
   const startedMs = performance.now();
   const paths = pathsBelow(settings.root);
-  let lock: Lock;
   let plan: Plan | undefined;
   let mode: Outcome["mode"] = "persistent";
   const meanwhile: Promise<void>[] = [];
-  try {
-    lock = await takeLock(join(paths.run, "lock"));
-  } catch (error) {
-    sayError(error); // the other instance sets up the fallback if it has to
-    return 1;
-  }
+  // Where this fails, the other instance sets up the fallback if it has to.
+  const lock = await takeLock(join(paths.run, "lock"));
   const wasSetUp = withoutOverlay(paths).length === 0;
   try {
     await removeScratch(paths);
@@ -1449,12 +1435,8 @@ function promisify<T>(
 function parkOpenFile(file: number): void {
   const sleep = findProgram("sleep");
   if (!sleep) return;
-  orUndefined(() =>
-    start([sleep, "86400"], {
-      stdio: [file, "ignore", "ignore"],
-      detached: true,
-    })
-  );
+  const stdio: Stdio = [file, "ignore", "ignore"];
+  orUndefined(() => start([sleep, "86400"], { stdio, detached: true }));
 }
 
 /** Completes devices from sysfs: place, size, name, users, identity. */
@@ -1810,8 +1792,7 @@ function readMemoryBytes(): number {
 /** Mounts of this process (proc_pid_mountinfo(5)), oldest first. */
 const readMounts = () => parseMountinfo(readText("/proc/self/mountinfo") ?? "");
 
-/** Reads the text of `/proc/PID/mountinfo`. */
-export function parseMountinfo(mountinfo: string): Mount[] {
+export function parseMountinfo(mountinfo: string) {
   return mountinfo.split("\n").flatMap((line) => {
     const fields = line.split(" ");
     const separator = fields.indexOf("-", 6); // after optional fields
@@ -1821,7 +1802,7 @@ export function parseMountinfo(mountinfo: string): Mount[] {
       target: unescapeOctal(fields[4]),
       type,
       source: unescapeOctal(source),
-      deviceNumber: fields[2],
+      deviceNumber: fields[2], // `major:minor` of the filesystem
       superOptions: superOptions.split(","),
     }];
   });
@@ -2248,18 +2229,17 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
       member.startBytes + member.sizeBytes === endOfPartitions(gpt)
     );
     if (!last || !isLarger || !canChange || gpt.lost) continue;
-    const others = othersOn(disk);
-    if (others.length === 0) repairs.push({ do: "grow", device: last });
+    const others = othersOn(disk).join(", ");
+    if (!others) repairs.push({ do: "grow", device: last });
     else {
       plan.notes.push(warning(
-        `${path} is larger than its partition table, but holds ` +
-          `${others.join(", ")} as well: it is not grown`,
+        `${path} is larger than its partition table, but holds ${others} as ` +
+          `well: it is not grown`,
       ));
     }
   }
-  for (const device of members) {
-    if (device.read.btrfs || mode === "mounted") continue;
-    repairs.push({ do: "restore superblock", device });
+  for (const device of mode === "mounted" ? [] : members) {
+    if (!device.read.btrfs) repairs.push({ do: "restore superblock", device });
   }
   plan.repairs.unshift(...repairs);
 }
@@ -2592,9 +2572,9 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   const top = newest(members.length > 0 ? members : devices);
   const missing = Math.max(0, top.holds.btrfs.numDevices - members.length);
   const leaving = leavingOf(members);
-  const isUsed = (device: Member) =>
-    device === replaceTarget || members.includes(device);
-  const late = devices.filter((device) => !isUsed(device));
+  const late = devices.filter((device) =>
+    device !== replaceTarget && !members.includes(device)
+  );
   const isLeft = leaving?.how === "remove" && missing > 0 &&
     !members.some((member) => idOf(member) === leaving.member);
   const stale = late.filter((device) =>
@@ -2645,12 +2625,12 @@ function leavingMember({ members, leaving }: DataFilesystem, how?: string) {
  */
 function leaveOut(data: DataFilesystem): void {
   const leaver = leavingMember(data, "remove");
+  if (!leaver) return;
   const { members } = data;
-  const { numDevices } = newest(members.length > 0 ? members : allDevices(data))
-    .holds.btrfs;
+  const { numDevices } = newest(members).holds.btrfs;
   const isLast = members.length === 2 && numDevices === 2 &&
     members.every((member) => member === leaver || !member.readOnly);
-  if (!leaver || !(isLast || members.length > numDevices)) return;
+  if (!isLast && members.length <= numDevices) return;
   data.members = members.filter((member) => member !== leaver);
   data.missing = Math.max(0, numDevices - data.members.length);
   data.leaver = leaver;
@@ -2722,13 +2702,12 @@ function withoutConflicts(ranked: Member[]): Member[] {
  * Does a member know a later mount of this device than the device itself does?
  */
 function isOlderCopy(device: Member, members: Member[]): boolean {
-  const { record } = device.holds;
+  const { member: id = "", mounts: own } = device.holds.record ?? {};
   return members.some(({ holds }) => {
-    const id = record?.member ?? "";
     const { lastSeen, present, mounts } = holds.record ?? {};
     const seen = lastSeen?.[id] ??
       (present?.includes(id) ? mounts?.at(-1) : undefined);
-    return seen !== undefined && !record?.mounts?.includes(seen);
+    return seen !== undefined && !own?.includes(seen);
   });
 }
 
@@ -2832,16 +2811,16 @@ function chooseDataFilesystem(
 }
 
 function describeMissing(data: DataFilesystem): string {
-  const { members, missing, stale, replaceTarget } = data;
+  const { members, missing, stale, replaceTarget: target } = data;
   const whole = missing + members.length;
+  const cost = whole > 2 ? "with less redundancy" : "without redundancy";
+  const cure = firstOf(
+    stale.length > 0 && `; ${pathsOf(stale)} missed writes and is rebuilt`,
+    target && `; ${target.path} is taking the missing place`,
+  ) ?? " (plug in the missing disk, or a new one enabled with " +
+      "persistence.ts --enable)";
   return `The data filesystem lacks ${missing} of ${whole} devices: it runs ` +
-    `${whole > 2 ? "with less redundancy" : "without redundancy"}, degraded` +
-    (stale.length > 0
-      ? `; ${pathsOf(stale)} missed writes and is rebuilt`
-      : replaceTarget
-      ? `; ${replaceTarget.path} is taking the missing place`
-      : ` (plug in the missing disk, or a new one enabled with ` +
-        `persistence.ts --enable)`);
+    `${cost}, degraded${cure}`;
 }
 
 /** Swap on the members' disks, also what a boot did not get to make. */
