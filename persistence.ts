@@ -359,8 +359,7 @@ const BTRFS = {
 
 /** A copy of a superblock, with its magic. */
 function withBtrfsMagic(block: Uint8Array): Uint8Array {
-  const copy = Buffer.alloc(BTRFS.bytes);
-  copy.set(block.subarray(0, BTRFS.bytes));
+  const copy = Buffer.from(block.subarray(0, BTRFS.bytes));
   copy.write(BTRFS.magicText, BTRFS.magic);
   return copy;
 }
@@ -542,21 +541,16 @@ export const isProtectiveMbr = (start: Uint8Array) =>
     viewOf(start).getUint32(at + MBR.first, true) === 1
   );
 
-/** `SWAPSPACE2` ends the first page, whose size is the machine's that made it. */
-const SWAP_AREA = {
-  magic: "SWAPSPACE2",
-  pagesBytes: [4 * KiB, 8 * KiB, 16 * KiB, 32 * KiB, 64 * KiB],
-  label: 1052,
-  labelBytes: 16,
-};
-
-/** Reads the label of a swap area (mkswap(8); linux/swap.h). */
+/**
+ * Reads the label of a swap area (mkswap(8); linux/swap.h). Its magic ends the
+ * first page, whose size is that of the machine that made it.
+ */
 export function parseSwapLabel(start: Uint8Array): string | undefined {
-  const { magic, pagesBytes, label, labelBytes } = SWAP_AREA;
-  const isSwap = pagesBytes.some((end) =>
-    text(start, end - magic.length, magic.length) === magic
+  const magic = "SWAPSPACE2";
+  const isSwap = [4, 8, 16, 32, 64].some((pageKiB) =>
+    text(start, pageKiB * KiB - magic.length, magic.length) === magic
   );
-  return isSwap ? text(start, label, labelBytes) : undefined;
+  return isSwap ? text(start, 1052, 16) : undefined;
 }
 
 /**
@@ -1273,8 +1267,12 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
     if (!isOther) reading.gpt = await readGpt(node, start, reading, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
     if (hasOurNames(reading)) {
+      // Nothing around the table is a filesystem of the whole disk.
+      const sector = reading.gpt?.sectorBytes ?? 512;
+      const tableEnd = 2 * sector + GPT.entriesArea;
       reading.plain = isZero(await read(START_BYTES, 4 * START_BYTES)) &&
-        isPlainStart(start, reading);
+        (reading.onlyHeader || isZero(start.subarray(0, MBR.codeBytes))) &&
+        isZero(start.subarray(512, sector)) && isZero(start.subarray(tableEnd));
     }
   }
   const isBlankBeforeBtrfs = reading.recordable &&
@@ -1295,14 +1293,6 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
     if (backup?.intact) reading.backup = backup;
   }
   return reading;
-}
-
-/** Is there nothing around the table that would be a whole disk's filesystem? */
-function isPlainStart(start: Uint8Array, { gpt, onlyHeader }: Reading) {
-  const sector = gpt?.sectorBytes ?? 512;
-  const tableEnd = 2 * sector + GPT.entriesArea;
-  return isZero(start.subarray(onlyHeader ? 446 : 0, 440)) &&
-    isZero(start.subarray(512, sector)) && isZero(start.subarray(tableEnd));
 }
 
 /** What the first {@linkcode START_BYTES} of a device say. */
@@ -1352,7 +1342,7 @@ async function readGpt(
   read: Read,
 ): Promise<Gpt | undefined> {
   const isAnnounced = isProtectiveMbr(start);
-  // A payload may have been written over a table: what that had is no payload's.
+  // A payload may have been written over what was a table.
   const sizes = disk.sectorBytes === 512 ? [512, 4 * KiB] : [4 * KiB, 512];
   const within: Read = async (at, length) =>
     at + length <= start.length
@@ -1445,6 +1435,7 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
   const identities = new Map<string, ReturnType<typeof readIdentity>>();
   return found.map((node) => {
     const { name, disk, number, entry } = node;
+    const whole = found.find((other) => other.name === disk)?.read;
     const known = entry ? disk : name; // to the kernel
     const startBytes = entry?.startBytes ??
       (number > 0 ? readSysfsBytes(name, "start") : 0);
@@ -1463,17 +1454,12 @@ function complete(found: Found[], mounts: Mount[]): BlockDevice[] {
       magic: false,
       holds: { kind: "nothing of ours" },
     };
-    return { ...device, partitionName: readPartitionName(device, found) };
+    // The kernel's name for it may be old; it serves where the disk is mute.
+    const partitionName = whole?.error
+      ? parsePartname(readSysfs(name, "uevent") ?? "")
+      : (entry ?? entryOf(device, whole))?.name;
+    return { ...device, partitionName };
   }).sort(byName);
-}
-
-/** The name in the table, if it is the partition that the kernel knows. */
-function readPartitionName(device: BlockDevice, found: Found[]) {
-  const { name, disk, entry } = device;
-  const whole = found.find((other) => other.name === disk)?.read;
-  // The kernel's name for it may be old; it serves where the disk is mute.
-  if (whole?.error) return parsePartname(readSysfs(name, "uevent") ?? "");
-  return (entry ?? entryOf(device, whole))?.name;
 }
 
 /** The entry of a table that is this very partition. */
@@ -1525,7 +1511,7 @@ function readIdentity(disk: string): { sequence?: string; hardware?: string } {
     readUsbSerial(disk),
   ]
     .map((value) => value?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
-    // Neither nothing, nor one character over and over, nor a placeholder.
+    // Not nothing, not one character over and over, not a placeholder.
     .find((value) => value && !/^(.)\1*$|^0?123456789|^none$/i.test(value));
   return { sequence: readSysfs(disk, "diskseq"), hardware };
 }
@@ -1729,7 +1715,7 @@ function whyNotApplied(
   entries: PayloadEntry[],
   paths: Paths,
 ): string | undefined {
-  // Those of the image: a volatile system's own are gone at the next boot.
+  // The image's: what a volatile system has is gone at the next boot.
   const directoryOf = (name: string) =>
     isOurOverlay(mountedOn(join(paths.root, name)))
       ? join(paths.lower, name)
@@ -2486,8 +2472,8 @@ const newest = (devices: Member[]) =>
 function wroteWithout(writer: Member, other: Member): boolean {
   const { btrfs, record } = writer.holds;
   const theirs = other.holds.record;
-  // Who was present gets a record: without one a member was away, at least from
-  // the mounts of a member that counts fewer than there are.
+  // Each member that is present gets a record. So one without a record was away,
+  // at least from the mounts of a member that counts fewer than there are.
   const ahead = btrfs.generation - generationOf(other);
   const wasAlone = ({ holds }: Member) =>
     (holds.record?.present.length ?? Infinity) < holds.btrfs.numDevices;
@@ -2496,13 +2482,13 @@ function wroteWithout(writer: Member, other: Member): boolean {
   const lastTogether = theirs.absent[record.member] ?? generationOf(other);
   if (btrfs.generation - lastTogether > 1) return true;
   if (tookPart(other, writer)) return false;
-  // The power may have gone between the records of one mount: nobody wrote.
+  // A power cut between the records of one mount: nobody has written in it.
   const lastSeen = theirs.lastSeen?.[record.member] ?? lastMountOf(other);
   const isNext = record.present.includes(theirs.member) &&
     lastSeen === record.mounts?.at(-2);
   const together = record.absent[theirs.member] ??
     (isNext ? lastTogether : -1);
-  // A mount replays a log and commits: a log that both have is older than it.
+  // A mount replays the log and commits: a log that both have is older.
   const logged = btrfs.hasLog && !other.holds.btrfs.hasLog;
   return btrfs.generation > together || logged;
 }
@@ -2526,7 +2512,7 @@ const isBehind = (device: Member, other: Member) =>
 function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {
   if (!record?.hardware || !hardware) return undefined;
   if (record.hardware === hardware) return true;
-  // An image file says nothing of the disk that it became, nor that of it.
+  // Nothing tells whether a disk is what was an image file, or the reverse.
   const isImage = (text: string) => text.startsWith(IMAGE);
   return isImage(record.hardware) === isImage(hardware) ? false : undefined;
 }
