@@ -1230,11 +1230,17 @@ async function readPartitionsWithoutNode(found: Found[]): Promise<Found[]> {
   );
 }
 
+/** Where a device begins: one without a node is read through its disk. */
+const startOf = ({ path, disk, entry }: DeviceNode) => ({
+  path: entry ? nodeOf(disk) : path,
+  atBytes: entry?.startBytes ?? 0,
+});
+
 async function readDevice(
   node: DeviceNode,
   buffer = new Uint8Array(START_BYTES),
 ): Promise<Reading> {
-  const path = node.entry ? nodeOf(node.disk) : node.path;
+  const { path } = startOf(node);
   try {
     const volume = node.kind === "volume" && readSysfs(node.name, "dm/name");
     const isMute = volume && readSysfs(node.name, "dm/suspended") === "1";
@@ -1651,20 +1657,14 @@ async function findPayload(
   devices: BlockDevice[],
   paths?: Paths,
 ): Promise<FoundPayload | undefined> {
-  const { kind, read } = device;
-  const holders = kind === "disk" ? [device] : holdersOf(device, devices);
-  const place = kind === "disk" ? read.payloadPlace : "partition";
+  const { payloadPlace } = device.read;
+  const isDisk = device.kind === "disk";
+  const holders = isDisk ? [device] : holdersOf(device, devices);
+  const place = isDisk ? payloadPlace : "partition";
   const [holder = device] = holders;
-  if (!place || (holder === device && !read.payloadPlace)) return undefined;
-  const { entry, startBytes, disk, path } = holder;
-  const [node, atBytes] = entry ? [nodeOf(disk), startBytes] : [path, 0];
-  const found: FoundPayload = {
-    path: node,
-    atBytes,
-    place,
-    writes: [],
-    sum: 0,
-  };
+  if (!place || (holder === device && !payloadPlace)) return undefined;
+  const { path, sizeBytes, inUse } = holder;
+  const found: FoundPayload = { ...startOf(holder), place, writes: [], sum: 0 };
   try {
     assert(
       holders.length === 1,
@@ -1674,11 +1674,8 @@ async function findPayload(
     const text = await readPayload(found);
     const isEmpty = isZero(text.subarray(0, 4 * KiB));
     if (place === "partition" && isEmpty) return undefined;
-    assert(
-      kind === "disk" || holder.sizeBytes >= 4 * KiB,
-      `${path} is too small`,
-    );
-    assert(!holder.inUse || kind === "disk", `${path} is ${holder.inUse}`);
+    assert(isDisk || sizeBytes >= 4 * KiB, `${path} is too small`);
+    assert(isDisk || !inUse, `${path} is ${inUse}`);
     const { entries, atBytes, endBytes } = parsePayload(text);
     found.writes = entries.map(({ name }) => name);
     found.sum = (crc32(text.subarray(atBytes, endBytes)) ^ BLIND) >>> 0;
@@ -6626,16 +6623,13 @@ async function whyNoPlaceFor(
     return `its payload goes into a partition of its disk with the GPT name ` +
       `"${PAYLOAD}", and there are ${holders.length} (sfdisk --part-label)`;
   }
-  const { path, inUse, readOnly, sizeBytes, entry, startBytes, disk } = holder;
+  const { path, inUse, readOnly, sizeBytes } = holder;
   if (inUse || readOnly) return `${path} is ${inUse ?? "read-only"}`;
   if (sizeBytes < Math.max(4 * KiB, payload?.text.length ?? 0)) {
     return `${path} is too small for its payload`;
   }
-  const first = await readBytes(
-    entry ? nodeOf(disk) : path,
-    entry ? startBytes : 0,
-    4 * KiB,
-  );
+  const start = startOf(holder);
+  const first = await readBytes(start.path, start.atBytes, 4 * KiB);
   if (!isZero(first) && !isPayloadText(first)) {
     return `${path} holds something else than a payload (wipefs --all, or ` +
       `zeros at its start, give that up)`;
@@ -6721,9 +6715,8 @@ async function makeMagic(
   const isOnDisk = payload && device.kind === "disk";
   if (device.payload || (isOnDisk && device.magic)) await takeMagic(target);
   if (payload && !isOnDisk) {
-    const [{ path, entry, startBytes, disk }] = holdersOf(device, devices);
-    const [node, at] = entry ? [nodeOf(disk), startBytes] : [path, 0];
-    await changeStart(node, at, [(start) => start.set(payload.text)]);
+    const { path, atBytes } = startOf(holdersOf(device, devices)[0]);
+    await changeStart(path, atBytes, [(start) => start.set(payload.text)]);
   }
   if (!isOnDisk) await setMagic(device, MAGIC, anyway);
   const parts = partsOf(device, devices).filter(holdsData);
