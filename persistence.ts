@@ -1934,7 +1934,7 @@ type Findings = ReturnType<typeof sortOut>;
  */
 function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   const { devices, mounted, machine } = facts;
-  // Of an md array or a volume, only that is looked at, not what is below.
+  // Devices below an md array or a volume do not count: the array does.
   const usable = devices.filter(({ inUse }) => !inUse?.startsWith("held by"));
   for (const device of usable) {
     if (!device.read.header || device.kind === "disk" || device.magic) continue;
@@ -2405,14 +2405,14 @@ export function findDataFilesystems(
 function withScratched(group: Member[], devices: BlockDevice[]): Member[] {
   const [{ holds: { btrfs: { fsid } } }] = group;
   if (group.some((device) => devidOf(device) > 0)) return group;
-  const found = devices.filter(({ read, signatures = [] }) =>
+  const [source, another] = devices.filter(({ read, signatures = [] }) =>
     read.scratched?.fsid === fsid && read.record?.fsid === fsid &&
     signatures.length === 0
   );
-  if (found.length !== 1) return group;
-  const [{ read: { scratched, record } }] = found;
+  if (!source || another) return group;
+  const { scratched, record } = source.read;
   const holds = { kind: "member" as const, btrfs: scratched!, record };
-  return [...group, Object.assign(found[0], { holds })];
+  return [...group, Object.assign(source, { holds })];
 }
 
 /**
@@ -2515,10 +2515,11 @@ function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {
 }
 
 /**
- * Classifies the devices of one filesystem. A member is stale if its record or
- * generation proves that another member was written without it, and not the
- * other way round. The kernel's list decides while the filesystem is open, for
- * then superblocks are read mid-commit.
+ * Classifies the devices of one filesystem. A member is stale if generations or
+ * records prove that another one was written without it ({@linkcode
+ * wroteWithout}), and not the reverse as well, which is a split brain. While the
+ * filesystem is open its superblocks are read mid-commit: then the kernel's list
+ * of open devices decides.
  */
 function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   const together = (device: Member) =>
@@ -2531,7 +2532,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     devices.some((other) =>
       other !== device && devidOf(other) === devidOf(device)
     );
-  // Of devices that exclude each other the first is used.
+  // The first is used of devices that exclude each other.
   const ranked = [...devices].sort((a, b) =>
     Number(isOpen(b)) - Number(isOpen(a)) ||
     together(b) - together(a) ||
@@ -2560,6 +2561,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   );
   const isLeft = leaving?.how === "remove" && missing > 0 &&
     !members.some((member) => idOf(member) === leaving.member);
+  // To be wiped and rebuilt: no half of a split brain, not told to leave, behind
+  // a member that is used, and the very disk of its record, not a copy of it.
   const stale = late.filter((device) =>
     missing > 0 && all.includes(device) && idOf(device) !== leaving?.member &&
     members.some((member) => isBehind(device, member)) &&
