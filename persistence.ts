@@ -196,7 +196,6 @@ export interface DeviceNode {
   disk: string;
   /** Partition number, 0 for anything else. */
   number: number;
-  /** `major:minor`; two names with the same are one device. */
   deviceNumber?: string;
   /** Logical sector size of the disk. */
   sectorBytes: number;
@@ -253,7 +252,6 @@ export interface BlockDevice extends DeviceNode {
   read: Reading;
   /** What libblkid sees; undefined where it was not asked. */
   signatures?: Signature[];
-  /** It asks to be formatted. */
   magic: boolean;
   /** What is to be written to the filesystem that is made of it. */
   payload?: FoundPayload;
@@ -574,13 +572,11 @@ export interface MemberRecord {
   machine?: string;
   /** When that was, in seconds since 1970; never less than before. */
   seconds?: number;
-  /** The hardware that it was on. */
   hardware?: string;
   /** A random name for each of the last mounts: what a copy does not share. */
   mounts?: string[];
   /** The last mount that each absent member took part in. */
   lastSeen?: Record<string, string>;
-  /** The member that a person told to leave. */
   leaving?: Leaving;
   settled?: Settled;
 }
@@ -794,7 +790,6 @@ function whyNoMarker(line: string): string | undefined {
   return "white space around a marker, which begins and ends its line";
 }
 
-/** What is never written as a whole. */
 const PASSWORD_FILES = ["passwd", "shadow", "group", "gshadow"]
   .map((name) => `etc/${name}`);
 
@@ -1686,7 +1681,6 @@ async function findPayload(
   return found;
 }
 
-/** The partitions of its disk that hold the payload of a partition. */
 const holdersOf = ({ disk }: BlockDevice, devices: BlockDevice[]) =>
   devices.filter((other) =>
     other.disk === disk && other.partitionName === PAYLOAD
@@ -1833,7 +1827,6 @@ export interface Plan {
   repairs: Repair[];
   create?: NewFilesystem;
   data?: DataFilesystem;
-  /** Magic devices that are to join the data filesystem. */
   joins: NewMember[];
   /** What is late, where that is not a member of what is mounted. */
   waitFor?: string;
@@ -1841,7 +1834,6 @@ export interface Plan {
   swap: BlockDevice[];
 }
 
-/** A sentence for the operator. */
 export interface Note {
   level: "warning" | "error";
   text: string;
@@ -1851,7 +1843,6 @@ export interface NewFilesystem {
   members: NewMember[];
   dataProfile: string;
   metadataProfile: string;
-  /** What it gets before it is complete. */
   payload?: FoundPayload;
 }
 
@@ -2145,7 +2136,6 @@ function choosePayload(
   return { payload: used?.payload, problem };
 }
 
-/** Says what may be a damaged data disk, and what cannot be read. */
 function sayDoubts(
   { usable, suspects, unreadable }: Findings,
   level: Note["level"],
@@ -2227,7 +2217,6 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
   plan.repairs.unshift(...repairs);
 }
 
-/** Where the last partition ends. */
 const endOfPartitions = ({ partitions }: Gpt) =>
   Math.max(0, ...partitions.map((p) => p.startBytes + p.sizeBytes));
 
@@ -2327,7 +2316,6 @@ export function whatItHolds(
   ) ?? { kind: "nothing of ours" };
 }
 
-/** A disk of which only our swap partition is left. */
 function onlySwapIsLeft({ read }: BlockDevice): boolean {
   const names = namesIn(read);
   return names.length > 0 && names.every((name) => name === SWAP);
@@ -2597,7 +2585,6 @@ function leavingOf(members: Member[]): Leaving | undefined {
   return others.length > 0 ? others[0].holds.record?.leaving : alone;
 }
 
-/** The member that is to leave, where it is still one. */
 function leavingMember({ members, leaving }: DataFilesystem, how?: string) {
   if (how && leaving?.how !== how) return undefined;
   return members.find((member) => leaving && idOf(member) === leaving.member);
@@ -2704,12 +2691,9 @@ function machineRank({ holds: { record } }: Member, machine?: string): number {
 }
 
 /** Two devices that differ in nothing may be one device on two paths. */
-function isTwin(a: Member, b: Member): boolean {
-  return devidOf(a) === devidOf(b) && generationOf(a) === generationOf(b) &&
-    epochOf(a) === epochOf(b) && lastMountOf(a) === lastMountOf(b);
-}
+const isTwin = (a: Member, b: Member) =>
+  [devidOf, generationOf, epochOf, lastMountOf].every((of) => of(a) === of(b));
 
-/** Was it another machine that used a filesystem last? */
 const isAnothers = ({ members }: DataFilesystem, machine?: string) =>
   members.every((member) => machineRank(member, machine) === 0);
 
