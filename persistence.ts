@@ -817,15 +817,16 @@ function whyNotNamed(name: string): string | undefined {
 const firstOf = <T>(...answers: (T | false | "" | undefined)[]) =>
   answers.find((answer): answer is T => Boolean(answer));
 
-/** crypt(5): `$id$...`, or the older two, of which DES has no prefix. */
-const HASH = /^(\$[\w,=-]+\$[!-~]{22,}|_[./0-9A-Za-z]{19}|[./0-9A-Za-z]{13})$/;
+/** crypt(5), `$id$...`: the older two forms look like plain passwords. */
+const HASH = /^\$[\w,=-]+\$[!-~]{22,}$/;
 
 function whyNoPassword(contents: Uint8Array): string | undefined {
   const line = decode(contents, "latin1").replace(/\n$/, "");
   const isHash = HASH.test(line) && !/[:;*!\\]/.test(line);
   return line === "*" || isHash
     ? undefined
-    : "a password is one line: a crypt(5) hash, or * for none";
+    : "a password is one line: a hash that begins with $ (openssl passwd -6 " +
+      "makes one), or * for none";
 }
 
 const withoutReturns = (contents: Uint8Array) =>
@@ -3005,10 +3006,14 @@ const largestChunkBytes = (devicesBytes: number[]) =>
 
 const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 
+/** What a plan comes to: a fallback where a data disk is expected. */
+const outcomeOf = ({ mode, notes }: Plan) =>
+  mode === "volatile" && notes.some(isError) ? "fallback" : mode;
+
 /** The plan as `--dry-run` prints it: a line for each disk that changes. */
 export function* describePlan(plan: Plan): Generator<string> {
   const { create, data } = plan;
-  yield `${plan.mode}: ${plan.reason}`;
+  yield `${outcomeOf(plan)}: ${plan.reason}`;
   for (const repair of plan.repairs) {
     yield REPAIRS[repair.do].says(repair.device);
   }
@@ -3040,9 +3045,12 @@ export function* describePlan(plan: Plan): Generator<string> {
   }
   const moved = data && leavingMember(data, "move");
   const removed = data && leavingMember(data, "remove");
+  const free = data && !data.leaver ? data.missing - data.stale.length : 0;
   for (const [i, { device }] of plan.joins.entries()) {
     yield i === 0 && moved
       ? `move the data from ${moved.path} to ${device.path}`
+      : i < free
+      ? `let ${device.path} take the place of a missing device`
       : `let ${device.path} join the data filesystem`;
   }
   if (removed) yield `remove ${removed.path} from the data filesystem`;
@@ -4381,8 +4389,7 @@ async function mountVolatile(
 ): Promise<Outcome["mode"]> {
   const mounted = mountedOn(paths.data);
   if (plan.mode === "mounted" && mounted) return goOn(mounted, paths);
-  // A data disk is expected: there is a trace of one, or it was asked for.
-  const mode = plan.notes.some(isError) ? "fallback" : "volatile";
+  const mode = outcomeOf(plan) === "fallback" ? "fallback" : "volatile";
   await mountTmpfs(mode, paths);
   return mode;
 }
@@ -4827,6 +4834,7 @@ function configureDocker(mode: Outcome["mode"], paths: Paths): void {
       fs.mkdirSync(dirname(path), { recursive: true });
       const encode = before?.encode ?? Buffer.from;
       replaceFile(before?.path ?? path, encode(contents));
+      if (mode === "fallback") return; // Docker is held back, which is said
       say("info", `Docker keeps its data in "${DOCKER_DATA_ROOT}"`);
     }
   } catch (error) {
@@ -5506,7 +5514,7 @@ function settleProfiles({ data, state }: Situation): Job | undefined {
   if (!members.some(({ read }) => read.recordable)) return;
   return {
     kind: "settle",
-    what: `the profiles are recorded as settled for ${devices} device(s)`,
+    what: "the disks note that all data are stored as they should be",
     change: async () => void await recordMembers(members, fsid, { settled }),
   };
 }

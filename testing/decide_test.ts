@@ -4139,6 +4139,31 @@ const descriptions: {
     ],
   },
   {
+    name: "a missing member, two magic disks",
+    devices: [
+      data("sda", {
+        ...two,
+        record: record("a", 6, ["a"], { b: 10 }),
+      }),
+      magic("sdb", { sizeBytes: 2 * diskBytes }),
+      magic("sdc"),
+    ],
+    lines: [
+      /^persistent: /,
+      /^mount .* from \/dev\/sda2, degraded: 1 missing$/,
+      /^let \/dev\/sdb take the place of a missing device$/,
+      /^let \/dev\/sdc join the data filesystem$/,
+    ],
+  },
+  {
+    name: "a data disk that cannot be used",
+    devices: [data("sda", { intact: false })],
+    lines: [
+      /^fallback: a data disk may be damaged$/,
+      /^mount a tmpfs on \/mnt\/lightwhale-data$/,
+    ],
+  },
+  {
     name: "a magic disk and a magic partition that hold something",
     devices: [
       magic("sda", {

@@ -1678,7 +1678,7 @@ for (
   const password of [
     ...["*", hash, `$5$rounds=5000$salt$${"b".repeat(43)}`],
     ...[`$y$j9T$salt./$${"c".repeat(43)}`, `$1$salt$${"d".repeat(22)}`],
-    ...[`$2b$05$${"e".repeat(53)}`, "ab01./cdefghI", `_J9..${"f".repeat(15)}`],
+    `$2b$05$${"e".repeat(53)}`,
     `$7$CU..../....${"g".repeat(60)}`,
   ]
 ) {

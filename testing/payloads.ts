@@ -143,6 +143,14 @@ export const badTexts: Record<string, Refused> = {
     payloadOf("-- password op --\nsecret\n"),
     "line 3: a password is one line",
   ],
+  "a plain password as long as a hash of DES": [
+    payloadOf("-- password op --\ncorrect.horse\n"),
+    "line 3: a password is one line",
+  ],
+  "a plain password as long as a hash of BSDi": [
+    payloadOf("-- password op --\n_battery.staple.1234\n"),
+    "line 3: a password is one line",
+  ],
   "a password of no lines": [
     payloadOf("-- password op --\n"),
     "line 3: a password is one line",
