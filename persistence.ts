@@ -1598,24 +1598,10 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
 async function listSignatures(
   { path, disk, entry }: { path: string; disk?: string; entry?: GptPartition },
 ): Promise<Signature[]> {
-  const to = `see what is on ${path}`;
-  if (entry && disk) {
-    const { startBytes, sizeBytes } = entry;
-    const { status, stdout } = await run(
-      words`blkid --probe --output export --offset ${startBytes}
-        --size ${sizeBytes} ${nodeOf(disk)}`,
-      { to, accept: [0, 2, 8], capture: true }, // 2: nothing, 8: ambivalent
-    );
-    if (status === 8) return [{ type: "more than one signature" }];
-    const found = Object.fromEntries(
-      stdout.split("\n").map((line) => line.split("=", 2)),
-    );
-    const type = found.TYPE ?? found.PTTYPE;
-    return type ? [{ type, label: found.LABEL }] : [];
-  }
+  if (entry && disk) return await probe(nodeOf(disk), entry);
   const { stdout } = await run(
     words`wipefs --json --output TYPE,LABEL,OFFSET ${path}`,
-    { to, capture: true },
+    { to: `see what is on ${path}`, capture: true },
   );
   const { signatures } = JSON.parse(stdout || '{"signatures":[]}');
   return signatures.map((found: Record<string, string>) => ({
@@ -1623,6 +1609,25 @@ async function listSignatures(
     label: found.label ?? undefined,
     atBytes: Number(found.offset),
   }));
+}
+
+/** The signature in a part of a disk or of an image file. */
+async function probe(path: string, { startBytes, sizeBytes }: GptPartition) {
+  const { status, stdout } = await run(
+    words`blkid --probe --output export --offset ${startBytes}
+      --size ${sizeBytes} ${path}`,
+    {
+      to: `see what is on ${path}`,
+      accept: [0, 2, 8], // 2: nothing, 8: ambivalent
+      capture: true,
+    },
+  );
+  if (status === 8) return [{ type: "more than one signature" }];
+  const found = Object.fromEntries(
+    stdout.split("\n").map((line) => line.split("=", 2)),
+  );
+  const type = found.TYPE ?? found.PTTYPE;
+  return type ? [{ type, label: found.LABEL }] : [];
 }
 
 /**
@@ -6257,7 +6262,8 @@ async function enable(
         continue;
       }
       done.push(path);
-      const before = await readBytes(path, 0, 512);
+      const room = payload ? PAYLOAD_TEXT.roomBytes : 512;
+      const before = await readBytes(path, 0, room);
       await makeMagic(target, force, payload);
       assert(
         isAsAsked(await targetAt(path)),
@@ -6269,10 +6275,9 @@ async function enable(
           payload ? `, with a payload:${writes.join("")}` : ""
         }`,
       );
-      const undo = now || payload
-        ? undefined
-        : howToUndo(path, before, await readBytes(path, 0, 512));
-      if (undo) console.log(undo);
+      if (now) continue;
+      const after = await readBytes(path, 0, room);
+      for (const undo of howToUndo(target, before, after)) console.log(undo);
     }
   } catch (error) { // half a mirror would become a single disk
     await attemptEach(done, async (path) => takeMagic(await targetAt(path)));
@@ -6280,23 +6285,46 @@ async function enable(
   }
   if (!names.some(Boolean)) return;
   if (now) return await startNow(settings, names);
+  const seen = listDevices(settings).map(({ name }) => name);
+  const unseen = paths.filter((_, i) => names[i] && !seen.includes(names[i]));
+  for (const path of unseen) {
+    console.log(`A boot looks at ${path} only where --devices names it`);
+  }
   console.log("At the next boot (where a member is missing, within the hour):");
   await dryRun(settings);
 }
 
 /** Says how to put back what was overwritten, until a boot formats the disk. */
-function howToUndo(path: string, before: Uint8Array, after: Uint8Array) {
-  const length = 1 + before.findLastIndex((byte, i) => byte !== after[i]);
+function* howToUndo(
+  { device }: Target,
+  before: Uint8Array,
+  after: Uint8Array,
+): Generator<string> {
+  const { kind, disk, number, partitionName = "", read } = device;
+  const quoted = (text: string) => `'${text.replaceAll("'", `'\\''`)}'`;
+  const path = quoted(resolve(device.path));
+  if (kind === "partition" && !/\p{Cc}/u.test(partitionName)) {
+    yield `  To give it its old name back, before the next boot:\n  sfdisk ` +
+      `--part-label ${nodeOf(disk)} ${number} ${quoted(partitionName)}`;
+  }
+  const isCleared = parseStart(after).payloadPlace !== undefined;
+  const length = 1 +
+    before.findLastIndex((byte, i) =>
+      byte !== after[i] && (byte !== 0 || !isCleared)
+    );
   const lost = before.subarray(0, length);
   // A header may have had a payload, which is nobody's business.
-  if (isZero(lost) || parseStart(before).header) return undefined;
+  if (isZero(lost) || read.header) return;
+  if (length > 4 * KiB) {
+    return yield `  What stood in its first ${length} bytes is lost`;
+  }
   const octal = Array.from(
     lost,
     (byte) => "\\" + byte.toString(8).padStart(3, "0"),
-  );
-  const quoted = `'${path.replaceAll("'", `'\\''`)}'`;
-  return `  To put back what stood in its first ${length} bytes, before the ` +
-    `next boot:\n  printf '${octal.join("")}' | dd of=${quoted} conv=notrunc`;
+  ).join("");
+  const clear = isCleared ? `persistence.ts --disable ${path}; ` : "";
+  yield `  To put back what stood in its first ${length} bytes, before the ` +
+    `next boot:\n  ${clear}printf '${octal}' | dd of=${path} conv=notrunc`;
 }
 
 /** Lists what is on a target; why it must not become magic. */
@@ -6313,7 +6341,7 @@ async function whyNotJoined({ device }: Target, settings: Settings) {
   if (!device.disk) return "an image file joins nothing: attach it as a disk";
   const facts = await look(settings, device.disk);
   const found = facts.devices.find(({ name }) => name === device.name);
-  if (!found) return "--devices does not name it";
+  if (!found) return "it is looked at only where --devices names it";
   for (const part of partsOf(found, facts.devices)) {
     part.holds = { kind: "nothing of ours" };
   }
@@ -6326,12 +6354,16 @@ async function whyNotJoined({ device }: Target, settings: Settings) {
 
 /** The data filesystem that is mounted, or a refusal. */
 async function findRunning(settings: Settings, cannot: string) {
-  const plan = decide(await look(settings), settings);
+  const facts = await look(settings);
+  const plan = decide(facts, settings);
   const state = plan.data && stateOf(plan.data);
-  if (plan.mode !== "mounted" || !plan.data || !state) {
-    refuse(`${cannot}: no data filesystem is mounted, the system is volatile`);
-  }
-  return { plan, data: plan.data, state };
+  if (plan.data && state) return { plan, data: plan.data, state };
+  const { source = "", fsid } = facts.mounted ?? {};
+  refuse(
+    fsid
+      ? `${cannot}: --devices does not name ${source}, which holds the data`
+      : `${cannot}: no data filesystem is mounted (see --status)`,
+  );
 }
 
 /** Starts the work that a boot would start, and says what happens. */
@@ -6488,8 +6520,7 @@ async function cancelLeaving(settings: Settings): Promise<void> {
 async function findMember(path: string, cannot: string, settings: Settings) {
   const found = await findRunning(settings, cannot);
   const { data, state } = found;
-  const name = nameAt(path) ??
-    refuse(`${cannot}: "${path}" is no block device`);
+  const name = nameAt(path) ?? refuse(whyNoDevice(path));
   const onDisk = data.members.filter(({ disk }) => disk === name);
   const member = data.members.find((member) => member.name === name) ??
     (onDisk.length === 1 ? onDisk[0] : undefined) ??
@@ -6587,6 +6618,10 @@ function readPayloadFile(path: string): GivenPayload {
     const bytes = fs.readFileSync(path);
     const payload = parsePayload(bytes.subarray(0, PAYLOAD_TEXT.roomBytes));
     const { bodyBytes, endBytes, crlf } = payload;
+    const rest = bytes.subarray(endBytes).toString("latin1");
+    const lines = bytes.subarray(0, endBytes + rest.search(/\S/))
+      .toString("latin1").split("\n").length;
+    refuseLine(lines, rest.trim() && `text behind "${PAYLOAD_TEXT.end}"`);
     const newline = crlf ? "\r\n" : "\n";
     const text = Buffer.concat([
       Buffer.from(PAYLOAD_TEXT.title + newline),
@@ -6646,8 +6681,10 @@ async function disable(paths: string[]): Promise<void> {
       !(await targetAt(path)).device.magic,
       `Cannot take the magic away from ${path}: it is still there`,
     );
-    const end = target.device.kind === "partition"
-      ? ""
+    const { kind, disk, number } = target.device;
+    const end = kind === "partition"
+      ? ` (its name before --enable is not put back: "sfdisk --part-label ` +
+        `${nodeOf(disk)} ${number} NAME" gives it one)`
       : ` (zeros stand where the header was: what --enable overwrote there is ` +
         `not put back)`;
     console.log(`${path} is disabled${end}`);
@@ -6655,26 +6692,9 @@ async function disable(paths: string[]): Promise<void> {
 }
 
 async function targetAt(path: string): Promise<Target> {
-  const stat = fs.statSync(path, { throwIfNoEntry: false }) ??
-    refuse(`Cannot find "${path}": there is no such device`);
-  if (stat.isFile()) {
-    const read = parseStart(await readBytes(path, 0, START_BYTES));
-    const image = {
-      path,
-      kind: "disk",
-      disk: "",
-      sizeBytes: stat.size,
-      read,
-      signatures: await listSignatures({ path }),
-      magic: read.header,
-      holds: { kind: "nothing of ours" },
-    } as BlockDevice;
-    image.payload = await findPayload(image, [image]);
-    return { device: image, devices: [image] };
-  }
-  const name = nameAt(path) ?? refuse(
-    `Cannot use "${path}": it is neither a block device nor an image file`,
-  );
+  const stat = orUndefined(() => fs.statSync(path));
+  if (stat?.isFile()) return await imageAt(path, stat.size);
+  const name = nameAt(path) ?? refuse(whyNoDevice(path));
   const disk = wholeDisk(name);
   const { devices } = await look({ ...defaultSettings, only: [disk] }, disk);
   const device = devices.find((device) => device.name === name) ?? refuse(
@@ -6684,6 +6704,60 @@ async function targetAt(path: string): Promise<Target> {
   assert(!error, `Cannot enable or disable ${path}: ${error}`);
   device.payload = await findPayload(device, devices);
   return { device, devices };
+}
+
+/** An image file, and its partitions as partx(8) finds them. */
+async function imageAt(path: string, sizeBytes: number): Promise<Target> {
+  const read = parseStart(await readBytes(path, 0, START_BYTES));
+  const image = {
+    path,
+    kind: "disk",
+    disk: "",
+    sizeBytes,
+    read,
+    signatures: await listSignatures({ path }),
+    magic: read.header,
+    holds: { kind: "nothing of ours" },
+  } as BlockDevice;
+  image.payload = await findPayload(image, [image]);
+  const devices = [image];
+  for (const sectorBytes of [512, 4 * KiB]) {
+    const { stdout } = await run(
+      words`partx --raw --noheadings --output NR,START,SECTORS
+        --sector-size ${sectorBytes} ${path}`,
+      { to: `see what is on ${path}`, accept: [0, 1], capture: true },
+    );
+    for (const line of devices[1] ? [] : stdout.split("\n").filter(Boolean)) {
+      const [number, start, sectors] = line.split(" ").map(Number);
+      const entry = {
+        number,
+        name: "",
+        startBytes: start * sectorBytes,
+        sizeBytes: sectors * sectorBytes,
+      };
+      devices.push({
+        ...image,
+        ...entry,
+        entry,
+        path: `${path} (partition ${number})`,
+        read: parseStart(new Uint8Array()),
+        signatures: await probe(path, entry),
+      });
+    }
+  }
+  return { device: image, devices };
+}
+
+/** Why a path leads to no block device. */
+function whyNoDevice(path: string): string {
+  const stat = orUndefined(() => fs.statSync(path));
+  const why = !stat
+    ? "there is no such device (lsblk lists all)"
+    : stat.isFile()
+    ? "it is a file; attach it and name its loop device (losetup --find " +
+      `--show --partscan "${path}")`
+    : "it is no block device (lsblk lists all)";
+  return `Cannot use "${path}": ${why}`;
 }
 
 /** It is magic, and no data will win over that. */
@@ -6740,7 +6814,7 @@ async function takeMagic({ device }: Target): Promise<void> {
 
 /** Why a target must not become magic, whatever is forced. */
 async function whyNotEnabled({ device, devices }: Target) {
-  if (!device.disk) return await whyImageNotEnabled(device);
+  if (!device.disk) return await whyImageNotEnabled({ device, devices });
   const parts = partsOf(device, devices);
   const whole = devices.find(({ name }) => name === device.disk);
   const all = whole ? [...parts, whole] : parts;
@@ -6803,7 +6877,8 @@ const FILE_FORMATS = {
   zip: "^PK\x03\x04",
 };
 
-async function whyImageNotEnabled({ path, sizeBytes }: BlockDevice) {
+async function whyImageNotEnabled({ device, devices }: Target) {
+  const { path, sizeBytes } = device;
   const real = fs.realpathSync(path);
   const user = listDirectory("/sys/class/block")
     .find((name) => readSysfs(name, "loop/backing_file") === real);
@@ -6820,12 +6895,18 @@ async function whyImageNotEnabled({ path, sizeBytes }: BlockDevice) {
     return `it is too small for the image of a disk (truncate -s 20G makes ` +
       `it larger, and may do so again later)`;
   }
+  if (devices.some(({ signatures = [] }) => signatures.some(isOurLabel))) {
+    return `the data of a "${DATA}" in it would win over the header (make a ` +
+      `new file; or enable its loop device: losetup --find --show --partscan)`;
+  }
   try {
     fs.closeSync(fs.openSync(path, "r+"));
   } catch (error) {
     return messageOf(error);
   }
 }
+
+const isOurLabel = ({ label }: Signature) => label === DATA;
 
 /** Prints what is on a target; returns what would be lost, if anything. */
 async function listContents({ device, devices }: Target): Promise<string> {
@@ -7830,7 +7911,7 @@ function refuse(message: string): never {
   throw new UsageError(message);
 }
 
-const HELP = `Usage:
+export const HELP = `Usage:
   persistence.ts                       set up persistence (done at every boot)
   persistence.ts --enable DEVICE...    make disks, GPT partitions or raw image
                                        files magic: the next boot formats them
@@ -7844,27 +7925,35 @@ const HELP = `Usage:
                                        1 WARNING, 2 CRITICAL, 3 UNKNOWN;
                                        persistent: volatile is CRITICAL
   persistence.ts --dry-run [--json]    what the next boot would do
+  persistence.ts --maintain            look after the disks and do long work
+                                       (done every hour, and after a boot)
 
 Options:
   --force           with --enable: also a device that holds data, and although
                     other disks are in doubt; with --move: for NEW
   --now             with --enable: join the data filesystem at once
   --with FILE       with --enable: a payload, to be applied to what is made
+  --json            with --status: for scripts, README.md lists the keys; with
+                    --dry-run: all of the plan, as this version has it
   --wait SECONDS    how long to wait for missing devices (default: 10)
   --devices LIST    look at these devices only, comma separated; loop devices
                     are looked at only when they are listed
   --root DIR        the system root to work on (default: /)
-  --quiet           say only what is wrong
-  --verbose         say every command
+  --quiet           messages (stderr): only what is wrong; results (stdout) stay
+  --verbose         messages: every command as well
   --help            show this help
   --version         show the version
 
-The boot itself starts "persistence.ts --maintain" for long work (replace,
-balance, scrub). On the kernel command line: lightwhale.persistence=off or
-=required, lightwhale.wait=SECONDS, lightwhale.swap=off, lightwhale.data=UUID.
+On the kernel command line:
+  lightwhale.persistence=off       leave all disks alone and run volatile; so
+                                   do no, false, 0 and what is not known
+  lightwhale.persistence=required  wait for a data disk; without one, fail
+  lightwhale.data=UUID             the data filesystem to wait for and to use
+  lightwhale.wait=SECONDS          as --wait
+  lightwhale.swap=off or noswap    neither make nor use swap
 
-Exit status: 0 as configured; 1 something failed and the fallback is in place;
-2 the command line is wrong.`;
+Exit status: 0 as configured; 1 something failed (at a boot: the fallback is in
+place); 2 refused: the command line is wrong, or a device must not be touched.`;
 
 const defaultSettings: Settings = {
   root: "/",
@@ -7877,7 +7966,11 @@ const defaultSettings: Settings = {
 const MODES =
   "enable disable move remove status check dry-run maintain help version"
     .split(" ");
-const FLAGS = [...MODES, "force", "now", "cancel", "json", "quiet", "verbose"];
+export const FLAGS = [
+  ...MODES,
+  ...["force", "now", "cancel", "json", "quiet", "verbose"],
+];
+export const OPTIONS_WITH_VALUE = ["wait", "devices", "root", "with"];
 
 /** What a mode is to be told, and how many of it at most. */
 const OPERANDS: Record<string, { names: string[]; most: number } | undefined> =
@@ -7903,7 +7996,7 @@ export function parseCommandLine(args: string[]) {
   }
   const parsed = parseArgs(args, {
     boolean: FLAGS,
-    string: ["wait", "devices", "root", "with", "_"], // a file 007 is not 7
+    string: [...OPTIONS_WITH_VALUE, "_"], // a file 007 is not 7
     unknown,
   });
   const operands: string[] = parsed._.map(String);
@@ -7952,14 +8045,13 @@ export function parseCommandLine(args: string[]) {
     if (paths.length === 0) refuse("Option --devices needs a list of devices");
     given.only = paths.map((path) =>
       wholeDisk(
-        nameAt(path) ??
-          refuse(`Cannot find "${path}" (--devices): no such device`),
+        nameAt(path) ?? refuse(whyNoDevice(path)),
       )
     );
   }
   if (wait !== undefined) {
     given.waitMs = parseSeconds(wait) ??
-      refuse(`Cannot use --wait "${wait}": not a number of seconds`);
+      refuse(`Cannot use --wait "${wait}": it takes ${SECONDS}`);
   }
   return { mode, operands, given, parsed };
 }
@@ -7991,7 +8083,8 @@ export function parseKernelCommandLine(kernel: string) {
   const ms = wait === undefined ? defaultSettings.waitMs : parseSeconds(wait);
   if (ms === undefined) {
     warnings.push(
-      `Cannot use lightwhale.wait="${wait}": not a number of seconds`,
+      `Cannot use lightwhale.wait="${wait}" on the kernel command line: it ` +
+        `takes ${SECONDS}; ${defaultSettings.waitMs / 1000} are used`,
     );
   }
   const settings: Settings = {
@@ -8006,6 +8099,8 @@ export function parseKernelCommandLine(kernel: string) {
   };
   return { settings, warnings };
 }
+
+const SECONDS = "seconds, from 0 to 99999";
 
 /** Seconds, with a fraction or without, in milliseconds. */
 function parseSeconds(seconds: string): number | undefined {

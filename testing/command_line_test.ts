@@ -6,6 +6,7 @@ import {
   assertMatch,
   assertStringIncludes,
 } from "@std/assert";
+import { HELP } from "../persistence.ts";
 import {
   command,
   type Disk,
@@ -58,6 +59,8 @@ const mistakes: Record<string, string[]> = {
   "--devices with an empty list": ["--devices="],
   "--devices with an empty name": ["--devices", "/dev/null,"],
   "--devices with a device that is not there": ["--devices", "/dev/nowhere"],
+  "--devices with an image file": ["--devices", projectFolder + "README.md"],
+  "--wait with more than a day": ["--wait", "100000"],
   "--root with a folder that is not there": ["--root", "/nowhere"],
   "--root with a file": ["--root", "/etc/passwd"],
   "--enable= with a device": ["--enable=/dev/null", "/dev/zero"],
@@ -88,16 +91,9 @@ for (const [mistake, args] of Object.entries(mistakes)) {
   );
 }
 
-onDisks("--help tells every option", { disks: [disk] }, async (system) => {
+onDisks("--help is HELP", { disks: [disk] }, async (system) => {
   const { status, stdout, stderr } = await system.run(["--help"]);
-  assertEquals([status, stderr], [0, ""]);
-  for (
-    const option of [
-      ...["--enable", "--disable", "--status", "--json", "--dry-run"],
-      ...["--force", "--with", "--wait", "--devices", "--root"],
-      ...["--quiet", "--verbose", "--help", "--version"],
-    ]
-  ) assertStringIncludes(stdout, option);
+  assertEquals([status, stderr, stdout], [0, "", `${HELP}\n`]);
 });
 
 onDisks("--version is one line", { disks: [disk] }, async (system) => {
@@ -205,6 +201,36 @@ onDisks(
     assertEquals(await system.sh("cat tmp/*.img | tr -d '\\0'"), "");
   },
 );
+
+for (const table of ["gpt", "dos"]) {
+  for (const sectorBytes of [512, 4096] as const) {
+    onDisks(
+      `--enable lists the partitions of an image file: ${table}, ` +
+        `${sectorBytes}-byte sectors`,
+      {
+        disks: [{
+          ...disk,
+          sectorBytes,
+          contents: `printf 'label: ${table}\nsize=200M\nsize=100M\n' |
+              sfdisk -q --no-reread --no-tell-kernel "$DISK"
+            mkfs.ext4 -q -b 4096 -L archive -E offset=$((1 << 20)) "$DISK" 100M`,
+        }],
+      },
+      async (system) => {
+        const { image } = system.disks[0];
+        const copy = `${dirname(image)}/copy.img`; // nobody uses it
+        await command(["cp", "--sparse=always", image, copy]);
+        const result = await system.run(["--enable", copy]);
+        assertRefused(result, copy, /ext4 "archive".*: use --force/);
+        assertStringIncludes(
+          result.stdout,
+          `  ${copy} (partition 1): 200 MiB, ext4 "archive"\n` +
+            `  ${copy} (partition 2): 100 MiB, seems empty\n`,
+        );
+      },
+    );
+  }
+}
 
 onDisks(
   "--enable refuses a file that is no image, and one that cannot be written",
@@ -578,6 +604,28 @@ for (const [what, contents] of Object.entries(forgotten)) {
   );
 }
 
+for (const place of ["all of it", "a partition"]) {
+  onDisks(
+    `--enable --force refuses an image file with data that would win: ${place}`,
+    {
+      disks: [{
+        ...disk,
+        contents: place === "a partition"
+          ? dataPartition("lightwhale-data")
+          : 'mkfs.btrfs -q -L lightwhale-data "$DISK"',
+      }],
+    },
+    async (system) => {
+      const { image } = system.disks[0];
+      const copy = `${dirname(image)}/copy.img`;
+      await command(["cp", "--sparse=always", image, copy]);
+      const result = await system.run(["--enable", "--force", copy]);
+      assertRefused(result, copy, /would win .*losetup/);
+      await command(["cmp", image, copy]);
+    },
+  );
+}
+
 onDisks(
   "--disable does not take a disk that it cannot read for one without a mark",
   { disks: [magicDisk] },
@@ -811,6 +859,121 @@ for (const name of ["a disk", "an image file whose name is odd"]) {
     },
   );
 }
+
+onDisks(
+  "--enable --force --with says how to put back what it overwrote, if little",
+  {
+    disks: [{ sizeBytes: 200 * MiB, contents: 'mkfs.vfat -I "$DISK"' }],
+    needs: ["mkfs.vfat"],
+  },
+  async (system) => {
+    const [disk] = system.disks;
+    const before = await system.checksum(disk);
+    const enable = async (lines: number) => {
+      const file = `${system.root}/tmp/payload`;
+      await system.sh(
+        `{ echo '-- etc/motd --'; yes hello | head -n ${lines}
+           echo '-- end --'; } > ${file}`,
+      );
+      const args = ["--enable", "--force", "--with", file, disk.path];
+      const { status, stdout, stderr } = await system.run(
+        [...system.place(), ...args],
+      );
+      assertEquals(status, 0, stderr);
+      return stdout;
+    };
+    const [undo] = /^ *persistence.ts --disable .*$/m.exec(await enable(20)) ??
+      [""];
+    const call = [...tool, ...system.place()].join(" ");
+    await system.sh(undo.replace("persistence.ts", call));
+    assertEquals(await system.checksum(disk), before);
+    assertMatch(
+      await enable(2000),
+      /What stood in its first \d+ bytes is lost/,
+    );
+  },
+);
+
+for (const name of ["free", 'it\'s "$(odd)" \\ name', ""]) {
+  onDisks(
+    `--enable says how to give a partition its old name back: ${name}`,
+    { disks: [{ ...disk, contents: gpt }] },
+    async (system) => {
+      const [{ path }] = system.disks;
+      await addPartitions(path);
+      await command(["sfdisk", "--no-reread", "--part-label", path, "2", name]);
+      const before = await system.sh(`sfdisk -d ${path}`);
+      const { status, stdout, stderr } = await system.run(
+        [...system.place(), "--enable", `${path}p2`],
+      );
+      assertEquals(status, 0, stderr);
+      assert(await system.sh(`sfdisk -d ${path}`) !== before);
+      const [undo] = /^ *sfdisk --part-label .*$/m.exec(stdout) ?? [""];
+      await system.sh(undo);
+      assertEquals(await system.sh(`sfdisk -d ${path}`), before);
+
+      await system.run(["--enable", `${path}p2`]);
+      const disabled = await system.run(["--disable", `${path}p2`]);
+      assertStringIncludes(
+        disabled.stdout,
+        `"sfdisk --part-label ${path} 2 NAME" gives it one`,
+      );
+    },
+  );
+}
+
+onDisks(
+  "--enable says that a boot does not look at a loop device by itself",
+  { disks: [disk] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    const says = `A boot looks at ${path} only where --devices names it`;
+    const there = await system.run([...system.place(), "--enable", path]);
+    assert(!there.stdout.includes(says), there.stdout);
+    const [, root] = system.place();
+    const other = await system.run(["--root", root, "--enable", path]);
+    assertStringIncludes(other.stdout, says);
+  },
+);
+
+onDisks(
+  "--move, --remove, --enable --now: who has the data, if --devices does not",
+  { disks: [magicDisk, disk, disk] },
+  async (system) => {
+    const [, other, third] = system.disks.map(({ path }) => path);
+    const [, root] = system.place();
+    const args = ["--root", root, "--devices", `${other},${third}`];
+    const calls = [
+      ["--move", other, third],
+      ["--remove", other],
+      ["--enable", "--now", other],
+    ];
+    await system.boot();
+    for (const call of calls) {
+      const result = await system.run([...args, ...call]);
+      assertEquals(result.status, 2);
+      assertMatch(
+        result.stderr,
+        /--devices does not name \/dev\/loop\d+(p\d)?, which holds the data/,
+      );
+    }
+  },
+);
+
+onDisks(
+  "--quiet keeps results",
+  { disks: [disk] },
+  async (system) => {
+    const [{ path }] = system.disks;
+    const calls = [["--dry-run"], ["--enable", path], ["--status"], ["--help"]];
+    for (const call of calls) {
+      const args = [...system.place(), ...call, "--quiet"];
+      const { status, stdout, stderr } = await system.run(args);
+      assertEquals([status, stderr], [0, ""]);
+      assert(stdout !== "", call.join(" "));
+    }
+  },
+);
 
 /** The keys of a value, as paths: `[]` stands for the entries of a list. */
 function keysOf(value: unknown, path = ""): string[] {

@@ -33,7 +33,7 @@ const rough = [
     "bystanders",
   ],
   ...["maintain", "fuzz", "s11", "layout", "hostile_names", "lock", "mounts"],
-  ...["daemon_json", "recipes", "decide", "formats", "holds"],
+  ...["daemon_json", "recipes", "decide", "formats", "holds", "documents"],
 ].map((name) => `testing/${name}_test.ts`);
 
 /** By the executable and by Deno: all files but the rough ones. */
