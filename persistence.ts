@@ -4,12 +4,14 @@
  *
  * Called without arguments, early at every boot, this program gives the
  * read-only system its one writable filesystem. All that a boot can do to a
- * disk stands before the line "a boot ends here": first the contract (names and
+ * disk stands before the line "A boot ends here": first the contract (names and
  * places), then {@linkcode boot}, whose body is the nine documented steps, then
- * the functions of those steps in the order in which they happen. Behind that
- * line come the care of the disks in the background, the commands, and the
- * toolbox (`run`, `ask`, `say`, `attempt`, which do what their names say). The
- * functions are of three kinds:
+ * the functions of those steps in the order in which they happen. That is three
+ * hours of reading, at 150 words a minute; the sections that write to disks,
+ * from "Before step 3" to "Step 6", are one of them. Behind that line come the
+ * care of the disks in the background, the commands, and the toolbox (`run`,
+ * `ask`, `say`, `attempt`, which do what their names say). The functions are of
+ * three kinds:
  *
  * - *look*: read devices, sysfs and procfs, change nothing;
  * - *decide*: pure functions from facts to a {@linkcode Plan}, so that
@@ -6232,6 +6234,7 @@ async function enable(
   { force, now, file }: { force: boolean; now: boolean; file?: string },
   settings: Settings,
 ) {
+  paths = [...new Set(paths)];
   const payload = file === undefined ? undefined : readPayloadFile(file);
   const names = paths.map((path) => nameAt(path) ?? "");
   for (const [i, name] of names.entries()) {
@@ -6300,7 +6303,7 @@ function* howToUndo(
   before: Uint8Array,
   after: Uint8Array,
 ): Generator<string> {
-  const { kind, disk, number, partitionName = "", read } = device;
+  const { kind, disk, number, partitionName = "" } = device;
   const quoted = (text: string) => `'${text.replaceAll("'", `'\\''`)}'`;
   const path = quoted(resolve(device.path));
   if (kind === "partition" && !/\p{Cc}/u.test(partitionName)) {
@@ -6314,7 +6317,7 @@ function* howToUndo(
     );
   const lost = before.subarray(0, length);
   // A header may have had a payload, which is nobody's business.
-  if (isZero(lost) || read.header) return;
+  if (isZero(lost) || parseStart(before).header) return;
   if (length > 4 * KiB) {
     return yield `  What stood in its first ${length} bytes is lost`;
   }
@@ -6614,7 +6617,7 @@ function readPayloadFile(path: string): GivenPayload {
   try {
     const stat = fs.statSync(path, { throwIfNoEntry: false });
     assert(stat !== undefined, "there is no such file");
-    assert(stat.isFile(), "it is no file"); // a device may have no end
+    assert(stat.isFile(), "it is no regular file"); // a device may have no end
     const bytes = fs.readFileSync(path);
     const payload = parsePayload(bytes.subarray(0, PAYLOAD_TEXT.roomBytes));
     const { bodyBytes, endBytes, crlf } = payload;
@@ -6752,11 +6755,11 @@ async function imageAt(path: string, sizeBytes: number): Promise<Target> {
 function whyNoDevice(path: string): string {
   const stat = orUndefined(() => fs.statSync(path));
   const why = !stat
-    ? "there is no such device (lsblk lists all)"
+    ? "there is no such device (lsblk --paths lists all)"
     : stat.isFile()
     ? "it is a file; attach it and name its loop device (losetup --find " +
       `--show --partscan "${path}")`
-    : "it is no block device (lsblk lists all)";
+    : "it is no block device (lsblk --paths lists all)";
   return `Cannot use "${path}": ${why}`;
 }
 
@@ -7323,8 +7326,10 @@ function* listNotes(
       `mirror them: btrfs balance start -${letter}convert=raid1,soft ` +
       `/${DATA_MOUNT})`;
   }
+  const isHealed = lastBoot?.degraded && !devices.some((each) => each.missing);
+  const when = isHealed ? ", before the mirror was whole again," : "";
   for (const warning of lastBoot?.warnings ?? []) {
-    yield `The last boot warned: ${warning}`;
+    yield `The last boot${when} warned: ${warning}`;
   }
 }
 
@@ -8011,7 +8016,8 @@ export function parseCommandLine(args: string[]) {
     : mode === "check" && `${operands}`.replace("persistent", "")
     ? `Option --check takes "persistent" or nothing: see --help`
     : operands.length > (needed?.most ?? 0)
-    ? `Unexpected argument "${operands[needed?.most ?? 0]}": see --help`
+    ? `Unexpected argument "${operands[needed?.most ?? 0]}" (options begin ` +
+      `with "--"): see --help`
     : force && mode !== "enable" && (mode !== "move" || takesBack)
     ? "Option --force goes with --enable or --move only"
     : now && mode !== "enable"
@@ -8031,7 +8037,7 @@ export function parseCommandLine(args: string[]) {
     const isThere = orUndefined(() => fs.statSync(root).isDirectory());
     given.root = isThere
       ? fs.realpathSync(root)
-      : refuse(`Cannot use --root "${root}": no directory`);
+      : refuse(`Cannot use --root "${root}": it is no directory`);
     if (/[\s\\,:]/.test(given.root)) {
       refuse(
         `Cannot use --root "${root}": mount options cannot hold spaces, ` +
@@ -8042,7 +8048,7 @@ export function parseCommandLine(args: string[]) {
   if (devices !== undefined) {
     // `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk.
     const paths: string[] = devices.split(",").filter(Boolean);
-    if (paths.length === 0) refuse("Option --devices needs a list of devices");
+    if (paths.length === 0) refuse("Option --devices needs a LIST: see --help");
     given.only = paths.map((path) =>
       wholeDisk(
         nameAt(path) ?? refuse(whyNoDevice(path)),
