@@ -1177,7 +1177,7 @@ const START_BYTES = BTRFS.superblockAt + BTRFS.bytes;
 /**
  * Each concurrent read costs a thread, so eight devices are read at a time. A
  * device that does not answer holds up no other: eight more readers start every
- * 20 ms. A reader reuses its buffer, for new memory takes as long as a read.
+ * 20 ms. A reader reuses its buffer: allocating one costs as much as a read.
  */
 const READERS = { atATime: 8, moreEveryMs: 20 };
 
@@ -1266,7 +1266,7 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const start = await read(base, START_BYTES, buffer);
   const reading = parseStart(start);
   if (node.kind === "disk") {
-    // The kernel takes a GPT beside an MBR of its own right for a leftover.
+    // The kernel ignores a GPT beside a real MBR: it is stale.
     const isOther = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
     if (!isOther) reading.gpt = await readGpt(node, start, reading, read);
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";

@@ -54,6 +54,16 @@ Deno.test("README.md names files, scripts and tests that there are", () => {
   for (const [, path, test] of tests) assert(read(path).includes(test), test);
 });
 
+Deno.test("README.md names every program that is called", () => {
+  const calls = read("persistence.ts").matchAll(/words`([a-z][\w.]*)/g);
+  const programs = new Set([...calls].map(([, name]) => name));
+  const isNamed = (name: string) =>
+    readme.includes(`\`${name}\``) ||
+    ["btrfs", "mkfs.btrfs", "sh"].includes(name);
+  assert(programs.size > 10, `${programs}`);
+  assertEquals([...programs].filter((name) => !isNamed(name)), []);
+});
+
 Deno.test("persistence.ts takes as long to read as its header and README.md say", () => {
   const source = read("persistence.ts");
   const hours = (from: string, to: string) => {

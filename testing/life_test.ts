@@ -331,7 +331,9 @@ for (const [size, mebibytes] of Object.entries(replacements)) {
       await idle(system);
       assertEquals(await profiles(system), mirrors[2], boot.stderr);
       assertEquals(await isMarked(fresh), false);
-      assertEquals((await status(system)).health, []);
+      const { health, notes } = await status(system);
+      assertEquals(health, []);
+      assertMatch(notes.join("\n"), /^The last boot, before the mirror was who/);
       await assertMirrored(system, sums, { without: [old] });
 
       // Back after its place was taken.
