@@ -436,7 +436,7 @@ async function proveSameState(
           new TextDecoder().decode(stdout),
       );
     }
-    // Each takes the other's marks over.
+    // Each takes the other's records over.
     if (epoch !== undefined && !scene.anew && next !== epoch + 1) {
       throw new Error(`The ${contender} made epoch ${next} of ${epoch}`);
     }

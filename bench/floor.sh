@@ -1,6 +1,6 @@
 #!/bin/sh
 # The calls of a boot that nobody can avoid, with nothing around them: no look
-# at the disks, no decision, no mark, no check, no file but the mount points.
+# at the disks, no decision, no record, no check, no file but the mount points.
 #
 #     floor.sh volatile ROOT
 #     floor.sh existing ROOT DISK        the data filesystem is on DISK

@@ -264,10 +264,10 @@ crc32() {
 	sum=$((sum ^ 4294967295))
 }
 
-# Reads the newer of the two marks of a member: $mark_epoch, $mark_member,
-# $mark_present. (A shell leaves out the NULs around them.)
+# Reads the newer of the two records of a member: $record_epoch, $record_member,
+# $record_present. (A shell leaves out the NULs around them.)
 read_mark() {
-	mark_epoch=0 mark_member='' mark_present=''
+	record_epoch=0 record_member='' record_present=''
 	slots=$(dd if="$1" bs=4096 skip=14 count=2 status=none) 2>/dev/null
 	IFS=$newline && set -f
 	# shellcheck disable=SC2086 # its lines
@@ -280,49 +280,49 @@ read_mark() {
 		esac
 		epoch=${line#*'"epoch":'}
 		epoch=${epoch%%,*}
-		if [ "$epoch" -le "$mark_epoch" ]; then continue; fi
+		if [ "$epoch" -le "$record_epoch" ]; then continue; fi
 		crc32 "$line"
 		case $slots in
 		*"lightwhale-mark 1$newline$(printf %08x $sum)$newline$line"*) ;;
 		*) continue ;;
 		esac
-		mark_epoch=$epoch
-		mark_member=${line#*'"member":"'}
-		mark_member=${mark_member%%\"*}
-		mark_present=${line#*'"present":['}
-		mark_present=${mark_present%%]*}
+		record_epoch=$epoch
+		record_member=${line#*'"member":"'}
+		record_member=${record_member%%\"*}
+		record_present=${line#*'"present":['}
+		record_present=${record_present%%]*}
 	done
 }
 
-# Reads all marks: $last is the highest epoch, $known the number of members
+# Reads all records: $last is the highest epoch, $known the number of members
 # that it remembers, $ids and $count are those that are present.
-read_marks() {
+read_records() {
 	last=0 known=0 ids='' count=0
 	for node in $members; do
 		read_mark "$node"
-		if [ ! "$mark_member" ]; then
-			read -r mark_member </proc/sys/kernel/random/uuid
+		if [ ! "$record_member" ]; then
+			read -r record_member </proc/sys/kernel/random/uuid
 		fi
-		if [ "$mark_epoch" -gt "$last" ]; then
-			last=$mark_epoch known=0
+		if [ "$record_epoch" -gt "$last" ]; then
+			last=$record_epoch known=0
 			IFS=,
-			for _ in $mark_present; do known=$((known + 1)); done
+			for _ in $record_present; do known=$((known + 1)); done
 			unset IFS
 		fi
-		ids="$ids $mark_member" count=$((count + 1))
+		ids="$ids $record_member" count=$((count + 1))
 	done
 }
 
-# What the last mark remembers but is not there may be late.
+# What the last record remembers but is not there may be late.
 wait_for_members() {
 	uptime_ms
 	until=$((now + 1000 * wait))
-	read_marks
+	read_records
 	while [ "$count" -lt "$known" ] && [ "$now" -lt "$until" ]; do
 		sleep 0.2
 		list_devices
 		find_data
-		read_marks
+		read_records
 		uptime_ms
 	done
 	if [ "$count" -lt "$known" ]; then
@@ -331,8 +331,8 @@ wait_for_members() {
 	fi
 }
 
-# Marks the members that are present, before a read-write mount.
-mark_members() {
+# Writes the records of the members that are present, before a read-write mount.
+record_members() {
 	present='' jobs='' epoch=$((last + 1))
 	for id in $ids; do present="$present${present:+,}\"$id\""; done
 	# shellcheck disable=SC2086 # $ids are words
@@ -360,7 +360,7 @@ mount_subvolume() { # SUBVOLUME TARGET
 
 mount_data() {
 	if [ ! -d "$data" ]; then mkdir -p "$data"; fi
-	mark_members
+	record_members
 	mount_subvolume @lightwhale-data "$data"
 	if [ ! -d "$state" ] || [ ! -d "$snapshots" ]; then
 		mkdir -p "$state" "$snapshots"
@@ -483,9 +483,9 @@ boot() {
 	if [ ! "$members" ]; then
 		find_magic
 		if [ "$magics" ]; then
-			say 6 "persistent:$magics asked to be formatted"
+			say 6 "persistent:$magics carries the magic header"
 			create
-			read_marks
+			read_records
 		fi
 	else
 		wait_for_members

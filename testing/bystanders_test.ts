@@ -37,7 +37,7 @@ import {
 
 const rounds = countFrom("ROUNDS", 40);
 const jobs = countFrom("JOBS", Math.min(4, navigator.hardwareConcurrency));
-/** No round may take longer. */
+/** The longest that a round may take. */
 const LONGEST_S = 60;
 
 const KiB = 1024;
@@ -391,8 +391,8 @@ function drawBystander(random: Random): Draft {
       if (draft.covered && await isUncovered(bench)) {
         return { is: "unsure", may: everything };
       }
-      // Of a disk with a member, too, there is more than one thing to think; of
-      // that disk the first sector may be restored.
+      // A disk with a member is doubtful as well, and its first sector may be
+      // restored.
       const sector = { from: 0, to: draft.made };
       return {
         is: is === "innocent" ? is : "unsure",
@@ -426,7 +426,7 @@ function drawPlain(random: Random): Draft {
     make: async (bench) => {
       await bench.fill(what);
       const same = size.made === size.attached && !size.twin;
-      // Nobody is sure about a medium that came like that.
+      // Nobody can be sure about a medium that came like that.
       const doubt = wins(name) && same && !/ISO/.test(name);
       return { is: doubt ? "doubt" : claim(what), may: nothing };
     },

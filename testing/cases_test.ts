@@ -1582,7 +1582,7 @@ const unseen: Record<string, { contents: string; node: string }> = {
 
 for (const [what, { contents, node }] of Object.entries(unseen)) {
   onDisks(
-    `of the second magic disk ${what} is mounted elsewhere: it is left alone`,
+    `of the second magic disk ${what} is mounted elsewhere: it is not touched`,
     { disks: [magicDisk, { ...blankDisk, contents }] },
     async (system) => {
       const [first, second] = system.disks;

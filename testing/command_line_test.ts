@@ -1,4 +1,4 @@
-/** The command line: marking disks, asking for the state, and mistakes. */
+/** The command line: enabling disks, asking for the state, and mistakes. */
 import { dirname } from "node:path";
 import {
   assert,
@@ -139,10 +139,10 @@ tsconfig.json
   },
 );
 
-// Marking
+// Enabling
 
 onDisks(
-  "--enable marks a disk, says what it is and what comes next",
+  "--enable makes a disk magic, says what it is and what comes next",
   { disks: [disk] },
   async (system) => {
     const [{ path }] = system.disks;
@@ -174,7 +174,7 @@ onDisks(
 );
 
 onDisks(
-  "--enable marks several disks",
+  "--enable makes several disks magic",
   { disks: [disk, { ...disk, sectorBytes: 4096 }] },
   async (system) => {
     const paths = system.disks.map(({ path }) => path);
@@ -185,7 +185,7 @@ onDisks(
 );
 
 onDisks(
-  "--enable marks an image file",
+  "--enable makes an image file magic",
   { disks: [disk] },
   async (system) => {
     const image = `${system.root}/tmp/a disk's "image".img`;
@@ -288,7 +288,7 @@ for (const sectorBytes of [512, 4096] as const) {
 }
 
 onDisks(
-  "--disable takes the mark of a disk away, and only that",
+  "--disable takes the header of a disk away, and only that",
   { disks: [{ ...disk, contents: gpt }] },
   async (system) => {
     const [device] = system.disks;
@@ -303,7 +303,7 @@ onDisks(
 );
 
 onDisks(
-  "--disable takes the mark of a partition away",
+  "--disable takes the name of a partition away",
   { disks: [{ ...disk, contents: gpt }] },
   async (system) => {
     const [{ path }] = system.disks;
@@ -323,7 +323,7 @@ onDisks(
 );
 
 onDisks(
-  "--disable writes nothing where there is no mark",
+  "--disable writes nothing where there is no magic",
   { disks: [{ ...disk, contents: 'mkfs.ext4 -q "$DISK"' }] },
   async (system) => {
     const [device] = system.disks;
@@ -586,7 +586,7 @@ const forgotten: Record<string, string> = {
 
 for (const [what, contents] of Object.entries(forgotten)) {
   onDisks(
-    `--enable refuses ${what} with data that is marked already`,
+    `--enable refuses ${what} with data that is magic already`,
     { disks: [{ ...disk, contents }] },
     async (system) => {
       const [device] = system.disks;
@@ -627,7 +627,7 @@ for (const place of ["all of it", "a partition"]) {
 }
 
 onDisks(
-  "--disable does not take a disk that it cannot read for one without a mark",
+  "--disable does not take a disk that it cannot read for one without magic",
   { disks: [magicDisk] },
   async (system) => {
     const [{ path, image }] = system.disks;

@@ -27,7 +27,7 @@ import {
   withSystem,
 } from "./system.ts";
 
-/** Of each scene. Each takes about a second. */
+/** How many cuts of each scene; each takes about a second. */
 const cuts = countFrom("CUTS", 10);
 
 /** Large enough for a swap partition. */
@@ -441,7 +441,7 @@ function chooseCuts(received: Received[]): Cut[] {
   });
 }
 
-/** Is a header, a partition table, a label of swap or a mark written? */
+/** Is a header, a partition table, a label of swap or a record written? */
 function isOurs(event: Received): boolean {
   if (event.kind === "flush") return false;
   const bytes = Buffer.from(event.data);
@@ -559,7 +559,7 @@ async function sumsOf(system: System): Promise<string> {
   );
 }
 
-/** Marks a disk as a person does it. */
+/** Makes a disk magic as a person does it. */
 async function markOff(system: System, which: number): Promise<void> {
   await mark(system.disks[which]);
 }

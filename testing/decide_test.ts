@@ -994,7 +994,7 @@ const situations: {
         record: record("b", 6, ["b"], { a: 10 }),
       }),
     ],
-    // Its mark does not know the second: what it wrote may be its own.
+    // Its record does not know the second: what it wrote may be its own.
     decides: { ...degraded, members: ["sdb2"], excluded: ["sda2"] },
     says: /each written without the other/,
   },

@@ -1,5 +1,5 @@
 /**
- * Shows persistence on two image files: marks them, boots on them, writes a
+ * Shows persistence on two image files: enables them, boots on them, writes a
  * file, reboots, shows the file. No real disk is touched, nothing is left.
  *
  *     npm run demo
@@ -26,7 +26,7 @@ await withSystem({
   say("Two empty disks: image files of 3 GiB, as loop devices");
   await show(system, `lsblk -n -d -o NAME,SIZE ${paths.join(" ")}`);
 
-  say("A person marks them");
+  say("A person enables them");
   expect(
     system,
     await system.run([...system.place(), "--enable", ...paths]),

@@ -241,7 +241,7 @@ onDisks(
     await system.sh("echo mine > home/file");
     await system.sh("umount mnt/lightwhale-data/lightwhale-state-snapshots");
     const mounts = await system.sh("cat /proc/self/mountinfo");
-    // By the table of all that is to be mounted, and on its own.
+    // In the table of all mounts, and on its own.
     const fails = '"--all "* | *snapshots*) echo no can do >&2; exit 7';
     const mount = realBut("mount", fails);
     const boot = await bootWith(system, { mount });

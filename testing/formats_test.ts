@@ -1523,7 +1523,7 @@ for (const { line, settings, warnings = 0 } of kernelLines) {
 
 // Helpers
 
-/** Of an object the properties that a model has, and no others. */
+/** The properties of an object that a model has, and no others. */
 function pick<T extends object>(object: T, model: Partial<T>): T {
   return Object.fromEntries(
     Object.keys(model).map((key) => [key, object[key as keyof T]]),

@@ -372,7 +372,7 @@ fuzz("parsePartname() takes the kernel's word, not a partition's", (random) => {
   assertEquals(parsePartname(more), first);
 });
 
-/** Of other partitions. */
+/** Names of other partitions. */
 const uevents = [MAGIC, DATA, SWAP].map((name) => `PARTNAME=${name}\n`).join(
   "",
 );
@@ -667,7 +667,7 @@ function beginsWithHeader(start: Uint8Array): boolean {
   return Buffer.from(start.subarray(0, 27)).toString("latin1") === MAGIC;
 }
 
-/** By the bytes alone: an undamaged superblock that is labelled as ours. */
+/** Is there an undamaged superblock with our label, by the bytes alone? */
 function isDataMember(start: Uint8Array): boolean {
   const block = start.slice(64 * KiB);
   const bytes = Buffer.from(block);
@@ -738,7 +738,7 @@ function wasJoining(device: BlockDevice, other: BlockDevice): boolean {
     second.numDevices === 2 && second.generation === first.generation + 1;
 }
 
-/** Every device that would be formatted was marked, is free, holds no data. */
+/** Every device that would be formatted is magic, free, and holds no data. */
 function assertFormats(plan: Plan, { facts, bytes }: Machine): void {
   const formatted = [...plan.create?.members ?? [], ...plan.joins];
   const isMember = (device: BlockDevice) =>

@@ -16,10 +16,10 @@ import {
 
 const magicDisk = { sizeBytes: 3 * GiB, contents: header };
 
-/** Quickly copied; too small for swap. */
+/** Quick to copy; too small for swap. */
 const small = { sizeBytes: 500 * MiB, contents: header };
 
-/** To be found in the end, and nowhere but in its place. */
+/** A text that must be in its place in the end, and nowhere else. */
 const payloadDisk = {
   ...magicDisk,
   contents: `printf '%s\\n' lightwhale-please-format-me \
@@ -27,7 +27,7 @@ const payloadDisk = {
     dd of="$DISK" conv=notrunc status=none`,
 };
 
-/** By what comes before the next run. A payload takes ten commands more. */
+/** What comes before the next run. A payload takes ten commands more. */
 const setUps: Record<string, Record<string, SystemOptions["disks"]>> = {
   "at once": {
     "a single disk with a payload": [payloadDisk],

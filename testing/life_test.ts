@@ -115,7 +115,7 @@ onDisks(
 
 // Missing, returned
 
-/** By the number of disks: profiles when whole. */
+/** Profiles when whole, by the number of disks. */
 const mirrors: Record<number, string> = {
   2: "raid1 raid1 raid1",
   3: "raid1 raid1c3 raid1c3",
@@ -185,7 +185,7 @@ onDisks(
 );
 
 onDisks(
-  "a member without marks that missed writes is mended by a scrub",
+  "a member without a record that missed writes is mended by a scrub",
   { disks: [magicDisk, magicDisk] },
   async (system) => {
     const sums = await persist(system);
@@ -333,7 +333,10 @@ for (const [size, mebibytes] of Object.entries(replacements)) {
       assertEquals(await isMarked(fresh), false);
       const { health, notes } = await status(system);
       assertEquals(health, []);
-      assertMatch(notes.join("\n"), /^The last boot, before the mirror was who/);
+      assertMatch(
+        notes.join("\n"),
+        /^The last boot, before the mirror was who/,
+      );
       await assertMirrored(system, sums, { without: [old] });
 
       // Back after its place was taken.
@@ -367,7 +370,7 @@ onDisks(
     await system.reboot();
     assertPersistent(await system.boot(), { devices: 1 });
     await idle(system);
-    // Of the data as much is mirrored as there is room for.
+    // As much of the data is mirrored as there is room for.
     assertMatch(await profiles(system), / raid1 raid1$/);
     assertEquals(await system.sh("sha256sum etc/much"), sum);
     await system.sh("touch etc/still-writable");
@@ -464,7 +467,7 @@ onDisks(
 /** What runs when the power goes, by the disks that start it. */
 const cuts: Record<string, {
   operation: "device replace" | "balance" | "device remove";
-  /** Of how many disks the filesystem is made. */
+  /** How many disks the filesystem is made of. */
   count?: 1 | 2;
   /** Gives the disks that are gone afterwards. */
   prepare: (system: System) => Promise<Disk[]>;
@@ -883,7 +886,7 @@ for (const [kind, script] of Object.entries(images)) {
 }
 
 onDisks(
-  "another data disk is marked and write-protected: the first is used",
+  "another data disk is magic and write-protected: the first is used",
   { disks: [magicDisk] },
   async (system) => {
     const sums = await persist(system);
@@ -1405,12 +1408,12 @@ async function makeReplaceTarget(target: Disk, member: Disk): Promise<void> {
   await file.seek(data + 64 * 1024, Deno.SeekMode.Start);
   await file.read(block);
   becomeReplaceTarget(block);
-  const marks = new Uint8Array(8192); // right before it: it has none
+  const slots = new Uint8Array(8192); // right before it: it has none
   await file.seek(data + 56 * 1024, Deno.SeekMode.Start);
-  await file.write(marks);
+  await file.write(slots);
   await file.write(block);
   file.close();
-  await destroy(target, header); // it is marked until it has taken its place
+  await destroy(target, header); // it is magic until it has taken its place
 }
 
 async function copyImage(from: string, to: string): Promise<void> {

@@ -27,7 +27,7 @@ const magicDisk: DiskSpec = { sizeBytes: 800 * MiB, contents: header };
 const emptyDisk: DiskSpec = { sizeBytes: 800 * MiB };
 const state = "mnt/lightwhale-data/lightwhale-state";
 
-/** By the number of disks: profiles of data, metadata, system. */
+/** Profiles of data, metadata and system, by the number of disks. */
 const whole = [
   "",
   "single dup dup",

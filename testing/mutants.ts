@@ -296,7 +296,7 @@ function mutateConditional(node: ts.ConditionalExpression): Mutation[] {
   return [...mutations, ...always];
 }
 
-/** To a comparison any number above zero is as good as one. */
+/** A comparison does not tell one from any other number above zero. */
 function isRank({ whenTrue, whenFalse }: ts.ConditionalExpression): boolean {
   return [whenTrue, whenFalse]
     .every((branch) => /^-?[01]$/.test(branch.getText()));

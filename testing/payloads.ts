@@ -18,7 +18,7 @@ const good = file("etc/good");
 /** A payload, and what the refusal says. */
 export type Refused = [payload: string, says: string];
 
-/** By what is wrong; each can be seen in the text alone. */
+/** Payloads, by what is wrong with their text alone. */
 export const badTexts: Record<string, Refused> = {
   "nothing follows": [
     `${MAGIC}\nlightwhale-payload 1\n`,

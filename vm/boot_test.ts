@@ -65,7 +65,7 @@ interface Step extends
   whileOff?: (disks: VmDisk[]) => void;
   /** The disks that are there, in this order; default: all. */
   present?: number[];
-  /** Of those that are there the one that is not until `on` plugs it. */
+  /** The disk that is absent until `on` plugs it. */
   late?: number;
   /** The system image; default: the same for all. */
   image?: () => string;
@@ -96,7 +96,7 @@ function oneDiskOn(bus: Bus, name: string, more: DiskBefore = {}): Situation {
   };
 }
 
-/** Quickly copied from; too small for a swap partition. */
+/** Quick to copy; too small for a swap partition. */
 const small: DiskBefore = { magic: true, sizeMiB: 200 };
 
 const emptyExt4: DiskBefore = {
@@ -171,7 +171,7 @@ const pulled = `disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
   is_missing() { grep -q "Device [12] is missing" /run/lightwhale/health; }
   wait_for 60 is_missing; wait_for 60 told 1`;
 
-/** And plugs in a magic one. */
+/** Pulls the second of two disks, then plugs in a magic one. */
 const pulledAndReplaced = `${pulled}
   echo @plug 2; wait_for 10 disks_are 2
   keep plugged 4`;
@@ -242,7 +242,7 @@ const byInitScript = {
   boots: "1 1 1 0", // Docker is held back
 };
 
-/** As a start script before S11 would open these disks, or make them first. */
+/** Opens these disks as a start script before S11 would, or makes them first. */
 const encrypted = (open: string[], make: string[] = []) =>
   `modprobe -a dm_mod dm_crypt xts; export DM_DISABLE_UDEV=1
   printf secret >/tmp/key; set -- --batch-mode --key-file /tmp/key
@@ -595,7 +595,7 @@ const situations: Situation[] = [
         present: [0],
         append: "lightwhale.wait=1",
         after: { ...degraded, boots: boots(2) },
-        // More than there is room for in the chunks that are mirrored.
+        // More than fits in the mirrored chunks.
         run: `keep degraded 4; keep_in_place database 1
           fallocate -l 48M $data/lightwhale-state/docker/reserved`,
       },
@@ -1377,7 +1377,7 @@ function copyDisk(from: string, to: string): void {
   execFileSync("cp", ["--sparse=always", from, to]);
 }
 
-/** What is said of the data filesystems that are not used. */
+/** What the console says of the data filesystems that are not used. */
 function besideOthers(
   { used, copy, other, isSame = false }: {
     used: string;
@@ -1403,7 +1403,7 @@ function rentedServer(): string {
       status=none`;
 }
 
-/** A system image with a key, and two users with a password that all know. */
+/** A system image with a key, and two users with a well-known password. */
 function sshImage(): string {
   const files = {
     "etc/passwd": "root::0:0:root:/root:/bin/sh\n" +

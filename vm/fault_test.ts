@@ -4,9 +4,9 @@
  *
  * The faults are real device-mapper targets (dm-error, dm-flakey, dm-delay, a
  * suspended device) below a data filesystem, and those of the disk itself
- * (QEMU's blkdebug, or the harness that serves it) below a magic disk, which
- * device-mapper volumes never are. Without the fault the next boot is a good
- * one.
+ * (QEMU's blkdebug, or the harness that serves it) below a magic disk, because a
+ * device-mapper volume is never magic. Without the fault the next boot is a
+ * good one.
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { execFileSync } from "node:child_process";
@@ -36,7 +36,7 @@ interface Fault {
   disks: FaultyDisk[];
   /** A shell script that runs before S11persistence; `size` is vda's. */
   before?: string;
-  /** In the way of the disks from the start of S11persistence. */
+  /** What troubles the disks from the start of S11persistence on. */
   on?: BootOptions["on"];
   mode: "persistent" | "volatile" | "fallback";
   status: number;
@@ -603,7 +603,7 @@ const checkGate = `
 
 const dataUuid = "0f2d1c8e-54a4-4e0b-9d55-6f1f3a3c7b11";
 
-/** As someone would make it by hand, on whole disks. */
+/** A data filesystem made by hand, on whole disks. */
 function makeDataFilesystem(files: string[]): void {
   const profile = files.length > 1
     ? ["--data", "raid1", "--metadata", "raid1"]

@@ -1,6 +1,6 @@
 /**
  * Break persistence.ts on purpose and see that the real boots notice: a test
- * that nothing can fail is none.
+ * that nothing makes fail tests nothing.
  *
  *     npm run test:mutations [-- NAME...]
  */

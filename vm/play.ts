@@ -1,5 +1,5 @@
 /**
- * Boot the virtual machine to play with: log in on the console, mark disks,
+ * Boot the virtual machine to play with: log in on the console, enable disks,
  * reboot, pull one. Its disks stay between runs (vm/cache/play).
  *
  *     npm run vm -- [--disks N] [--size MIB] [--bus BUS] [--append WORDS] [--new]

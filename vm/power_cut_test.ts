@@ -1,6 +1,6 @@
 /**
  * Power cuts during the first boot, each followed by a boot that must finish
- * the work: persistent, clean, no mark left.
+ * the work: persistent, clean, nothing magic left.
  *
  * The instants are counts of what the disks have received, so that every stage
  * is hit and a failure can be repeated: CUT=17 (or CUT=17:4, with the seed of
@@ -42,7 +42,7 @@ const count = all ? { recorded: 60, real: 12 } : { recorded: 5, real: 1 };
 interface Instant {
   /** Writes and flushes that had arrived. */
   events: number;
-  /** Of those, the writes. */
+  /** How many of them were writes. */
   writes: number;
   /** Unflushed writes are lost as this seed says; without it none is. */
   seed?: number;

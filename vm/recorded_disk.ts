@@ -212,9 +212,9 @@ function writeInPart(
  * Is this the superblock of a data filesystem, and does it replace another one?
  * Linux (6.18) mounts no Btrfs whose superblock is torn, though its copies are
  * whole (fs/btrfs/disk-io.c, open_ctree(); `btrfs rescue super-recover` puts
- * one in its place): it takes for granted that a disk writes 4 KiB at once. No
- * order of ours would help. While one is still being made, ours does, and it
- * may be torn.
+ * one in its place): it takes for granted that a disk writes 4 KiB at once, and
+ * no order of our writes would help. A superblock of a filesystem that is still
+ * being made may be torn: there our order helps.
  */
 function isLiveSuperblock(
   image: Deno.FsFile,

@@ -34,7 +34,7 @@ export interface After {
   status: number;
   /** Filesystem of /mnt/lightwhale-data. */
   type: string;
-  /** Of data, metadata and system. */
+  /** Profiles of data, metadata and system chunks. */
   profiles: string;
   /** Filesystems of /etc, /var and /home. */
   overlays: string;
@@ -61,7 +61,7 @@ export interface Settled
   extends Pick<After, "profiles" | "marked" | "clean" | "kept"> {
   /** What `--status` finds wrong. */
   health: string;
-  /** Of each member: does it have all that was kept, without the others? */
+  /** Has each member alone all that was kept? */
   alone: string;
 }
 

@@ -146,9 +146,9 @@ const START_TIMEOUT_MS = 100_000;
 /**
  * Boot the machine, run the check in it, power it off.
  *
- * Under load QEMU was seen to hang before the kernel had said anything. Where
- * it does not even get to its init scripts, nothing that is tested has run and
- * no disk was written: then it is started once more, and that is said.
+ * Under load QEMU was seen to hang before the kernel had said anything. If it
+ * does not even get to its init scripts, nothing that is tested has run and no
+ * disk was written: it is started once more, and that is said.
  *
  * @throws When the machine neither powers off nor is cut within the timeout.
  */
@@ -508,7 +508,7 @@ function readIfThere(path: string): string | undefined {
   }
 }
 
-/** The 27 bytes that mark a disk. */
+/** The magic header. */
 export const MAGIC_HEADER = "lightwhale-please-format-me";
 
 /**
