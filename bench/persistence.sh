@@ -266,7 +266,7 @@ crc32() {
 
 # Reads the newer of the two records of a member: $record_epoch, $record_member,
 # $record_present. (A shell leaves out the NULs around them.)
-read_mark() {
+read_record() {
 	record_epoch=0 record_member='' record_present=''
 	slots=$(dd if="$1" bs=4096 skip=14 count=2 status=none) 2>/dev/null
 	IFS=$newline && set -f
@@ -299,7 +299,7 @@ read_mark() {
 read_records() {
 	last=0 known=0 ids='' count=0
 	for node in $members; do
-		read_mark "$node"
+		read_record "$node"
 		if [ ! "$record_member" ]; then
 			read -r record_member </proc/sys/kernel/random/uuid
 		fi
