@@ -6898,7 +6898,9 @@ async function whyImageNotEnabled({ device, devices }: Target) {
     return `it is too small for the image of a disk (truncate -s 20G makes ` +
       `it larger, and may do so again later)`;
   }
-  if (devices.some(({ signatures = [] }) => signatures.some(isOurLabel))) {
+  const labels = devices.flatMap((part) => part.signatures ?? [])
+    .map(({ label }) => label);
+  if (labels.includes(DATA)) {
     return `the data of a "${DATA}" in it would win over the header (make a ` +
       `new file; or enable its loop device: losetup --find --show --partscan)`;
   }
@@ -6908,8 +6910,6 @@ async function whyImageNotEnabled({ device, devices }: Target) {
     return messageOf(error);
   }
 }
-
-const isOurLabel = ({ label }: Signature) => label === DATA;
 
 /** Prints what is on a target; returns what would be lost, if anything. */
 async function listContents({ device, devices }: Target): Promise<string> {
@@ -7987,6 +7987,18 @@ const OPERANDS: Record<string, { names: string[]; most: number } | undefined> =
     check: { names: [], most: Infinity },
   };
 
+/** The modes that an option goes with; the others go with all. */
+const GOES_WITH: Record<string, string[]> = {
+  force: ["enable", "move"],
+  now: ["enable"],
+  with: ["enable"],
+  cancel: ["remove", "move"],
+  json: ["status", "dry-run"],
+};
+
+/** At most one of each group may be given. */
+const CLASHES = [MODES, ["force", "cancel"], ["now", "with"]];
+
 /** Reads the command line. What it gives counts more than the kernel's. */
 export function parseCommandLine(args: string[]) {
   const unknown = (arg: string, key?: string) => {
@@ -8005,12 +8017,18 @@ export function parseCommandLine(args: string[]) {
     unknown,
   });
   const operands: string[] = parsed._.map(String);
-  const [mode = "boot", second] = MODES.filter((mode) => parsed[mode]);
-  const { force, now, cancel, json, root, devices, wait } = parsed;
-  const takesBack = cancel && (mode === "move" || mode === "remove");
-  const needed = takesBack ? undefined : OPERANDS[mode];
-  const mistake = second
-    ? `Options --${mode} and --${second} exclude each other`
+  const isGiven = (option: string) => (parsed[option] ?? false) !== false;
+  const mode = MODES.find(isGiven) ?? "boot";
+  const { cancel, root, devices, wait } = parsed;
+  const needed = cancel ? undefined : OPERANDS[mode];
+  const clash = CLASHES.map((group) => group.filter(isGiven))
+    .find((given) => given.length > 1);
+  const [stray, modes = []] = Object.entries(GOES_WITH)
+    .find(([option, modes]) => isGiven(option) && !modes.includes(mode)) ?? [];
+  const mistake = clash
+    ? `Options --${clash[0]} and --${clash[1]} exclude each other`
+    : stray
+    ? `Option --${stray} goes with --${modes.join(" or --")} only`
     : needed && operands.length < needed.names.length
     ? `Option --${mode} needs ${needed.names.join(" and ")}: see --help`
     : mode === "check" && `${operands}`.replace("persistent", "")
@@ -8018,18 +8036,8 @@ export function parseCommandLine(args: string[]) {
     : operands.length > (needed?.most ?? 0)
     ? `Unexpected argument "${operands[needed?.most ?? 0]}" (options begin ` +
       `with "--"): see --help`
-    : force && mode !== "enable" && (mode !== "move" || takesBack)
-    ? "Option --force goes with --enable or --move only"
-    : now && mode !== "enable"
-    ? "Option --now goes with --enable only"
-    : cancel && !takesBack
-    ? "Option --cancel goes with --remove or --move only"
-    : parsed.with !== undefined && (mode !== "enable" || now)
-    ? "Option --with goes with --enable only, and not with --now"
     : parsed.with === ""
     ? "Option --with needs a FILE: see --help"
-    : json && mode !== "status" && mode !== "dry-run"
-    ? "Option --json goes with --status or --dry-run only"
     : undefined;
   if (mistake) refuse(mistake);
   const given: Partial<Settings> = {};
@@ -8049,11 +8057,8 @@ export function parseCommandLine(args: string[]) {
     // `/dev/disk/by-id/...` or `/dev/loop0` to `loop0`; a partition's disk.
     const paths: string[] = devices.split(",").filter(Boolean);
     if (paths.length === 0) refuse("Option --devices needs a LIST: see --help");
-    given.only = paths.map((path) =>
-      wholeDisk(
-        nameAt(path) ?? refuse(whyNoDevice(path)),
-      )
-    );
+    given.only = paths
+      .map((path) => wholeDisk(nameAt(path) ?? refuse(whyNoDevice(path))));
   }
   if (wait !== undefined) {
     given.waitMs = parseSeconds(wait) ??
