@@ -721,7 +721,7 @@ for (const [damage, script] of Object.entries(damages)) {
   );
 }
 
-/** A data disk that no partition's name tells to be one. */
+/** A data disk that no partition name gives away. */
 const withoutPartitions = `mkfs.btrfs -q -L lightwhale-data "$DISK" >/dev/null`;
 
 onDisks(

@@ -142,14 +142,14 @@ onDisks("nothing hides what a containerd wrote into its overlay", {
   assertEquals(await system.sh("cat var/lib/containerd/meta.db"), "kept\n");
 });
 
-// Read-only subvolumes, as somebody leaves who rolls back by hand
+// Read-only subvolumes, as a rollback by hand leaves them
 
 const readOnly = (path: string) => `btrfs property set -ts ${path} ro true`;
 const nested = (path: string) =>
   `mv ${path} old; btrfs -q subvolume create ${path}
    cp -a old/. ${path}; rm -r old`;
 
-/** Those that a boot cannot do without, and how they become so. */
+/** Subvolumes that a boot needs, and how they become read-only. */
 const readOnlySubvolumes: Record<string, string> = {
   "@lightwhale-state": "",
   "@lightwhale-data": "",

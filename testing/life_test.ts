@@ -29,7 +29,7 @@ import {
   tool,
 } from "./system.ts";
 
-/** Small: the time goes with what is copied. Too small for a swap partition. */
+/** Small, because copying takes the time. Too small for a swap partition. */
 const magicDisk: DiskSpec = { sizeBytes: 800 * MiB, contents: header };
 const emptyDisk: DiskSpec = { sizeBytes: 800 * MiB };
 
@@ -282,13 +282,13 @@ for (const [more, chosen] of [[0, 0], [1, 1]]) {
         await system.reboot();
       }
 
-      // The other one can be had as well.
+      // The other half can be used as well.
       await system.reboot({ without: [system.disks[chosen]] });
       await bootDegraded(system, 1);
       await assertKept(system, sums[1 - chosen]);
       await system.reboot();
 
-      // What the message says is done: it is given up, and mirrored anew.
+      // Do what the message says: give it up, and let it be mirrored anew.
       const enabled = await system.run([
         ...[...system.place(), "--enable", "--force", other.path],
       ]);
@@ -363,7 +363,7 @@ onDisks(
   { disks: [{ sizeBytes: 1500 * MiB, contents: header }] },
   async (system) => {
     await system.boot();
-    // Nearly all that is there is allocated: no room for a mirrored chunk.
+    // Nearly everything is allocated: no room for a mirrored chunk.
     await system.sh("head -c 900M /dev/urandom > etc/much; sync -f etc/much");
     const sum = await system.sh("sha256sum etc/much");
     await system.plug({ sizeBytes: 1500 * MiB, contents: header });
@@ -1074,7 +1074,7 @@ onDisks(
       await assertKept(system, sums);
       await system.reboot();
     }
-    // And mirrored by hand again it is a mirror again, with all that goes with.
+    // Mirrored by hand again, it is looked after as a mirror again.
     await system.boot();
     await idle(system);
     await system.sh(

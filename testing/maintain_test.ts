@@ -234,7 +234,7 @@ onDisks(
     await system.boot();
     await write(system, "large", 60);
     const uuid = await fsid(system);
-    // As a person limits it: this is kept.
+    // A person's own limit is kept.
     const limit = `/sys/fs/btrfs/${uuid}/devinfo/1/scrub_speed_max`;
     await Deno.writeTextFile(limit, String(6 * MiB));
     await system.sh(`: > ${state}/.pending-scrub`);

@@ -1,12 +1,12 @@
 /**
  * Breaks persistence.ts in one place at a time and sees whether the pure tests
- * notice: a test that no mistake can fail is none.
+ * notice: a test that no mistake makes fail tests nothing.
  *
  *     npm run test:mutants                      all mutants
  *     COUNT=300 SEED=1 npm run test:mutants     some of them, drawn by a seed
  *     ONLY=sortOutMembers npm run test:mutants  those of one function
  *
- * Mutated is all that decides, and the on-disk formats. Survivors that no pure
+ * It mutates all that decides, and the on-disk formats. Survivors that no pure
  * test can catch are listed, each with its reason, in mutants_survivors.ts. The
  * exit status is 1 where fewer than 95 % of the others are caught.
  *

@@ -16,7 +16,7 @@ import {
 
 const disk: DiskSpec = { sizeBytes: 600 * MiB };
 
-/** Not to be found anywhere but in the data filesystem. */
+/** A text that must be found only in the data filesystem. */
 const secret = "SECRET4711";
 const hash = `$6$${secret}$${"a".repeat(86)}`;
 const files = `-- home/op/.ssh/authorized_keys --

@@ -36,7 +36,7 @@ const rough = [
   ...["daemon_json", "recipes", "decide", "formats", "holds", "documents"],
 ].map((name) => `testing/${name}_test.ts`);
 
-/** By the executable and by Deno: all files but the rough ones. */
+/** With the executable and again with Deno: all files but the rough ones. */
 const usual = [...Deno.readDirSync(`${projectFolder}testing`)]
   .map(({ name }) => `testing/${name}`)
   .filter((path) => path.endsWith("_test.ts") && !rough.includes(path))

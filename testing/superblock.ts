@@ -24,7 +24,7 @@ function crc32c(bytes: Uint8Array): number {
   return ~crc >>> 0;
 }
 
-/** Makes the checksum right again: SHA-256 or, of all others, CRC-32C. */
+/** Makes the checksum right again: SHA-256 or, for all others, CRC-32C. */
 export function repairSuperblock(block: Uint8Array): void {
   const view = new DataView(block.buffer, block.byteOffset, block.length);
   const body = block.subarray(0x20, 4 * KiB);
