@@ -2916,9 +2916,13 @@ function planJoins(found: Findings, plan: Plan): void {
   const { data } = plan;
   if (found.candidates.length === 0) return;
   if (!data) {
+    const { source, type } = found.facts.mounted ?? {};
+    const when = type === "btrfs"
+      ? `nothing is done, for ${source}, which is mounted, was not looked at ` +
+        `(--devices)`
+      : "that happens at the next boot";
     plan.notes.push(warning(
-      `${pathsOf(found.candidates)} carries the magic to be formatted: that ` +
-        `happens at the next boot`,
+      `${pathsOf(found.candidates)} carries the magic to be formatted: ${when}`,
     ));
     return;
   }

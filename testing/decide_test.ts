@@ -1458,6 +1458,13 @@ const situations: {
       /sda carries the magic to be formatted: that happens at the next boot/,
   },
   {
+    name: "a data filesystem is mounted, and only an enabled disk is looked at",
+    devices: [magic("sdb")],
+    facts: { mounted },
+    decides: { mode: "mounted" },
+    says: /sdb carries the magic .* which is mounted, was not looked at/,
+  },
+  {
     name: "a disk is enabled while the data filesystem is mounted",
     devices: [data("sda", { open: true }), magic("sdb")],
     facts: { mounted },
@@ -4233,7 +4240,7 @@ const mistakes: [line: string, why: RegExp][] = [
   ["--remove /dev/sda /dev/sdb", /Unexpected argument "\/dev\/sdb"/],
   ["--remove --cancel /dev/sda", /Unexpected argument "\/dev\/sda"/],
   ["--remove --force /dev/sda", /--force goes with/],
-  ["--move --cancel --force", /--force goes with/],
+  ["--move --cancel --force", /--force and --cancel exclude/],
   ["--enable --cancel /dev/sda", /--cancel goes with/],
   ["--cancel", /--cancel goes with/],
   ["--now", /--now goes with/],
