@@ -6713,44 +6713,43 @@ async function targetAt(path: string): Promise<Target> {
   return { device, devices };
 }
 
-/** An image file, and its partitions as partx(8) finds them. */
+/** An image file and its partitions, which the kernel does not know. */
 async function imageAt(path: string, sizeBytes: number): Promise<Target> {
-  const read = parseStart(await readBytes(path, 0, START_BYTES));
+  const start = await readBytes(path, 0, START_BYTES);
   const image = {
     path,
     kind: "disk",
     disk: "",
     sizeBytes,
-    read,
+    read: parseStart(start),
     signatures: await listSignatures({ path }),
-    magic: read.header,
+    magic: parseStart(start).header,
     holds: { kind: "nothing of ours" },
   } as BlockDevice;
   image.payload = await findPayload(image, [image]);
+  const read: Read = (at, length) => readBytes(path, at, length);
+  const gpt = await readGptAt(512, 512, read) ??
+    await readGptAt(4 * KiB, 4 * KiB, read);
+  const hasMbr = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
+  const inMbr = (at: number, field: number) =>
+    512 * viewOf(start).getUint32(at + field, true);
+  const entries = gpt?.partitions ??
+    (hasMbr ? MBR.entriesAt : []).map((at, i) => ({
+      number: i + 1,
+      name: "",
+      startBytes: inMbr(at, MBR.first),
+      sizeBytes: inMbr(at, MBR.sectors),
+    })).filter(({ sizeBytes }) => sizeBytes > 0);
   const devices = [image];
-  for (const sectorBytes of [512, 4 * KiB]) {
-    const { stdout } = await run(
-      words`partx --raw --noheadings --output NR,START,SECTORS
-        --sector-size ${sectorBytes} ${path}`,
-      { to: `see what is on ${path}`, accept: [0, 1], capture: true },
-    );
-    for (const line of devices[1] ? [] : stdout.split("\n").filter(Boolean)) {
-      const [number, start, sectors] = line.split(" ").map(Number);
-      const entry = {
-        number,
-        name: "",
-        startBytes: start * sectorBytes,
-        sizeBytes: sectors * sectorBytes,
-      };
-      devices.push({
-        ...image,
-        ...entry,
-        entry,
-        path: `${path} (partition ${number})`,
-        read: parseStart(new Uint8Array()),
-        signatures: await probe(path, entry),
-      });
-    }
+  for (const entry of entries) {
+    devices.push({
+      ...image,
+      ...entry,
+      entry,
+      path: `${path} (partition ${entry.number})`,
+      read: parseStart(new Uint8Array()),
+      signatures: await probe(path, entry),
+    });
   }
   return { device: image, devices };
 }

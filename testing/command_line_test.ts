@@ -203,14 +203,15 @@ onDisks(
 );
 
 for (const table of ["gpt", "dos"]) {
-  for (const sectorBytes of [512, 4096] as const) {
+  // An MBR does not say for which sectors it was made.
+  for (const sectorBytes of table === "gpt" ? [512, 4096] as const : [512]) {
     onDisks(
       `--enable lists the partitions of an image file: ${table}, ` +
         `${sectorBytes}-byte sectors`,
       {
         disks: [{
           ...disk,
-          sectorBytes,
+          sectorBytes: sectorBytes as 512 | 4096,
           contents: `printf 'label: ${table}\nsize=200M\nsize=100M\n' |
               sfdisk -q --no-reread --no-tell-kernel "$DISK"
             mkfs.ext4 -q -b 4096 -L archive -E offset=$((1 << 20)) "$DISK" 100M`,
