@@ -327,6 +327,8 @@ export interface Superblock {
   devid: number;
   /** Size of this device as the filesystem knows it. */
   deviceBytes: number;
+  /** Size of all devices, missing ones included. */
+  totalBytes: number;
   /** What is used in all of the filesystem, each byte counted once. */
   usedBytes: number;
   /** Writes since the last commit wait in a log tree. */
@@ -348,6 +350,7 @@ const BTRFS = {
   magicText: "_BHRfS_M",
   generation: 0x48,
   logRoot: 0x60,
+  totalBytes: 0x70,
   usedBytes: 0x78,
   numDevices: 0x88,
   checksumType: 0xc4,
@@ -387,6 +390,7 @@ export function parseSuperblock(
     numDevices: number(BTRFS.numDevices),
     devid: number(BTRFS.devid),
     deviceBytes: number(BTRFS.deviceBytes),
+    totalBytes: number(BTRFS.totalBytes),
     usedBytes: number(BTRFS.usedBytes),
     hasLog: number(BTRFS.logRoot) !== 0,
     intact: isRight && number(BTRFS.ownPlace) === at,
@@ -7084,7 +7088,7 @@ function readSpace(directory: string) {
 }
 
 /**
- * Metadata chunks, and what they may still grow by: they may be full while there
+ * Metadata chunks with what they may still grow by: they may be full while there
  * is room for data. Of what is free in them the kernel keeps a reserve for
  * itself (btrfs-filesystem(8), df, GlobalReserve).
  */
@@ -7094,21 +7098,21 @@ function readMetadataSpace({ fsid, members }: Mounted) {
   const allocatedBytes = sum(
     ["data", "metadata", "system"].map((type) => value(`${type}/disk_total`)),
   );
-  const deviceBytes = sum(members.map(({ holds }) => holds.btrfs.deviceBytes));
-  const sizeBytes = value("metadata/total_bytes");
-  const copies = value("metadata/disk_total") / sizeBytes || 1;
-  const inChunksBytes = sizeBytes - value("metadata/bytes_used") -
+  const { totalBytes } = members[0].holds.btrfs;
+  const chunksBytes = value("metadata/total_bytes");
+  const copies = value("metadata/disk_total") / chunksBytes || 1;
+  const inChunksBytes = chunksBytes - value("metadata/bytes_used") -
     value("global_rsv_size");
-  const unallocatedBytes = deviceBytes - allocatedBytes;
-  const freeBytes = inChunksBytes + unallocatedBytes / copies;
+  const unallocatedBytes = totalBytes - allocatedBytes;
+  const growthBytes = Math.floor(unallocatedBytes / copies);
   const dataFreeBytes = value("data/total_bytes") - value("data/bytes_used");
-  const chunkBytes = largestChunkBytes([deviceBytes]);
+  const chunkBytes = largestChunkBytes([totalBytes]);
   return {
-    sizeBytes,
-    freeBytes: Math.max(0, Math.floor(freeBytes)),
+    sizeBytes: chunksBytes + growthBytes,
+    freeBytes: Math.max(0, inChunksBytes + growthBytes),
     /** There is room in data chunks, and none for metadata to grow. */
     isCrowdedOut: unallocatedBytes < chunkBytes &&
-      inChunksBytes < sizeBytes / 4 && dataFreeBytes > 2 * chunkBytes,
+      inChunksBytes < chunksBytes / 4 && dataFreeBytes > 2 * chunkBytes,
   };
 }
 

@@ -101,6 +101,7 @@ export function superblock(
     numDevices: 1,
     devid: 1,
     deviceBytes: diskBytes - GiB,
+    totalBytes: diskBytes - GiB,
     usedBytes: 10 * GiB,
     hasLog: false,
     intact: true,

@@ -108,6 +108,7 @@ const plainSuperblock = {
   numDevices: 3,
   devid: 2,
   deviceBytes: 0x500000002,
+  totalBytes: 0xa000000000,
   usedBytes: 0x300000001,
   hasLog: false,
   intact: true,

@@ -413,6 +413,20 @@ onDisks(
 );
 
 onDisks(
+  "a mirror that lacks a disk has room for metadata, as both have together",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await system.boot();
+    await system.sh(`fallocate -l 500M ${state}/docker/large; sync ${state}`);
+    await system.reboot({ without: [system.disks[1]] });
+    await system.boot(["--wait", "0"]);
+    assertMatch(await pass(system), /^Device 2 is missing: .*\n$/);
+    const { metadataSpace } = await statusOf(system);
+    assert(metadataSpace.freeBytes < metadataSpace.sizeBytes);
+  },
+);
+
+onDisks(
   "--check tells a volatile system from one that should not be",
   { disks: [{ sizeBytes: 200 * MiB }] },
   async (system) => {
@@ -468,6 +482,14 @@ async function scrub(system: System): Promise<void> {
   await system.sh(`: > ${state}/.pending-scrub`);
   await pass(system);
   await system.sh(`[ ! -e ${state}/.pending-scrub ]`);
+}
+
+async function statusOf(system: System) {
+  const { stdout } = await system.run([
+    ...system.place(),
+    ...["--status", "--json"],
+  ]);
+  return JSON.parse(stdout);
 }
 
 const check = (system: System, ...args: string[]) =>
