@@ -6281,11 +6281,12 @@ async function enable(
         `Cannot read the magic back from ${path}: the disk may be broken`,
       );
       const writes = payload?.entries.map(({ name }) => `\n  ${name}`) ?? [];
-      console.log(
-        `${path} is enabled${
-          payload ? `, with a payload:${writes.join("")}` : ""
-        }`,
-      );
+      const what = payload
+        ? `, with a payload:${writes.join("")}`
+        : target.device.payload
+        ? "; the payload that it had is erased (--with FILE gives it one)"
+        : "";
+      console.log(`${path} is enabled${what}`);
       if (now) continue;
       const after = await readBytes(path, 0, room);
       for (const undo of howToUndo(target, before, after)) console.log(undo);

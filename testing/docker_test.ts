@@ -207,6 +207,7 @@ for (const { name, disk, cmdline, says } of expected) {
       const text = await system.sh(`cat .${gate}`);
       assertStringIncludes(text, says);
       assert(boot.report.warnings.some((line) => line.includes(gate)));
+      assert(!boot.stderr.includes("Docker keeps its data"), boot.stderr);
       const { stdout } = await system.run([...system.place(), "--status"]);
       assertStringIncludes(stdout, "Fallback");
       assertStringIncludes(stdout, "Docker is held back");

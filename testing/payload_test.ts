@@ -430,7 +430,7 @@ onDisks(
           "tmp/nothing",
           /Cannot use the payload ".*nothing": there is no such file/,
         ],
-        ["tmp", /Cannot use the payload ".*tmp": it is no file/],
+        ["tmp", /Cannot use the payload ".*tmp": it is no regular file/],
       ] as const
     ) {
       const refused = await enable("--with", `${system.root}/${bad}`);
@@ -462,6 +462,7 @@ onDisks(
     await enable("--with", file);
     const plain = await enable();
     assertEquals(plain.status, 0, plain.stderr);
+    assertMatch(plain.stdout, /the payload that it had is erased/);
     assertEquals(await countOf(disk, secret), 0);
     assertEquals(await countOf(disk, "lightwhale-p"), 1);
 
