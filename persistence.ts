@@ -2567,7 +2567,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
     missing > 0 && all.includes(device) && idOf(device) !== leaving?.member &&
     members.some((member) => isBehind(device, member)) &&
     device.holds.record !== undefined &&
-    (isOnItsHardware(device) ?? !isOlderCopy(device, members))
+    isOnItsHardware(device) !== false && !isOlderCopy(device, members)
   );
   return {
     fsid: devices[0].holds.btrfs.fsid,

@@ -2246,6 +2246,32 @@ const situations: {
     says: /sdb2 is an older copy of a member/,
   },
   {
+    name:
+      "an older copy in the slot that a virtual machine's serial number names",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 12,
+        record: record("a", 7, ["a"], { b: 10 }, {
+          mounts: ["m", "n", "o"],
+          lastSeen: { b: "n" },
+        }),
+      }),
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 8,
+        hardware: "drive-scsi1",
+        record: record("b", 5, both, {}, {
+          mounts: ["m"],
+          hardware: "drive-scsi1",
+        }),
+      }),
+    ],
+    decides: { ...degraded, excluded: ["sdb2"] },
+    says: /sdb2 is an older copy of a member/,
+  },
+  {
     name: "what came back is what was there last",
     devices: [
       data("sda", {
