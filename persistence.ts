@@ -8077,6 +8077,7 @@ export function parseCommandLine(args: string[]) {
 
 const ON = ["on", "yes", "true", "1"];
 const OFF = ["off", "no", "false", "0"];
+const PERSISTENCE = "lightwhale.persistence";
 
 /** Reads the kernel's command line, which is never a reason not to boot. */
 export function parseKernelCommandLine(kernel: string) {
@@ -8085,10 +8086,12 @@ export function parseKernelCommandLine(kernel: string) {
   const options = new Map<string, string>();
   for (const [word] of kernel.matchAll(/(?:"[^"]*"?|[^\s"])+/g)) {
     const [name, ...value] = word.replaceAll('"', "").toLowerCase().split("=");
-    options.set(name.replaceAll("-", "_"), value.join("=").trim());
+    // However its name is misspelt, it was typed to keep the disks untouched.
+    const key = name.replace(/^lightwhale.?persist.*/s, PERSISTENCE);
+    options.set(key.replaceAll("-", "_"), value.join("=").trim());
   }
   const warnings: string[] = [];
-  const persistence = options.get("lightwhale.persistence") ?? "on";
+  const persistence = options.get(PERSISTENCE) ?? "on";
   const isKnown = [...ON, ...OFF, "required"].includes(persistence);
   if (!isKnown) {
     warnings.push(

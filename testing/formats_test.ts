@@ -1465,6 +1465,14 @@ const kernelLines: {
     line: 'LightWhale.Persistence="off"',
     settings: { off: true },
   },
+  ...[".persistance", "-persistence", "_persistence", ".persist"].map(
+    (name) => ({ line: `lightwhale${name}=off`, settings: { off: true } }),
+  ),
+  {
+    line: "lightwhale.persistence:off",
+    settings: { off: true },
+    warnings: 1,
+  },
   {
     line: 'a="b lightwhale.persistence=off" lightwhale.wait=3',
     settings: { waitMs: 3000 },
