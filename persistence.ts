@@ -6881,30 +6881,46 @@ const FILE_FORMATS = {
   VHD: "^(.{512})?conectix",
   QED: "^QED\0",
   Parallels: "^(WithoutFreeSpace|WithouFreSpacExt)",
+  EWF: "^EVF\t\r\n",
+  Bochs: "^Bochs Virtual HD Image",
+  DMG: "^.{512}koly",
+  VMA: "^VMA\0",
+  WIM: "^MSWIM\0",
+  partclone: "^partclone-image",
+  "sparse Android": "^:\xff&\xed",
   gzip: "^\x1f\x8b",
   xz: "^\xfd7zXZ\0",
   zstd: "^[(]\xb5/\xfd",
   bzip2: "^BZh",
+  lz4: '^\x04"M\x18',
+  lzop: "^\x89LZO\0",
+  lzma: "^]\0\0.\0",
+  lzip: "^LZIP",
+  "7z": "^7z\xbc\xaf",
+  rar: "^Rar!",
   zip: "^PK\x03\x04",
+  tar: "^.{257}ustar",
 };
 
 async function whyImageNotEnabled({ device, devices }: Target) {
-  const { path, sizeBytes } = device;
-  const real = fs.realpathSync(path);
+  const { path, sizeBytes, magic } = device;
+  const { dev, ino } = fs.statSync(path);
   const user = listDirectory("/sys/class/block")
-    .find((name) => readSysfs(name, "loop/backing_file") === real);
+    .find((name) => readIdentity(name).hardware === `${IMAGE}${dev}:${ino}`);
   if (user) return `it is in use by ${nodeOf(user)}`;
   const first = await readBytes(path, 0, 512);
   const last = await readBytes(path, Math.max(0, sizeBytes - 512), 512);
-  const sectors = Buffer.concat([first, last]).toString("latin1");
+  const sectors = Buffer.concat([first, last]);
   for (const [format, pattern] of Object.entries(FILE_FORMATS)) {
-    if (!new RegExp(pattern, "s").test(sectors)) continue;
+    if (!new RegExp(pattern, "s").test(sectors.toString("latin1"))) continue;
     return `it is a ${format} file, and only a raw image can begin with the ` +
-      `header (qemu-img convert -O raw makes one)`;
+      `header (unpack it, or qemu-img convert -O raw makes one)`;
   }
   if (sizeBytes < MiB) {
-    return `it is too small for the image of a disk (truncate -s 20G makes ` +
-      `it larger, and may do so again later)`;
+    return "it is too small for the image of a disk" +
+      (magic || isZero(sectors)
+        ? " (truncate -s 20G makes it larger, and may do so again later)"
+        : "");
   }
   const labels = devices.flatMap((part) => part.signatures ?? [])
     .map(({ label }) => label);

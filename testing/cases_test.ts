@@ -1403,6 +1403,11 @@ const imageFormats: Record<string, { start: string; says: RegExp }> = {
   "gzip": { start: "\\37\\213\\10\\0", says: /gzip/i },
   "xz": { start: "\\3757zXZ\\0", says: /\bxz\b/i },
   "Zstandard": { start: "\\50\\265\\57\\375", says: /zstd|zstandard/i },
+  "lz4": { start: '\\4"M\\30', says: /lz4/i },
+  "7z": { start: "7z\\274\\257\\47\\34", says: /7z/i },
+  "an OVA": { start: `${"x".repeat(257)}ustar`, says: /\btar\b/i },
+  "a sparse Android image": { start: ":\\377&\\355", says: /android/i },
+  "a backup of Proxmox": { start: "VMA\\0", says: /vma/i },
 };
 
 for (const [format, { start, says }] of Object.entries(imageFormats)) {
@@ -1429,6 +1434,36 @@ for (const [format, { start, says }] of Object.entries(imageFormats)) {
     },
   );
 }
+
+onDisks(
+  "--enable of an image that is in use by another name",
+  { disks: [blankDisk] },
+  async (system) => {
+    const { run, disks: [{ image }] } = system;
+    const other = `${image}.link`;
+    await command(["ln", image, other]);
+    const { status, stderr } = await run([
+      ...system.place(),
+      "--enable",
+      other,
+    ]);
+    assertEquals(status, 2, stderr);
+    assertMatch(stderr, /in use by \/dev\/loop/);
+  },
+);
+
+onDisks(
+  "--enable of a small file that is no image: no advice to make it larger",
+  { disks: [blankDisk] },
+  async (system) => {
+    for (const [contents, isAdvised] of [["hello", false], ["", true]]) {
+      await system.sh(`printf '${contents}' > tmp/file`);
+      const args = [...system.place(), "--enable", `${system.root}/tmp/file`];
+      const { status, stderr } = await system.run(args);
+      assertEquals([status, /truncate/.test(stderr)], [2, isAdvised], stderr);
+    }
+  },
+);
 
 // A23: mkfs.btrfs has its own reasons.
 
