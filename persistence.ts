@@ -6836,11 +6836,7 @@ async function whyNotEnabled({ device, devices }: Target) {
     return "the magic header counts on whole disks only, not on md or " +
       "device-mapper volumes";
   }
-  const root = /(?:^|\s)root=(\S+)/.exec(readText("/proc/cmdline") ?? "")?.[1];
-  const source = root && nameAt(root);
-  if (parts.some(({ name }) => name === source)) {
-    return "the running system came from it";
-  }
+  if (await isSystemSource(parts)) return "the running system came from it";
   const other = all.find((other) => other.magic && other !== device);
   if (other) return `${other.path} is enabled (--disable it first)`;
   if (layOut(device, 0, true).dataBytes < MINIMUM_DATA_BYTES) {
@@ -6860,6 +6856,21 @@ async function whyNotEnabled({ device, devices }: Target) {
     const path = await findOpenTwin(part);
     if (path) return `it is the same disk as ${path}, or a fresh copy of it`;
   }
+}
+
+/** Does the kernel's command line name one of these as the root? */
+async function isSystemSource(parts: BlockDevice[]): Promise<boolean> {
+  const [, root = ""] = /.*(?:^|[\s"])root="?([^\s"]+)/s
+    .exec(readText("/proc/cmdline") ?? "") ?? [];
+  const [token] = /(PART)?(UUID|LABEL)=[^/]*/.exec(root) ?? [];
+  if (!token) return parts.some(({ name }) => name === nameAt(root));
+  const { stdout } = await run(
+    words`blkid --cache-file /dev/null --output device --match-token
+      ${token.replace(/(?<=^PARTUUID=).*/, (id) => id.toLowerCase())}
+      ${parts.map(({ path }) => path)}`,
+    { to: `find ${root}`, accept: [0, 2], capture: true }, // 2: none has it
+  );
+  return stdout !== "";
 }
 
 /** An open member with the same superblock: perhaps another path to it. */

@@ -465,6 +465,36 @@ function startOfDisk(disk: Disk): Promise<string> {
   return onDevices([disk], mebibytes(1, 90));
 }
 
+const rootUuid = "12345678-9abc-4def-8123-456789abcdef";
+
+/** How the kernel's command line may name the partition with the system. */
+const roots = [
+  `root=PARTUUID=${rootUuid.toUpperCase()}`,
+  `root=PARTUUID=${rootUuid}/PARTNROFF=0`,
+  'root="LABEL=LIGHTWHALE"',
+  `"root=UUID=${rootUuid}"`,
+  "root=PARTLABEL=system",
+  "root=/dev/none root=LABEL=LIGHTWHALE",
+];
+
+for (const cmdline of roots) {
+  const contents = `${tools} gpt "$DISK" uuid=${rootUuid},name=system
+    mkfs.ext4 -q -L LIGHTWHALE -U ${rootUuid} "$DISK"p1`;
+  onDisks(
+    `--enable --force of the disk that the system came from: ${cmdline}`,
+    { disks: [{ ...blankDisk, contents }, blankDisk], cmdline },
+    async (system) => {
+      await onDevices(system.disks.slice(0, 1), 'partx -u "$1"');
+      for (const [n, { path }] of system.disks.entries()) {
+        const args = [...system.place(), "--enable", "--force", path];
+        const { status, stderr } = await system.run(args);
+        assertEquals(status, n === 0 ? 2 : 0, stderr);
+        if (n === 0) assertMatch(stderr, /the running system came from it/);
+      }
+    },
+  );
+}
+
 /** What `--enable` must say of a disk that holds this. */
 const listings: Record<string, { contents: string; says: string[] }> = {
   "a server's disk": {
