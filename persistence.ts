@@ -1547,7 +1547,7 @@ function readMachine(): string | undefined {
   const uuid = readText("/sys/class/dmi/id/product_uuid")?.trim().toLowerCase();
   const digits = new Set(uuid?.replaceAll("-", ""));
   const isPlaceholder = digits.size < 4 ||
-    uuid === "03000200-0400-0500-0006-000700080009";
+    /^(03000200-0400-0500|00020003-0004-0005)-0006-000700080009$/.test(uuid!);
   return uuid && !isPlaceholder ? crcOfText(uuid).toString(16) : undefined;
 }
 
@@ -2698,7 +2698,7 @@ function isOlderCopy(device: Member, members: Member[]): boolean {
 
 /** 2: this machine's, 0: another machine's, 1: nobody knows. */
 function machineRank({ holds: { record } }: Member, machine?: string): number {
-  if (!machine || !record?.machine) return 1;
+  if (!record?.machine) return 1;
   return record.machine === machine ? 2 : 0;
 }
 

@@ -1734,9 +1734,17 @@ const situations: {
     decides: single,
   },
   {
-    name: "this machine has no identity: the one mounted more often",
+    name: "this machine has no identity, and another machine's disk has",
     devices: [
       data("sda", { fsid: "2", record: ofMachine("a", 9, "theirs") }),
+      data("sdb", { fsid: "1", record: record("b", 3, ["b"]) }),
+    ],
+    decides: { ...single, members: ["sdb2"] },
+  },
+  {
+    name: "no machine has an identity: the one mounted more often",
+    devices: [
+      data("sda", { fsid: "2", record: record("a", 9, ["a"]) }),
       data("sdb", { fsid: "1", record: record("b", 3, ["b"]) }),
     ],
     decides: single,
