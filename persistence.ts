@@ -2165,14 +2165,20 @@ function sayDoubts(
   }
 }
 
-/** The node to enable: the whole disk only where nothing else is on it. */
+/**
+ * The node to enable: the whole disk only where nothing else is on it. Neither a
+ * volume nor a partition without a name can be.
+ */
 function howToGiveUp(device: BlockDevice, devices: BlockDevice[]): string {
   const whole = devices.find(({ name }) => name === device.disk);
-  const names = whole ? namesIn(whole.read) : [];
-  const isShared = names.some((name) => ![MAGIC, DATA, SWAP].includes(name));
+  const gpt = whole?.read.gpt;
+  const isShared = gpt
+    ? namesIn(whole.read).some((name) => ![MAGIC, DATA, SWAP].includes(name))
+    : device.kind === "partition";
   const { path } = isShared || !whole ? device : whole;
-  return `to give up all that is on ${path}, for ever: persistence.ts ` +
-    `--enable --force ${path}`;
+  const isRefused = whole?.kind === "volume" || (whole && isShared && !gpt);
+  return `to give up all that is on ${path}, for ever: ` +
+    (isRefused ? "wipefs --all " : "persistence.ts --enable --force ") + path;
 }
 
 /** A small repair; `--dry-run` prints what it says. */

@@ -2986,6 +2986,30 @@ const situations: {
     says: /to give up all that is on \/dev\/sda, .*--force \/dev\/sda\)$/,
   },
   {
+    name: "a copy on a disk with an MBR, which others share",
+    devices: [
+      data("sda", { generation: 12 }),
+      data("sdb").map((part) =>
+        part.kind === "disk"
+          ? draw(reading(part, { gpt: undefined }), { table: "mbr" })
+          : part
+      ),
+    ],
+    decides: { ...single, excluded: ["sdb2"] },
+    says:
+      /to give up all that is on \/dev\/sdb2, .*: wipefs --all \/dev\/sdb2\)$/,
+  },
+  {
+    name: "a copy on a volume",
+    devices: [
+      data("sda", { generation: 12 }),
+      disk("dm-0", { kind: "volume", btrfs: superblock({}) }),
+    ],
+    decides: { ...single, excluded: ["dm-0"] },
+    says:
+      /to give up all that is on \/dev\/dm-0, .*: wipefs --all \/dev\/dm-0\)$/,
+  },
+  {
     name: "a damaged data partition beside one that is magic",
     devices: [without(data("sda", { names: [MAGIC, DATA] }), "btrfs")],
     decides: { errors: 2 },
