@@ -7255,6 +7255,12 @@ function* judgeHealth(
       `(see dmesg); reboot, and if that happens again, replace the disk`;
     yield { key: "read-only", text, level: "critical" };
   }
+  if (status.label !== null && status.label !== DATA) {
+    const text = `The data filesystem has the label "${status.label}": the ` +
+      `next boot will not find it ("btrfs filesystem label /${DATA_MOUNT} ` +
+      `${DATA}" cures that)`;
+    yield { key: "label", text, level: "critical" };
+  }
   if (status.isDockerHeldBack) {
     yield { key: "Docker is held back", text: HELD_BACK, level: "critical" };
   }

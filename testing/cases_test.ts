@@ -1846,6 +1846,21 @@ async function membersOf({ disks, sh }: System): Promise<number[]> {
     .filter((n) => devices.some((device) => isPartOf(device, disks[n - 1])));
 }
 
+onDisks(
+  "a person gives the data filesystem another label: that is said",
+  { disks: [magicDisk] },
+  async (system) => {
+    await bootPersistent(system);
+    const says = async (label: string) => {
+      await system.sh(`btrfs filesystem label mnt/lightwhale-data "${label}"`);
+      return (await system.run([...system.place(), "--status"])).stdout;
+    };
+    assertMatch(await says("photos"), /label "photos".*filesystem label/);
+    assertMatch(await says(""), /label "".*filesystem label/);
+    assertMatch(await says(label), /Healthy/);
+  },
+);
+
 // Damage that is easily taken for emptiness.
 
 situation(
