@@ -1524,6 +1524,14 @@ function readIdentity(disk: string): { sequence?: string; hardware?: string } {
   return { sequence: readSysfs(disk, "diskseq"), hardware };
 }
 
+/** A name alone may be another disk's by now. */
+function assertSame({ path, disk, sequence }: BlockDevice): void {
+  assert(
+    readIdentity(disk).sequence === sequence,
+    `Cannot use ${path}: it is not the disk any more that was looked at`,
+  );
+}
+
 /** USB storage has its serial number in the device that the interface is of. */
 function readUsbSerial(disk: string): string | undefined {
   let directory = orUndefined(() => fs.realpathSync(`/sys/block/${disk}`)) ??
@@ -3132,11 +3140,7 @@ const REPAIRS = {
 async function carryOut(repair: Repair): Promise<void> {
   const { says, does } = REPAIRS[repair.do];
   say("info", `Repair: ${says(repair.device)}`);
-  const { path, disk, sequence } = repair.device;
-  assert(
-    readIdentity(disk).sequence === sequence,
-    `Cannot repair ${path}: it is not the disk any more that was looked at`,
-  );
+  assertSame(repair.device);
   await does(repair.device);
 }
 
@@ -4201,6 +4205,7 @@ async function recordMembers(
     const record = { fsid, member, ...common, ...absent, hardware, mounts };
     const slot = RECORD.slotsAt[common.epoch % RECORD.slotsAt.length];
     try {
+      assertSame(device);
       await writeBytes(path, slot, formatRecord(record));
       written.set(device, record);
     } catch (error) {
@@ -6181,10 +6186,7 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
       );
       await cancelReplace(paths);
       await packChunks(paths); // may take hours, and nothing holds the disk
-      assert(
-        readIdentity(device.disk).sequence === device.sequence,
-        `Cannot ${to}: it is not the disk any more that it was`,
-      );
+      assertSame(device);
       await begin();
     }
   };

@@ -1615,6 +1615,30 @@ for (const [what, contents] of Object.entries(changelings)) {
 }
 
 onDisks(
+  "a disk with ext4 takes the name of the data disk: it is not touched",
+  { disks: [magicDisk] },
+  async (system) => {
+    await bootPersistent(system);
+    const [data] = system.disks;
+    const other = await system.plug({
+      ...blankDisk,
+      contents: `${tools} gpt "$DISK" name=photos; mkfs.ext4 -q "$DISK"p1`,
+    });
+    const before = await system.checksum(other);
+    await system.reboot({ without: [other] });
+    // The kernel is shown the partitions between the look and the mount.
+    const boot = await bootWith(system, {
+      "partx": `*) losetup --detach ${data.path}
+        losetup ${data.path} ${other.image}`,
+    });
+    other.path = data.path;
+    assertEquals(await system.checksum(other), before, boot.stderr);
+    assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+    other.path = "";
+  },
+);
+
+onDisks(
   "a magic disk is disabled while the boot thinks: it is not formatted",
   { disks: [magicDisk, magicDisk] },
   async (system) => {
