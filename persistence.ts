@@ -1288,10 +1288,9 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
       readSysfsBytes(node.name, "size");
-    // RAID metadata (md 0.90 and 1.0, Intel, DDF) lie in the last 128 KiB.
-    const endBytes = 128 * KiB;
-    const end = await read(base + sizeBytes - endBytes, endBytes);
-    reading.plain = isBlankBeforeBtrfs && isZero(end);
+    const end = await read(base + sizeBytes - RAID_BYTES, RAID_BYTES);
+    reading.plain = isBlankBeforeBtrfs && isZero(end) &&
+      !isVmfs(await read(base + MiB, MiB + 4));
   } else if (!reading.btrfs && !reading.gpt) {
     reading.plain = isBlankBeforeBtrfs &&
       isZero(start.subarray(BTRFS.superblockAt));
@@ -1302,6 +1301,14 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   }
   return reading;
 }
+
+/** RAID metadata lie in the last 3087 sectors (util-linux, promise_raid.c). */
+const RAID_BYTES = 1600 * KiB;
+
+/** VMFS leaves the first MiB as it was (util-linux, vmfs.c). */
+const isVmfs = (bytes: Uint8Array) =>
+  bytes.length > MiB && (viewOf(bytes).getUint32(0, true) === 0xc001d00d ||
+    viewOf(bytes).getUint32(MiB, true) === 0x2fabf15e);
 
 /** What the first {@linkcode START_BYTES} of a device say. */
 export function parseStart(start: Uint8Array): Reading {

@@ -222,6 +222,11 @@ const newer: Record<string, { script: string; needs?: string[] }> = {
     script: `gpt "$1" 'name=photos'; luks "$1"p1`,
     needs: ["cryptsetup"],
   },
+  "a Promise RAID": {
+    script: `printf 'Promise Technology, Inc.' |
+      put "$1" $(($(sizeof "$1") - 3087 * 512))`,
+  },
+  "VMFS": { script: `printf '\\15\\320\\1\\300' | put "$1" 1048576` },
   "md with its superblock at the end": { script: 'md10 "$1"' },
   "an Intel RAID with its metadata at the end": { script: 'isw "$1"' },
 };
