@@ -1603,6 +1603,9 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
   const ask = async (device: BlockDevice) => {
     try {
       device.signatures = await listSignatures(device);
+      if (!isLarger(device) || await isBlankBehind(device)) return;
+      const atBytes = device.read.gpt?.endBytes;
+      device.signatures.push({ type: "data of an unknown kind", atBytes });
     } catch (error) {
       device.read.error = cannotRead(device.path, error);
     }
@@ -1610,6 +1613,27 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
   while (readable.length > 0) {
     await Promise.all(readable.splice(0, 16).map(ask));
   }
+}
+
+/**
+ * The disk is larger than before when the backup table is not at its end; free
+ * space behind the last partition alone may be there on purpose.
+ */
+const isLarger = ({ sizeBytes, read: { gpt } }: BlockDevice) =>
+  gpt !== undefined && sizeBytes - gpt.endBytes >= MiB;
+
+/** Samples what a larger disk, to which an image was copied, held before. */
+async function isBlankBehind({ path, sizeBytes, read }: BlockDevice) {
+  const { endBytes = sizeBytes } = read.gpt ?? {};
+  const bytes = 4 * KiB;
+  return await withDevice(path, async (read) => {
+    const step = Math.max(1, (sizeBytes - endBytes) / bytes / 64);
+    for (let block = 0; block < 64; block++) {
+      const at = endBytes + bytes * Math.floor(block * step);
+      if (!isZero(await read(at, bytes))) return false;
+    }
+    return isZero(await read(sizeBytes - MiB, MiB));
+  });
 }
 
 /**
@@ -2207,14 +2231,15 @@ export interface Repair {
  * also what is not used; only what is used is written to.
  */
 function planRepairs(devices: BlockDevice[], plan: Plan): void {
-  const { data, create, joins, mode } = plan;
+  const { data, create, joins } = plan;
+  const isInUse = plan.mode === "mounted";
   const members: BlockDevice[] = data?.members ?? [];
   const used = [...members, ...devicesOf([...create?.members ?? [], ...joins])];
   const left = data?.leaver ? [data.leaver] : []; // to be wiped, by its node
   const seen = [...used, ...left, ...data ? allDevices(data) : []];
   const repairs: Repair[] = [];
   for (const disk of devices) {
-    const { path, readOnly, sectorBytes, sizeBytes, read: { gpt } } = disk;
+    const { path, readOnly, sectorBytes, read: { gpt } } = disk;
     if (!gpt) continue;
     const isPart = (device: BlockDevice) =>
       device !== disk && device.disk === disk.name;
@@ -2227,24 +2252,22 @@ function planRepairs(devices: BlockDevice[], plan: Plan): void {
     if (seen.some((device) => isPart(device) && device.entry)) {
       repairs.push({ do: "show partitions", device: disk });
     }
-    // The disk is larger than before when the backup table is not at its end;
-    // free space behind the last partition alone may be there on purpose.
-    const isLarger = sizeBytes - gpt.endBytes >= MiB && mode !== "mounted";
     const last = members.find((member) =>
       isPart(member) &&
       member.startBytes + member.sizeBytes === endOfPartitions(gpt)
     );
-    if (!last || !isLarger || !canChange || gpt.lost) continue;
+    if (!last || !isLarger(disk) || !canChange || gpt.lost || isInUse) continue;
     const others = othersOn(disk).join(", ");
     if (!others) repairs.push({ do: "grow", device: last });
     else {
       plan.notes.push(warning(
         `${path} is larger than its partition table, but holds ${others} as ` +
-          `well: it is not grown`,
+          `well: it is not grown (to give that up, for ever: echo ", +" | ` +
+          `sfdisk --no-reread -N ${last.number} ${path}, reboot)`,
       ));
     }
   }
-  for (const device of mode === "mounted" ? [] : members) {
+  for (const device of isInUse ? [] : members) {
     if (!device.read.btrfs) repairs.push({ do: "restore superblock", device });
   }
   plan.repairs.unshift(...repairs);
@@ -2302,7 +2325,7 @@ export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
   const parts = partsOf(device, devices);
   return (isUsed || parts.some((part) => part.read.btrfs?.label === DATA)) &&
     (read.gpt.lost !== undefined || !read.plain || onlySwapIsLeft(device) ||
-      device.sizeBytes - read.gpt.endBytes >= MiB);
+      isLarger(device));
 }
 
 /**
@@ -2378,14 +2401,19 @@ function whyTableIsDoubted(device: BlockDevice, devices: BlockDevice[]) {
 /**
  * What libblkid sees beside our filesystem or the GPT of a disk.
  *
- * @param endBytes From here on RAID metadata do not count.
+ * @param endBytes From here on RAID metadata do not count, nor does what a
+ * disk held before.
  */
 function othersOn({ read, signatures = [] }: BlockDevice, endBytes = Infinity) {
   const isExpected = ({ type, atBytes = 0 }: Signature) => {
-    if (type.endsWith("_raid_member") && atBytes >= endBytes) return true;
+    if (/_raid_member$|^gpt$|^data/.test(type) && atBytes >= endBytes) {
+      return true;
+    }
     // An empty MBR is what boot code looks like, where there is nothing else.
     if (type === "dos") return read.table !== "mbr" && !read.btrfs;
-    if (type === "gpt" || type === "PMBR") return read.gpt !== undefined;
+    if (type === "gpt" || type === "PMBR") {
+      return read.gpt !== undefined && atBytes < read.gpt.endBytes;
+    }
     return type === "btrfs" && !read.gpt;
   };
   const others = signatures.filter((signature) => !isExpected(signature));
@@ -2393,6 +2421,16 @@ function othersOn({ read, signatures = [] }: BlockDevice, endBytes = Infinity) {
     ? [`a partition table (${read.table})`]
     : [];
   return [...table, ...others.map(describeSignature)];
+}
+
+/** sfdisk(8) moves the backup table to the end of a disk at every change. */
+function whyTableStays(disk?: BlockDevice): string | undefined {
+  const raid = disk?.signatures?.find(({ type }) =>
+    type.endsWith("_raid_member")
+  );
+  if (!disk || !raid || !isLarger(disk)) return undefined;
+  return `a change of the partition table would erase what ${disk.path} holds ` +
+    `at its end (${raid.type})`;
 }
 
 function describeSignature({ type, label }: Signature): string {
@@ -2893,6 +2931,7 @@ function planMembers(
       misfit?.why,
       isPartition && madeFor !== sectorBytes &&
         `its table was made for sectors of ${madeFor} bytes`,
+      isPartition && whyTableStays(whole),
       sibling?.kind === "disk" && "its whole disk carries the magic header too",
       sibling && `${sibling.path} on the same disk is used: ${itself}`,
       used && `${used.path} on the same disk is a member: ${itself}`,
@@ -3187,6 +3226,8 @@ async function changeTable(
   change: string[],
   options: { to: string; stdin?: string },
 ): Promise<void> {
+  const why = whyTableStays((await targetAt(path)).device);
+  assert(why === undefined, `Cannot ${options.to}: ${why}`);
   const before = await readBytes(path, 0, 512);
   await run(
     words`sfdisk --quiet --no-reread --no-tell-kernel ${change}`,
@@ -4278,9 +4319,17 @@ async function firstThatWorks(attempts: (() => Promise<unknown>)[]) {
 
 /** Lets the filesystem follow partitions that are larger than it knows. */
 async function growFilesystem(members: Member[], paths: Paths): Promise<void> {
-  for (const { path, holds: { btrfs } } of members) {
+  for (const { path, read, holds: { btrfs } } of members) {
     const sizeBytes = readSysfsBytes(nameOf(path), "size");
     if (sizeBytes - btrfs.deviceBytes < MiB) continue;
+    if (!read.plain && !readSysfs(nameOf(path), "partition")) {
+      say(
+        "warning",
+        `${path} is larger than its filesystem, but holds something else as ` +
+          `well: it is not grown (btrfs filesystem resize would)`,
+      );
+      continue;
+    }
     try {
       await run(
         words`btrfs filesystem resize ${btrfs.devid}:max ${paths.data}`,
@@ -5501,8 +5550,9 @@ async function free(device: BlockDevice, others: BlockDevice[]) {
   if (whole?.magic) await setMagic(whole, "");
   if (isOurs) {
     // The backup first: without it, the partition is found until all is gone.
-    const sector = new Uint8Array(whole.read.gpt!.sectorBytes);
-    await writeBytes(whole.path, whole.sizeBytes - sector.length, sector);
+    const { sectorBytes, endBytes } = whole.read.gpt!;
+    const sector = new Uint8Array(sectorBytes);
+    await writeBytes(whole.path, endBytes - sectorBytes, sector);
     await writeBytes(whole.path, 0, new Uint8Array(MiB));
   } else if (kind === "partition") await setMagic(device, "");
   await wipe(device);
@@ -6865,6 +6915,8 @@ async function whyNotEnabled({ device, devices }: Target) {
       : `the magic partition name needs a GPT, and ${whole?.path} has ` +
         `another partition table`;
   }
+  const fixed = device.kind === "partition" && whyTableStays(whole);
+  if (fixed) return fixed;
   const busy = await findBusy([device]);
   if (busy) return busy.why;
   for (const part of parts) {

@@ -377,6 +377,13 @@ for (const [what, { script, needs }] of Object.entries(foreign)) {
 
 // A3: space behind the table that is not empty.
 
+/** A magic partition behind another one. */
+const magicPartition = (more = "") =>
+  `${tools} gpt "$DISK" ${more} size=100M 'name=${magic}'
+   head -c 3M /dev/urandom > "$DISK"p1`;
+
+const ends = 'head -c 1M "$1" | sha256sum; tail -c 1M "$1" | sha256sum';
+
 for (const end of ["isw", "ddf", "md090", "md10"]) {
   situation(`a disk grew, and has ${end} at its end: that is kept`, {
     disks: [magicDisk],
@@ -397,6 +404,69 @@ for (const end of ["isw", "ddf", "md090", "md10"]) {
     },
   });
 }
+
+for (const what of ["a magic partition", "a partition"]) {
+  const contents = magicPartition()
+    .replace(magic, what === "a partition" ? "free" : magic);
+  situation(`a disk with ${what} grew, and has isw at its end: that is kept`, {
+    disks: [{ ...blankDisk, contents }],
+    whileOff: 'truncate -s 700M "$1"',
+    then: 'partx -u "$1"; isw "$1"',
+    keeps: ends,
+    mode: "not persistent",
+    says: what === "a partition" ? [] : ["%1p2.*isw_raid_member"],
+    also: async (system, { stderr }) => {
+      const [{ path }] = system.disks;
+      for (const args of [["--enable", "--force"], ["--disable"]]) {
+        await system.run([...system.place(), ...args, `${path}p2`]);
+      }
+      const found = await onDevices(system.disks, 'wipefs --no-act "$1"');
+      assertMatch(found, /isw_raid_member/, stderr);
+    },
+  });
+}
+
+/** What else may be on a larger disk, to which an image was copied. */
+const behind: Record<string, { script: string; says: string }> = {
+  "an older partition table": {
+    script:
+      `truncate -s 700M old; echo start=650M | sfdisk -q -X gpt old; tail -c 16896 old > table
+      put "$1" $((700 * 1024 * 1024 - 16896)) < table`,
+    says: "%1 is larger.*holds gpt.*not grown.*sfdisk",
+  },
+  "data of older partitions": {
+    script: `head -c 50M /dev/urandom |
+      dd of="$1" bs=1M seek=630 conv=notrunc status=none`,
+    says: "%1 is larger.*data of an unknown kind.*not grown.*sfdisk",
+  },
+};
+
+for (const [what, { script, says }] of Object.entries(behind)) {
+  situation(`a data disk was copied to a larger one with ${what}: not grown`, {
+    disks: [magicDisk],
+    earlier: [[1]],
+    whileOff: 'truncate -s 700M "$1"',
+    then: script,
+    keeps: 'tail -c 99M "$1" | sha256sum',
+    mode: "persistent",
+    status: 0,
+    uses: [1],
+    says: [says],
+  });
+}
+
+situation("a filesystem was copied to a larger disk with data: not grown", {
+  disks: [oldDisk],
+  earlier: [[1]],
+  whileOff: 'truncate -s 700M "$1"',
+  then: `head -c 9M /dev/urandom |
+    dd of="$1" bs=1M seek=691 conv=notrunc status=none`,
+  keeps: 'tail -c 99M "$1" | sha256sum',
+  mode: "persistent",
+  status: 0,
+  uses: [1],
+  says: ["%1 is larger than its filesystem.*not grown"],
+});
 
 // A4: advice.
 
@@ -732,8 +802,6 @@ async function makeAskedFor(
 
 // A8: another sector size.
 
-const ends = 'head -c 1M "$1" | sha256sum; tail -c 1M "$1" | sha256sum';
-
 for (const [made, seen] of [[512, 4096], [4096, 512]] as (512 | 4096)[][]) {
   const sizes = `made with ${made}-byte sectors comes back with ${seen}`;
   const disk: DiskSpec = { ...magicDisk, sectorBytes: made };
@@ -950,11 +1018,6 @@ situation("ext4 with our label beside the data filesystem is a bystander", {
 });
 
 // A13: one disk is one disk.
-
-/** A magic partition behind another one. */
-const magicPartition = (more = "") =>
-  `${tools} gpt "$DISK" ${more} size=100M 'name=${magic}'
-   head -c 3M /dev/urandom > "$DISK"p1`;
 
 const twice: Record<
   string,
