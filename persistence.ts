@@ -1256,8 +1256,9 @@ async function readDevice(
 
 function cannotRead(path: string, error: unknown): string {
   const message = messageOf(error);
-  const named = message.includes(path);
-  return named ? message : `Cannot read ${path}: ${message}`;
+  return message.startsWith("Cannot ")
+    ? message
+    : `Cannot read ${path}: ${message}`;
 }
 
 /**
