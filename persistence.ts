@@ -2561,9 +2561,13 @@ function tookPart({ holds: { record } }: Member, last: Member): boolean {
   return last.holds.record?.present.includes(record?.member ?? "") ?? false;
 }
 
-/** Do the records prove that a device missed writes of another? */
+/**
+ * Is it proven that a device missed writes of another? It dropped out of a mount
+ * that goes on without it, or the records say so.
+ */
 const isBehind = (device: Member, other: Member) =>
-  !isOpen(device) && wroteWithout(other, device);
+  !isOpen(device) && (wroteWithout(other, device) ||
+    (isOpen(other) && tookPart(device, other) && !wroteWithout(device, other)));
 
 /** Is it on the hardware that its record names? Undefined: nobody can tell. */
 function isOnItsHardware({ read: { record }, hardware }: BlockDevice) {

@@ -1148,6 +1148,44 @@ const situations: {
       excluded: ["sdb2"],
     },
   },
+  ...["wwn-b", "wwn-c"].map((hardware) => ({
+    name: `a member dropped out of the mount, and ${hardware} has what it had`,
+    devices: [
+      data("sda", {
+        ...openMember,
+        record: record("a", 6, both, {}, { mounts: ["m"] }),
+      }),
+      data("sdc", {
+        ...two,
+        devid: 2,
+        hardware,
+        record: record("b", 6, both, {}, { mounts: ["m"], hardware: "wwn-b" }),
+      }),
+    ],
+    facts: { mounted },
+    decides: {
+      ...degraded,
+      mode: "mounted" as const,
+      [hardware === "wwn-b" ? "stale" : "excluded"]: ["sdc2"],
+    },
+  })),
+  {
+    name: "a member dropped out of the mount, and was written elsewhere",
+    devices: [
+      data("sda", {
+        ...openMember,
+        record: record("a", 6, both, {}, { mounts: ["m"] }),
+      }),
+      data("sdc", {
+        ...two,
+        devid: 2,
+        generation: 14,
+        record: record("b", 7, ["b"], { a: 10 }, { mounts: ["m", "n"] }),
+      }),
+    ],
+    facts: { mounted },
+    decides: { ...degraded, mode: "mounted", excluded: ["sdc2"] },
+  },
   {
     name: "an area of swap that is in use already",
     devices: [

@@ -27,6 +27,7 @@ import {
   whole,
 } from "./situation.ts";
 import { needPrograms } from "../testing/programs.ts";
+import type { Access } from "./recorded_disk.ts";
 import {
   type BootOptions,
   bootVm,
@@ -158,13 +159,16 @@ function onceUsed(
   };
 }
 
-/** Pulls the second of two disks; what on-health is told is kept. */
-const pulled = `disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
-  told() { [ "$(grep -c ^-- /etc/lightwhale/told)" -ge "$1" ]; }
+/** What on-health is told is kept. */
+const onHealth = `told() { [ "$(grep -c ^-- /run/told)" -ge "$1" ]; }
   mkdir -p /etc/lightwhale
-  printf '%s\\n' '#!/bin/sh' '{ cat; echo --; } >>/etc/lightwhale/told' \\
+  printf '%s\\n' '#!/bin/sh' '{ cat; echo --; } >>/run/told' \\
     >/etc/lightwhale/on-health
-  chmod +x /etc/lightwhale/on-health
+  chmod +x /etc/lightwhale/on-health`;
+
+/** Pulls the second of two disks. */
+const pulled = `${onHealth}
+  disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
   keep both 24; keep_in_place database 1
   echo @pull 1; wait_for 10 disks_are 1
   keep pulled 8; keep_in_place database 1
@@ -176,10 +180,37 @@ const pulledAndReplaced = `${pulled}
   echo @plug 2; wait_for 10 disks_are 2
   keep plugged 4`;
 
+const wellAgain = `all_is_well() { [ ! -s /run/lightwhale/health ]; }
+  wait_for 120 all_is_well || persistence.ts --status; all_is_well
+  wait_for 60 told 2`;
+
+const resetWhileReplacing =
+  `wait_for 60 replacing; btrfs filesystem sync $data; replacing`;
+
 const pullAndPlug: Step["on"] = {
   pull: (vm, [, disk]) => vm.pull(Number(disk)),
   plug: (vm, [, disk]) => vm.plug(Number(disk)),
 };
+const pullAndPlugSlowly: Step["on"] = {
+  ...pullAndPlug,
+  async plug(vm, [, disk]) {
+    await vm.plug(Number(disk));
+    await vm.throttle(Number(disk), 2 ** 20); // before anybody has noticed it
+  },
+};
+
+/** A disk that goes wrong when `spoil` is called, and not before. */
+function sound(goneWrong: VmDisk["trouble"]) {
+  let isSpoilt = false;
+  return {
+    trouble: (access: Access) => isSpoilt ? goneWrong!(access) : undefined,
+    spoil: (value = true) => void (isSpoilt = value),
+  };
+}
+
+const losesWrites = sound(({ kind }) => ({
+  errno: kind === "write" ? 5 : undefined,
+}));
 
 /** Where the key to a payload's machine is, in an image of its own. */
 const sshChanges = `${here}cache/ssh`;
@@ -646,7 +677,7 @@ const situations: Situation[] = [
           "end S11persistence": (vm) => vm.throttle(1, 2 ** 20),
         },
         run: `keep degraded 1
-          wait_for 60 replacing; btrfs filesystem sync $data; replacing`,
+          ${resetWhileReplacing}`,
         pullThePlug: true,
       },
       {
@@ -800,33 +831,6 @@ const situations: Situation[] = [
         after: { ...mirroredSmall, boots: boots(3) },
         unchanged: (disks) => disks.map(partitionTable).join(),
         run: "fills_disks",
-      },
-    ],
-  },
-  {
-    name: "a mirror's second disk is pulled and plugged in again",
-    disks: [{ ...small, bus: "scsi" }, { ...small, bus: "scsi" }],
-    boots: [
-      {
-        after: { ...mirroredSmall, boots: boots(1) },
-        run: `disks_are() { [ "$(ls /dev/sd? | wc -l)" = "$1" ]; }
-          keep both 4; keep_in_place database 1
-          echo @pull 1; wait_for 10 disks_are 1
-          keep pulled 8; keep_in_place database 1
-          echo @plug 1; wait_for 10 disks_are 2
-          keep plugged 4`,
-        on: {
-          pull: (vm, [, disk]) => vm.pull(Number(disk)),
-          plug: (vm, [, disk]) => vm.plug(Number(disk)),
-        },
-      },
-      {
-        after: {
-          ...atWork,
-          boots: boots(2),
-          warnings: /missed writes and is rebuilt$/,
-        },
-        settled: whole,
       },
     ],
   },
@@ -1127,8 +1131,7 @@ const situations: Situation[] = [
         late: 2,
         after: { ...mirroredSmall, boots: boots(1) },
         run: `${pulledAndReplaced}
-          all_is_well() { [ ! -s /run/lightwhale/health ]; }
-          wait_for 120 all_is_well; wait_for 60 told 2
+          ${wellAgain}
           persistence.ts --check persistent`,
         on: pullAndPlug,
         settled: whole,
@@ -1144,14 +1147,8 @@ const situations: Situation[] = [
         late: 2,
         after: { ...mirroredSmall, boots: boots(1) },
         run: `${pulledAndReplaced}
-          wait_for 60 replacing; btrfs filesystem sync $data; replacing`,
-        on: {
-          ...pullAndPlug,
-          async plug(vm) {
-            await vm.plug(2);
-            await vm.throttle(2, 2 ** 20); // before anybody has noticed it
-          },
-        },
+          ${resetWhileReplacing}`,
+        on: pullAndPlugSlowly,
         pullThePlug: true,
       },
       {
@@ -1168,7 +1165,20 @@ const situations: Situation[] = [
     ],
   },
   {
-    name: "a pulled member comes back while the system runs: health says so",
+    name: "a pulled member comes back, and is rebuilt at once",
+    disks: [0, 1].map(() => ({ ...small, bus: "scsi" })),
+    boots: [{
+      after: { ...mirroredSmall, boots: boots(1) },
+      run: `${pulled}
+        echo @plug 1; wait_for 10 disks_are 2
+        keep plugged 4; keep_in_place database 1
+        ${wellAgain}`,
+      on: pullAndPlug,
+      settled: whole,
+    }],
+  },
+  {
+    name: "a pulled member comes back, and a reset interrupts its rebuild",
     everyTime: false,
     disks: [0, 1].map(() => ({ ...small, bus: "scsi" })),
     boots: [
@@ -1176,17 +1186,48 @@ const situations: Situation[] = [
         after: { ...mirroredSmall, boots: boots(1) },
         run: `${pulled}
           echo @plug 1; wait_for 10 disks_are 2
-          is_back() { grep -q "next boot.*/dev/sdc1" /run/lightwhale/health; }
-          wait_for 60 is_back; wait_for 60 told 2`,
-        on: pullAndPlug,
+          ${resetWhileReplacing}`,
+        on: pullAndPlugSlowly,
+        pullThePlug: true,
       },
       {
+        append: "lightwhale.wait=1",
         after: {
           ...atWork,
           boots: boots(2),
-          warnings: /missed writes and is rebuilt$/,
+          warnings: /degraded; \/dev\/sd[ab]1 is taking the missing place/,
         },
+        run: "keep replaced 4",
         settled: whole,
+      },
+    ],
+  },
+  {
+    name: "the kernel makes the data read-only: said once, until a reboot",
+    everyTime: false,
+    disks: [{ ...small, trouble: losesWrites.trouble }],
+    boots: [
+      {
+        after: { ...single, swaps: 0, boots: boots(1) },
+        run: `${onHealth}
+          keep before 8; sync
+          echo @spoil; sleep 1
+          touch /etc/lost; sync || true
+          is_read_only() { grep -q " $data btrfs ro," /proc/mounts; }
+          wait_for 60 is_read_only
+          persistence.ts --maintain || true; persistence.ts --maintain || true
+          cat /run/lightwhale/health
+          grep 'is read-only: the kernel found an error' /run/lightwhale/health
+          [ "$(grep -c ^-- /run/told)" = 1 ]
+          persistence.ts --check | grep '^PERSISTENCE CRITICAL.*read-only'`,
+        on: { spoil: () => losesWrites.spoil() },
+        pullThePlug: true,
+      },
+      {
+        whileOff: () => losesWrites.spoil(false),
+        after: { ...single, swaps: 0, boots: boots(2) },
+        run: `persistence.ts --maintain
+          [ ! -s /run/lightwhale/health ]`,
       },
     ],
   },

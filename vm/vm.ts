@@ -105,16 +105,8 @@ export interface RunningVm {
   pull(disk: number): Promise<void>;
   /** Wait until the console says this; false when it ended without. */
   says(text: RegExp): Promise<boolean>;
-  /**
-   * Let this disk read and write no more than so much (scsi, usb and uas).
-   *
-   * @param perSecond Default: any number of accesses.
-   */
-  throttle(
-    disk: number,
-    bytesPerSecond: number,
-    perSecond?: number,
-  ): Promise<void>;
+  /** Let this disk read and write no more than so much (scsi, usb and uas). */
+  throttle(disk: number, bytesPerSecond: number): Promise<void>;
   /** Cut the power now. */
   kill(): void;
 }
@@ -243,11 +235,11 @@ async function bootOnce(options: BootOptions): Promise<Boot> {
         }
         return isSaid();
       },
-      async throttle(i, bps, iops = 0) {
+      async throttle(i, bps) {
         const others = {
           bps_rd: 0,
           bps_wr: 0,
-          iops,
+          iops: 0,
           iops_rd: 0,
           iops_wr: 0,
         };
