@@ -819,10 +819,6 @@ function whyNotNamed(name: string): string | undefined {
   );
 }
 
-/** The first of several answers that applies. */
-const firstOf = <T>(...answers: (T | false | "" | undefined)[]) =>
-  answers.find((answer): answer is T => Boolean(answer));
-
 /** crypt(5), `$id$...`: the older two forms look like plain passwords. */
 const HASH = /^\$[\w,=-]+\$[!-~]{22,}$/;
 
@@ -872,6 +868,10 @@ function blockOf(lines: unknown[], length: number): Uint8Array {
 
 const viewOf = ({ buffer, byteOffset, byteLength }: Uint8Array) =>
   new DataView(buffer, byteOffset, byteLength);
+
+/** The first of several answers that applies. */
+const firstOf = <T>(...answers: (T | false | "" | undefined)[]) =>
+  answers.find((answer): answer is T => Boolean(answer));
 
 /** Is the first byte zero, and each other like the one before it? */
 const isZero = (bytes: Uint8Array) =>
@@ -2797,13 +2797,7 @@ function allDevices(data: DataFilesystem): Member[] {
     .filter((device) => device !== undefined).filter(holding("member"));
 }
 
-/**
- * Chooses the data filesystem by a rule that gives the same answer at the next
- * boot: the one asked for; the one this machine used last, so that no other
- * machine's disk takes over; one that can be mounted, if only degraded; the one
- * mounted most often, so that no old disk takes over when another fails; a
- * whole one; the lower UUID.
- */
+/** Chooses by a rule that gives the same answer at the next boot. */
 function chooseDataFilesystem(
   filesystems: DataFilesystem[],
   { machine, devices }: Facts,
@@ -2812,20 +2806,21 @@ function chooseDataFilesystem(
 ): DataFilesystem | undefined {
   const most = (data: DataFilesystem, value: (member: Member) => number) =>
     Math.max(0, ...data.members.map(value));
-  const asked = (data: DataFilesystem) => data.fsid === dataUuid ? 1 : 0;
-  const usable = ({ members, missing }: DataFilesystem) =>
-    members.length > 0 && missing <= 1 ? 1 : 0;
   const owner = (data: DataFilesystem) =>
     most(data, (member) => machineRank(member, machine));
   const secondsOf = ({ holds }: Member) => holds.record?.seconds ?? 0;
-  const seconds = (data: DataFilesystem) =>
-    owner(data) === 2 ? most(data, secondsOf) : 0;
-  const ranked = [...filesystems].sort((a, b) =>
-    asked(b) - asked(a) || owner(b) - owner(a) || usable(b) - usable(a) ||
-    seconds(b) - seconds(a) || most(b, epochOf) - most(a, epochOf) ||
-    Math.sign(a.missing) - Math.sign(b.missing) ||
-    (a.fsid < b.fsid ? -1 : 1)
-  );
+  const criteria: ((data: DataFilesystem) => number | boolean)[] = [
+    ({ fsid }) => fsid === dataUuid, // asked for
+    owner, // no other machine's disk takes over
+    ({ members, missing }) => members.length > 0 && missing <= 1, // mountable
+    (data) => owner(data) === 2 ? most(data, secondsOf) : 0, // used last
+    (data) => most(data, epochOf), // no old disk takes over
+    ({ missing }) => missing === 0,
+  ];
+  const ranked = filesystems.toSorted((a, b) => {
+    const by = criteria.find((of) => of(a) !== of(b));
+    return by ? Number(by(b)) - Number(by(a)) : a.fsid < b.fsid ? -1 : 1;
+  });
   const isThere = !dataUuid || ranked[0]?.fsid === dataUuid;
   if (!isThere) {
     plan.waitFor = `the data filesystem ${dataUuid} (lightwhale.data)`;
