@@ -231,6 +231,9 @@ export interface Reading {
   swapLabel?: string;
 }
 
+/** What is neither zeros nor known to libblkid. */
+const UNKNOWN = "data of an unknown kind";
+
 /** A signature that libblkid knows (wipefs(8)). */
 export interface Signature {
   type: string;
@@ -1606,7 +1609,7 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
       device.signatures = await listSignatures(device);
       if (!isLarger(device) || await isBlankBehind(device)) return;
       const atBytes = device.read.gpt?.endBytes;
-      device.signatures.push({ type: "data of an unknown kind", atBytes });
+      device.signatures.push({ type: UNKNOWN, atBytes });
     } catch (error) {
       device.read.error = cannotRead(device.path, error);
     }
@@ -2367,7 +2370,8 @@ export function whatItHolds(
     labelled && suspect(`it holds ${what}`),
     read.backup?.label === DATA && !what &&
       suspect("only a backup superblock is left", rescue),
-    isNamed && suspect(what ? `it holds ${what}` : "it holds no filesystem"),
+    isNamed &&
+      suspect(`it holds ${what || (read.plain ? "no filesystem" : UNKNOWN)}`),
     onlySwapIsLeft(device) &&
       suspect(`it has a "${SWAP}" partition and no other`),
   ) ?? { kind: "nothing of ours" };
@@ -7045,7 +7049,7 @@ async function describeContents(device: BlockDevice) {
     start.fill(0, 0, titleEnd(start));
   }
   start.fill(0, 0, lines.length);
-  if (!isZero(start)) return "data of an unknown kind";
+  if (!isZero(start)) return UNKNOWN;
   return read.payloadPlace ? "a payload" : undefined;
 }
 

@@ -419,6 +419,13 @@ const cases: {
     labelled: false,
   },
   {
+    name: "data that nobody knows in our partition",
+    devices: draws(instead(), 2, { plain: false }),
+    holds: "suspect",
+    why: /^it holds data of an unknown kind$/,
+    labelled: false,
+  },
+  {
     name: "ext4 of others in a partition of others",
     devices: draws(
       without(main({ names: ["other", "other"] }), "btrfs"),
