@@ -1266,8 +1266,8 @@ function cannotRead(path: string, error: unknown): string {
 
 /**
  * Reads the places where known formats keep their headers. A backup superblock
- * counts only if the start is zero, as Btrfs leaves it: otherwise something
- * newer was written there.
+ * counts only if what is before the superblock is as Btrfs leaves it: otherwise
+ * something newer was written there.
  */
 async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const base = node.entry?.startBytes ?? 0;
@@ -1295,10 +1295,14 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
     const end = await read(base + sizeBytes - RAID_BYTES, RAID_BYTES);
     reading.plain = isBlankBeforeBtrfs && isZero(end) &&
       !isVmfs(await read(base + MiB, MiB + 4));
-  } else if (!reading.btrfs && !reading.gpt) {
-    reading.plain = isBlankBeforeBtrfs &&
-      isZero(start.subarray(BTRFS.superblockAt));
-    if (!reading.plain) return reading;
+  } else if (!reading.btrfs?.intact && !reading.gpt) {
+    const sector = start.subarray(BTRFS.superblockAt);
+    reading.plain = isBlankBeforeBtrfs && isZero(sector);
+    // All is there but the magic: the device was removed, or wiped on purpose
+    // (btrfs-progs, kernel-shared/disk-io.c, btrfs_read_dev_super()).
+    const isErased = isZero(sector.subarray(BTRFS.magic, BTRFS.magic + 8)) &&
+      parseSuperblock(withBtrfsMagic(sector))?.intact;
+    if (!isBlankBeforeBtrfs || isErased) return reading;
     const block = await read(base + BTRFS.backupAt, BTRFS.bytes);
     const backup = parseSuperblock(block, BTRFS.backupAt);
     if (backup?.intact) reading.backup = backup;
@@ -2349,7 +2353,7 @@ export function whatItHolds(
   const isNamed = partitionName === DATA;
   const isOurs = btrfs?.label === DATA;
   const labelled = isOurs || signatures.some(({ label }) => label === DATA);
-  const fsid = btrfs?.fsid;
+  const fsid = (read.backup ?? btrfs)?.fsid;
   const suspect = (why: string, remedy?: string) =>
     ({ kind: "suspect", why, labelled, fsid, remedy }) as const;
   const rescue = `"btrfs rescue super-recover ${path}" may repair it`;
@@ -2368,7 +2372,7 @@ export function whatItHolds(
     btrfs?.intact && !read.table && (isOurs || !isNamed) && member,
     swapLabel === SWAP && !labelled && !isNamed && { kind: "swap" },
     labelled && suspect(`it holds ${what}`),
-    read.backup?.label === DATA && !what &&
+    read.backup?.label === DATA && !others &&
       suspect("only a backup superblock is left", rescue),
     isNamed &&
       suspect(`it holds ${what || (read.plain ? "no filesystem" : UNKNOWN)}`),

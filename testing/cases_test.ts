@@ -330,6 +330,84 @@ for (const [over, table] of [["GPT", "gpt"], ["MBR", "mbr"]]) {
   }
 }
 
+/** What is put straight over it, and leaves its backup superblock. */
+const directly: Record<string, { script: string; needs?: string[] }> = {
+  "wipefs": { script: 'wipefs -qa "$1"' },
+  "ext4": { script: 'mkfs.ext4 -q -F -E nodiscard "$1"' },
+  "XFS": { script: 'mkfs.xfs -q -f -K "$1"', needs: ["mkfs.xfs"] },
+  "FAT": { script: 'mkfs.vfat "$1" >/dev/null' },
+  "LUKS2": { script: 'luks "$1"', needs: ["cryptsetup"] },
+  "ReiserFS": {
+    script: 'mkfs.reiserfs -q -ff "$1" >/dev/null',
+    needs: ["mkfs.reiserfs"],
+  },
+};
+
+for (const [what, { script, needs }] of Object.entries(directly)) {
+  situation(`${what} straight over an old data filesystem: it is not ours`, {
+    disks: [oldDisk, magicDisk],
+    needs,
+    then: script,
+    mode: "persistent",
+    status: 0,
+    uses: [2],
+    neverSays: ["%1 may be"],
+  });
+}
+
+// The same old filesystem, and nothing newer: it is damaged.
+
+const damages: Record<string, string> = {
+  "4 bytes of its magic are damaged": 'printf okay | put "$1" 65600',
+  "its superblock is all zeros":
+    'dd if=/dev/zero of="$1" bs=4k seek=16 count=1 conv=notrunc status=none',
+  "its superblock is anything":
+    'dd if=/dev/urandom of="$1" bs=4k seek=16 count=1 conv=notrunc status=none',
+  "its label is damaged": 'printf okay | put "$1" 65835',
+};
+
+const places: Record<string, string> = {
+  "on a whole disk": "",
+  "in a partition without a name": "start=2048",
+  "in our partition": "start=2048, name=lightwhale-data",
+};
+
+for (const [where, entry] of Object.entries(places)) {
+  const part = entry && "p1";
+  for (const [damage, script] of Object.entries(damages)) {
+    if (entry && !/magic|anything/.test(damage)) continue;
+    situation(`a data filesystem ${where}, ${damage}: nothing is formatted`, {
+      disks: [{
+        ...blankDisk,
+        contents: `${tools} ${entry && `gpt "$DISK" '${entry}'`}
+          old "$DISK"${part}`,
+      }, magicDisk],
+      earlier: [[1]],
+      then: `${entry && 'partx -u "$1"'}
+        set -- "$1"${part}; ${script}`,
+      mode: "fallback",
+      status: 1,
+      says: [
+        `%1${part} may be .* only a backup superblock is left`,
+        "%2 will not be formatted",
+      ],
+      also: async (system, { stderr }) => {
+        const [, remedy] = /\("(.*)" may repair it/.exec(stderr) ?? [];
+        assertEquals(
+          await system.sh(
+            `stat -c '%F %a' mnt/lightwhale-data/lightwhale-state/docker
+             echo y | ${remedy} >&2 || [ $? -eq 2 ]`,
+          ),
+          "regular file 444\n",
+        );
+        await system.reboot();
+        await bootPersistent(system);
+        assertEquals(await system.sh("cat etc/precious"), "precious\n");
+      },
+    });
+  }
+}
+
 // A2: a table that is not there is not a damaged one.
 
 const foreign: Record<string, { script: string; needs?: string[] }> = {

@@ -440,6 +440,7 @@ const cases: {
     holds: "suspect",
     why: /^only a backup superblock is left$/,
     labelled: false,
+    fsid: "data",
     remedy: /super-recover \/dev\/sda"/,
   },
   {
@@ -447,6 +448,28 @@ const cases: {
     devices: disk("sda", {
       backup: superblock({}),
       signatures: [{ type: "ext4" }],
+    }),
+    holds: "nothing of ours",
+  },
+  {
+    name: "a backup superblock of ours behind one that lost its label",
+    devices: disk("sda", {
+      backup: superblock({}),
+      btrfs: superblock({ label: "", fsid: "damaged", intact: false }),
+      signatures: [{ type: "btrfs" }],
+    }),
+    holds: "suspect",
+    why: /^only a backup superblock is left$/,
+    labelled: false,
+    fsid: "data",
+    remedy: /super-recover \/dev\/sda"/,
+  },
+  {
+    name: "a backup superblock of ours behind a damaged one, and XFS",
+    devices: disk("sda", {
+      backup: superblock({}),
+      btrfs: superblock({ label: "", intact: false }),
+      signatures: [{ type: "btrfs" }, { type: "xfs" }],
     }),
     holds: "nothing of ours",
   },
@@ -461,6 +484,7 @@ const cases: {
     holds: "suspect",
     why: /^only a backup superblock is left$/,
     labelled: false,
+    fsid: "data",
     remedy: /super-recover \/dev\/sda2"/,
   },
   {
@@ -469,6 +493,7 @@ const cases: {
     holds: "suspect",
     why: /^it holds no filesystem$/,
     labelled: false,
+    fsid: "data",
   },
 
   // Swap
@@ -740,6 +765,14 @@ const questions: {
   {
     name: "a backup superblock of ours",
     devices: disk("sda", { backup: superblock({}) }),
+    asks: ["sda"],
+  },
+  {
+    name: "a backup superblock of ours behind one that lost its label",
+    devices: disk("sda", {
+      backup: superblock({}),
+      btrfs: superblock({ label: "", intact: false }),
+    }),
     asks: ["sda"],
   },
   {
