@@ -1056,7 +1056,7 @@ export async function look(
       isFirst || device.disk === always || isInQuestion(device, devices)
     ),
   );
-  for (const device of devices) device.magic = isMagic(device, devices);
+  for (const device of devices) device.magic = isMagic(device);
   for (const device of devices) device.holds = whatItHolds(device, devices);
   const paths = pathsBelow(settings.root);
   for (const device of devices.filter(({ magic }) => magic)) {
@@ -2027,6 +2027,7 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan) {
     if (data.length === 0) candidates.push(device);
     // It stays magic until it has taken its place.
     else if (data.some((part) => part === chosen?.replaceTarget)) continue;
+    else if (whyTableIsDoubted(device, usable)) continue; // it is said below
     else if (isStartedOver(device.disk, devices)) { // while its data are in use
       plan.notes.push(warning(
         `${path} is formatted at the next boot, and all that ` +
@@ -2307,11 +2308,10 @@ const devicesOf = (members: NewMember[]) =>
 // What a device holds
 
 /** Whole disks with the header, and partitions with the magic name. */
-export function isMagic(device: BlockDevice, devices: BlockDevice[]): boolean {
-  if (device.kind === "disk") return device.read.header;
-  return device.kind === "partition" && device.partitionName === MAGIC &&
-    whyTableIsDoubted(device, devices) === undefined;
-}
+export const isMagic = ({ kind, read, partitionName }: BlockDevice) =>
+  kind === "disk"
+    ? read.header
+    : kind === "partition" && partitionName === MAGIC;
 
 /**
  * Is libblkid to be asked: is the device to be formatted, repaired, grown or
@@ -2917,6 +2917,7 @@ function planMembers(
     const parts = partsOf(device, facts.devices);
     const user = parts.find((part) => part.inUse);
     const mute = parts.find((part) => part.read.error);
+    const doubt = whyTableIsDoubted(device, usable);
     const misfit = facts.misfits.find((m) => m.device.path === path);
     const whole = usable.find(({ name }) => name === disk);
     const madeFor = whole?.read.gpt?.sectorBytes;
@@ -2931,6 +2932,7 @@ function planMembers(
     const itself = "a disk is no mirror of itself";
     const why = firstOf(
       mute && `${mute.path} cannot be read`,
+      doubt && `${doubt}; wipefs(8) takes away what is a leftover`,
       device.readOnly && "it is read-only",
       user && `${user.path} is ${user.inUse}`,
       member.dataBytes < MINIMUM_DATA_BYTES &&
@@ -6904,6 +6906,8 @@ async function whyNotEnabled({ device, devices }: Target) {
   const all = whole ? [...parts, whole] : parts;
   const user = all.find(({ inUse }) => inUse);
   if (user) return `${user.path} is ${user.inUse}`;
+  const doubt = whyTableIsDoubted(device, devices);
+  if (doubt) return doubt;
   if (device.readOnly) return "it is read-only";
   if (device.kind === "volume") {
     return "the magic header counts on whole disks only, not on md or " +

@@ -408,6 +408,43 @@ for (const [where, entry] of Object.entries(places)) {
   }
 }
 
+// A magic partition of a table that cannot be believed.
+
+situation("a magic partition over a Btrfs of others: it is not formatted", {
+  disks: [{
+    ...blankDisk,
+    contents: `${tools} mkfs.btrfs -q -K -L photos "$DISK"
+      gpt "$DISK" 'start=2048, size=100M' 'name=${magic}'`,
+  }],
+  mode: "fallback",
+  status: 1,
+  says: ['cannot format %1p2: %1, which .* holds .*btrfs "photos"; wipefs'],
+  also: async (system) => {
+    const [{ path }] = system.disks;
+    await system.sh(`partx -u ${path}`);
+    const refused = await system.run(["--enable", "--force", `${path}p2`]);
+    assertEquals(refused.status, 2);
+    assertMatch(refused.stderr, /Cannot enable .*holds .*btrfs "photos"/);
+    await system.sh(`wipefs --quiet --types btrfs --all ${path}`);
+    await system.reboot();
+    await bootPersistent(system);
+  },
+});
+
+for (const [what, at] of [["header", 512 + 24], ["entries", 1024 + 60]]) {
+  situation(`the ${what} of a table with a magic partition are damaged`, {
+    disks: [{
+      ...blankDisk,
+      contents: `${tools} gpt "$DISK" 'name=${magic}'`,
+    }],
+    then: `printf '\\377' | put "$1" ${at}`,
+    mode: "persistent",
+    status: 0,
+    uses: [1],
+    says: ["restor.* partition table"],
+  });
+}
+
 // A2: a table that is not there is not a damaged one.
 
 const foreign: Record<string, { script: string; needs?: string[] }> = {

@@ -2796,8 +2796,38 @@ const situations: {
     devices: [
       magicPartition("sda", { signatures: [{ type: "gpt" }, { type: "xfs" }] }),
     ],
-    decides: {},
-    says: "",
+    decides: { errors: 1 },
+    says:
+      /^Cannot format \/dev\/sda2: \/dev\/sda, which .* holds xfs; wipefs\(8\) takes/,
+    because: /no enabled disk can be used/,
+  },
+  {
+    name: "a filesystem over a magic partition, and a magic disk",
+    devices: [
+      magicPartition("sda", { signatures: [{ type: "gpt" }, { type: "xfs" }] }),
+      magic("sdb"),
+    ],
+    decides: { mode: "persistent", create: ["sdb"], errors: 1 },
+    says: /^Cannot format \/dev\/sda2: \/dev\/sda, which .* holds xfs/,
+  },
+  {
+    name: "a filesystem over a magic partition, beside a data disk",
+    devices: [
+      data("sda"),
+      magicPartition("sdb", { signatures: [{ type: "gpt" }, { type: "xfs" }] }),
+    ],
+    decides: { ...single, errors: 1 },
+    says: /^Cannot format \/dev\/sdb2: \/dev\/sdb, which .* holds xfs/,
+  },
+  {
+    name: "a filesystem over a magic partition with data of ours",
+    devices: [
+      draws(data("sda", { disk: { signatures: [{ type: "xfs" }] } }), 2, {
+        partitionName: MAGIC,
+      }),
+    ],
+    decides: { errors: 1 },
+    says: /^\/dev\/sda2 may be .*, but \/dev\/sda, which .* holds xfs: [^\n]*$/,
   },
   {
     name: "a magic partition behind a hybrid ISO image",

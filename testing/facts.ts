@@ -23,7 +23,7 @@ export const diskBytes = 100 * GiB;
 /** As look() judges what it has read. */
 export function judged(devices: BlockDevice[][]): BlockDevice[] {
   const all = structuredClone(devices.flat());
-  for (const device of all) device.magic = isMagic(device, all);
+  for (const device of all) device.magic = isMagic(device);
   for (const device of all) device.holds = whatItHolds(device, all);
   return all;
 }

@@ -641,7 +641,7 @@ async function someMachine(random: Random): Promise<Machine> {
       });
     }
   }
-  for (const device of devices) device.magic = isMagic(device, devices);
+  for (const device of devices) device.magic = isMagic(device);
   for (const device of devices) device.holds = whatItHolds(device, devices);
   const mounted: Facts["mounted"] = {
     target: "/mnt/lightwhale-data",
