@@ -130,7 +130,10 @@ async function assertLastResort(system: System): Promise<void> {
   );
   assertEquals(seen, `${"word\n1\n".repeat(3)}regular file 444\ntmpfs\n`);
   const gate = await inRoot(system, `cat ${state}/docker`);
-  const goOn = [`rm -f ${state}/docker`, `mkdir -m 710 ${state}/docker`];
+  const goOn = [
+    ...[`rm -f ${state}/docker`, `mkdir -m 710 ${state}/docker`],
+    `mount -o bind ${state}/docker /var/lib/docker`,
+  ];
   assertEquals(gate.match(/(?<=^ {4}).*$/gm), goOn);
   const report = JSON.parse(
     await inRoot(system, "cat /run/lightwhale/persistence.json"),
@@ -259,7 +262,7 @@ onBusyBox("start: what is set up already is left alone", async (system) => {
   }
 });
 
-const dataRoots = {
+const dataRoots: Record<string, [daemonJson: string, dataRoot: string]> = {
   "no data root": [`{ "log-driver": "local" }`, "/var/lib/docker"],
   "ours": [`{\n  "data-root": "${state}/docker"\n}`, `${state}/docker`],
   "another": [`{"data-root": "/home/of/docker"}`, "/home/of/docker"],
@@ -268,54 +271,70 @@ const dataRoots = {
 for (const [name, [daemonJson, dataRoot]] of Object.entries(dataRoots)) {
   onBusyBox(`start: Docker is held back with ${name}`, async (system) => {
     await system.reboot({
-      root: `(${busyBoxRoot}); mkdir var/lib/docker
+      root: `(${busyBoxRoot}); mkdir -p var/lib/docker home/of/docker
+        echo kept | tee var/lib/docker/file >home/of/docker/file
         echo '${daemonJson}' >etc/docker/daemon.json`,
     });
     await prepare(system, { tool: "exit 3" });
     await s11(system, "start");
+    const isOurs = name === "ours";
     assertMatch(
-      await inRoot(system, `cat ${dataRoot}`),
+      await inRoot(system, `cat ${dataRoot}${isOurs ? "" : "/held-back"}`),
       /^Docker is held back: .*ended with status 3/,
     );
     assertEquals(
       await inRoot(system, "cat /etc/docker/daemon.json"),
       `${daemonJson}\n`,
     );
+    const look = `cd ${dataRoot} && touch new && ls && cd / || :`;
+    assertMatch(await inRoot(system, look), /can't (cd|create)|Read-only/);
+    const go = `sed -n "s/^    //p" ${state}/docker >/tmp/go`;
+    assertEquals(
+      await inRoot(system, `${go}; sh -e /tmp/go; ${look}`),
+      "new\n",
+    );
+    if (isOurs) return;
+    const uncover = `umount ${dataRoot}; umount ${dataRoot}`;
+    assertEquals(await inRoot(system, `${uncover}; ${look}`), "file\nnew\n");
   });
 }
 
-onDisks("S11persistence start: dockerd does not start until it is told to", {
-  disks: [disk],
-  needs: ["busybox", "dockerd"],
-  root: busyBoxRoot,
-}, async (system) => {
-  await prepare(system, { tool: "kill -KILL $$" });
-  await s11(system, "start");
-  const dockerd = `dockerd --config-file tmp/daemon.json --iptables=false \\
-    --ip6tables=false --bridge=none --host unix:///run/docker.sock \\
-    --exec-root /run/docker --pidfile /run/docker.pid`;
-  const log = await system.sh(
-    `echo '{}' >tmp/daemon.json
-     mount -t tmpfs run /run; mount -t tmpfs mnt /mnt
-     mkdir /mnt/lightwhale-data
-     mount --rbind mnt/lightwhale-data /mnt/lightwhale-data
-     mount --rbind var /var
-     ! timeout 60 ${dockerd} 2>&1`,
-  );
-  assertMatch(log, /canonical path points to a file/);
-  await system.sh(
-    `sed -n 's/^    //p' ${state}/docker | sh -e
-     unshare --pid --fork --kill-child sh -c 'mount -t proc proc /proc
-       exec timeout 60 ${dockerd}' >tmp/docker.log 2>&1 &
-     for try in $(seq 600); do
-       ! docker -H unix:///run/docker.sock version >/dev/null 2>&1 || break
-       sleep 0.1
-     done
-     docker -H unix:///run/docker.sock info --format '{{.DockerRootDir}}' |
-       grep -x ${state}/docker
-     kill -KILL $!; wait $! || true`,
-  );
-});
+for (const [name, [daemonJson, dataRoot]] of Object.entries(dataRoots)) {
+  const is = `dockerd with ${name} does not start until it is told to`;
+  onDisks(`S11persistence start: ${is}`, {
+    disks: [disk],
+    needs: ["busybox", "dockerd"],
+    root: `(${busyBoxRoot}); echo '${daemonJson}' >etc/docker/daemon.json`,
+  }, async (system) => {
+    await prepare(system, { tool: "kill -KILL $$" });
+    await s11(system, "start");
+    const dockerd = `dockerd --config-file etc/docker/daemon.json \\
+      --iptables=false --ip6tables=false --bridge=none \\
+      --host unix:///run/docker.sock --exec-root /run/docker \\
+      --pidfile /run/docker.pid`;
+    const log = await system.sh(
+      `mount -t tmpfs run /run; mount -t tmpfs mnt /mnt
+       mkdir /mnt/lightwhale-data
+       mount --rbind mnt/lightwhale-data /mnt/lightwhale-data
+       mount --rbind var /var; mount --rbind home /home
+       ! timeout 60 ${dockerd} 2>&1`,
+    );
+    assertMatch(log, /canonical path points to a file|read-only file system/);
+    await system.sh(
+      `sed -n 's/^    //p' ${state}/docker | sh -e
+       unshare --pid --fork --kill-child sh -c 'mount -t proc proc /proc
+         exec timeout 60 ${dockerd}' >tmp/docker.log 2>&1 &
+       for try in $(seq 600); do
+         ! docker -H unix:///run/docker.sock version >/dev/null 2>&1 || break
+         sleep 0.1
+       done
+       docker -H unix:///run/docker.sock info --format '{{.DockerRootDir}}' |
+         grep -x ${dataRoot}
+       [ -d ${state}/docker/image ]
+       kill -KILL $!; wait $! || true`,
+    );
+  });
+}
 
 onBusyBox("start: clean environment, result, status", async (system) => {
   await prepare(system, {
