@@ -262,6 +262,26 @@ onBusyBox("start: what is set up already is left alone", async (system) => {
   }
 });
 
+onBusyBox("start: a disk that answers nothing is given up", async (system) => {
+  // Whoever writes to a frozen filesystem waits as for a mute disk.
+  const frozen = `${system.root}/tmp/frozen`;
+  await prepare(system, {
+    tool: "sleep 3; exec touch /tmp/frozen/file >/dev/null 2>&1",
+    set: { mute_seconds: 3 },
+    before: `mkfs.ext4 -q ${system.disks[0].path}; mkdir ${frozen}
+      mount ${system.disks[0].path} ${frozen}; fsfreeze -f ${frozen}`,
+  });
+  try {
+    const startedMs = performance.now();
+    assertMatch(await s11(system, "start"), /waited 3 s for a disk/);
+    const ms = performance.now() - startedMs;
+    assert(6_000 < ms && ms < 20_000, `It took ${ms} ms`);
+    await assertLastResort(system);
+  } finally {
+    await system.sh(`fsfreeze -u ${frozen}`);
+  }
+});
+
 const dataRoots: Record<string, [daemonJson: string, dataRoot: string]> = {
   "no data root": [`{ "log-driver": "local" }`, "/var/lib/docker"],
   "ours": [`{\n  "data-root": "${state}/docker"\n}`, `${state}/docker`],
