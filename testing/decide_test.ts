@@ -4289,6 +4289,50 @@ const descriptions: {
     ],
   },
   {
+    name: "a move to the first of two magic disks",
+    devices: [
+      ...leaving("move"),
+      magic("sdc", { sizeBytes: 2 * diskBytes }),
+      magic("sdd"),
+    ],
+    lines: [
+      /^persistent: /,
+      /^mount .* from \/dev\/sda2, \/dev\/sdb2$/,
+      /^move the data from \/dev\/sdb2 to \/dev\/sdc$/,
+      /^let \/dev\/sdd join the data filesystem$/,
+    ],
+  },
+  {
+    name: "the removal of one of two, and a magic disk",
+    devices: [...leaving("remove"), magic("sdc")],
+    lines: [
+      /^persistent: /,
+      /^mount .* from \/dev\/sda2, degraded: 1 missing$/,
+      /^let \/dev\/sdc join the data filesystem$/,
+      /^leave \/dev\/sdb2 out, make \/dev\/sda2 hold all, then wipe \/dev\/sdb2$/,
+    ],
+  },
+  {
+    name: "the removal of one of three",
+    devices: ["a", "b", "c"].map((name, i) =>
+      data(`sd${name}`, {
+        devid: i + 1,
+        of: 3,
+        record: record(name, 5, ["a", "b", "c"], {}, told("remove")),
+      })
+    ),
+    lines: [
+      /^persistent: /,
+      /^mount .* from \/dev\/sda2, \/dev\/sdb2, \/dev\/sdc2$/,
+      /^remove \/dev\/sdb2 from the data filesystem$/,
+    ],
+  },
+  {
+    name: "one of two magic disks is too small",
+    devices: [magic("sda"), magic("sdb", { sizeBytes: 64 * MiB })],
+    lines: [/^persistent: /, /^partition \/dev\/sda /, /^create /],
+  },
+  {
     name: "a data disk that cannot be used",
     devices: [data("sda", { intact: false })],
     lines: [
