@@ -5666,27 +5666,30 @@ async function askHowScrubIs({ data }: Paths): Promise<string> {
 }
 
 /**
- * Limits a scrub to a quarter of what each disk can read in order, so that
- * random reads keep three quarters of its time: the kernel divides a second
- * into a burst and a pause (fs/btrfs/scrub.c, scrub_throttle_dev_io()). A
- * priority would do nothing without the BFQ scheduler.
+ * Limits a scrub to a quarter of what each disk reads in pieces of 512 KiB from
+ * random places: between the reads of others the head has to seek for each piece
+ * (fs/btrfs/scrub.c, flush_scrub_stripes()), and a quarter of what it reads in
+ * order is more than a hard disk has (bench/README.md). The kernel divides a
+ * second into a burst and a pause (scrub_throttle_dev_io()). A priority would do
+ * nothing without the BFQ scheduler.
  *
  * @returns The files in sysfs that were written; a person's limit is kept.
  */
 async function limitScrub({ fsid, members }: DataFilesystem) {
   const limited: string[] = [];
-  const sampleBytes = 32 * MiB;
+  const [pieceBytes, sampleBytes] = [512 * KiB, 32 * MiB];
   await attemptEach(members, async ({ path, holds: { btrfs } }) => {
     const limit =
       `/sys/fs/btrfs/${fsid}/devinfo/${btrfs.devid}/scrub_speed_max`;
     if (readText(limit) !== "0") return;
-    const places = Math.max(1, Math.floor(btrfs.deviceBytes / sampleBytes) - 1);
-    const from = sampleBytes * Math.floor(Math.random() * places);
+    const places = Math.floor(btrfs.deviceBytes / pieceBytes);
     const startedMs = performance.now();
     let readBytes = 0;
     await withDevice(path, async (read) => {
       while (readBytes < sampleBytes && performance.now() - startedMs < 5000) {
-        readBytes += (await read(from + readBytes, MiB)).length || sampleBytes;
+        const from = pieceBytes * Math.floor(places * Math.random());
+        await read(from, pieceBytes).catch(() => {}); // the scrub will tell
+        readBytes += pieceBytes;
       }
     });
     const seconds = (performance.now() - startedMs) / 1000;

@@ -199,6 +199,20 @@ const pullAndPlugSlowly: Step["on"] = {
   },
 };
 
+/** A hard disk: 8 ms until its head is at a place, then 100 MB a second. */
+function hardDisk(): VmDisk["trouble"] {
+  let head = 0;
+  let freeAtMs = 0;
+  return ({ kind, offset, length }) => {
+    if (kind === "flush") return undefined;
+    const nowMs = performance.now();
+    const seekMs = offset === head ? 0 : 8;
+    head = offset + length;
+    freeAtMs = Math.max(freeAtMs, nowMs) + seekMs + length / 100_000;
+    return { takesMs: freeAtMs - nowMs };
+  };
+}
+
 /** A disk that goes wrong when `spoil` is called, and not before. */
 function sound(goneWrong: VmDisk["trouble"]) {
   let isSpoilt = false;
@@ -208,9 +222,25 @@ function sound(goneWrong: VmDisk["trouble"]) {
   };
 }
 
+/** Eight mebibytes that cannot be read until they are written. */
+function badSpot(): VmDisk["trouble"] {
+  const [from, to] = [100 * 2 ** 20, 108 * 2 ** 20];
+  const written = new Set<number>();
+  return ({ kind, offset, length }) => {
+    let errno: number | undefined;
+    const end = Math.min(offset + length, to);
+    for (let at = Math.max(offset, from); at < end; at += 512) {
+      if (kind === "write") written.add(at);
+      else if (!written.has(at)) errno = 5;
+    }
+    return { errno };
+  };
+}
+
 const losesWrites = sound(({ kind }) => ({
   errno: kind === "write" ? 5 : undefined,
 }));
+const isBad = sound(badSpot());
 
 /** Where the key to a payload's machine is, in an image of its own. */
 const sshChanges = `${here}cache/ssh`;
@@ -1201,6 +1231,70 @@ const situations: Situation[] = [
         settled: whole,
       },
     ],
+  },
+  {
+    name: "a scrub leaves two thirds of a hard disk's random reads",
+    everyTime: false,
+    disks: [{
+      sizeMiB: 2000,
+      trouble: hardDisk(),
+      contents: `mkdir "$1.root"
+        head -c 800M /dev/urandom >"$1.root/large"
+        mkfs.btrfs -q --label lightwhale-data --rootdir "$1.root" "$1"
+        rm -r "$1.root"`,
+    }],
+    boots: [{
+      after: { ...single, swaps: 0, boots: boots(1) },
+      run: `mkdir /run/top; mount -o subvolid=5 /dev/vda /run/top
+        reads() {
+          echo 3 >/proc/sys/vm/drop_caches
+          BUN_BE_BUN=1 persistence.ts -e '
+            const fs = require("fs"), file = fs.openSync("/run/top/large");
+            const buffer = Buffer.alloc(4096), seconds = 20;
+            const end = performance.now() + 1000 * seconds;
+            let reads = 0;
+            for (; performance.now() < end; reads++) {
+              const at = 4096 * Math.floor(200_000 * Math.random());
+              fs.readSync(file, buffer, 0, 4096, at);
+            }
+            console.log(Math.round(reads / seconds))'
+        }
+        is_at_work() { btrfs scrub status $data | grep -q running; }
+        before=$(reads)
+        : >$data/lightwhale-state/.pending-scrub
+        persistence.ts --maintain & wait_for 60 is_at_work
+        during=$(reads); is_at_work
+        btrfs scrub status $data
+        limit=$(cat /sys/fs/btrfs/*-*/devinfo/1/scrub_speed_max)
+        btrfs scrub cancel $data; wait
+        after=$(reads)
+        echo "@measured $before reads a second, $during during a scrub with" \
+          "at most $limit bytes a second, $after after it"
+        [ $((3 * during)) -ge $((2 * before)) ]`,
+      on: { measured: (_, words) => console.log(words.join(" ")) },
+    }],
+  },
+  {
+    name: "half of a mirror has a bad spot: repaired, said once, forgotten",
+    everyTime: false,
+    disks: [small, { ...small, trouble: isBad.trouble }],
+    boots: [{
+      after: { ...mirroredSmall, boots: boots(1) },
+      run: `${onHealth}
+        keep both 70; echo 3 >/proc/sys/vm/drop_caches
+        echo @spoil; sleep 1
+        : >$data/lightwhale-state/.pending-scrub
+        persistence.ts --maintain; persistence.ts --maintain
+        tee /dev/stderr </run/lightwhale/health | grep \
+          '/dev/vdb1 had errors ([1-9][0-9]* read.*); the scrub of .* repaired'
+        [ "$(wc -l </run/lightwhale/health) $(grep -c ^-- /run/told)" = "1 1" ]
+        btrfs device stats --reset $data
+        persistence.ts --maintain
+        [ ! -s /run/lightwhale/health ]
+        [ "$(grep -c ^-- /run/told)" = 2 ]`,
+      on: { spoil: () => isBad.spoil() },
+      settled: whole,
+    }],
   },
   {
     name: "the kernel makes the data read-only: said once, until a reboot",
