@@ -752,7 +752,9 @@ export function parsePayload(bytes: Uint8Array): Payload {
       ? `a NUL byte before "${endMarker}": it is cut off, or is no text`
       : `"${endMarker}" is missing, or it is longer than ${largestBytes} bytes`;
     refuseLine(line, end !== newline && why);
-    refuseLine(line, whyNoMarker(shown));
+    const padded =
+      "white space around a marker, which begins and ends its line";
+    refuseLine(line, isPadded(shown) && padded);
     if (isMarker) {
       const name = decode(bytes.subarray(at + 3, at + shown.length - 3)).trim();
       refuseLine(line, whyNotNamed(name));
@@ -791,13 +793,10 @@ function refuseLine(line: number, why: string | false | 0 | undefined): void {
   if (why) throw new Error(`line ${line}: ${why}`);
 }
 
-/** A marker that is none because of what cannot be seen. */
-function whyNoMarker(line: string): string | undefined {
-  const trimmed = line.trim();
-  const isMarker = /^-- +((etc|var|home)\/.*|password .*|end) +--$/s;
-  if (line === trimmed || !isMarker.test(trimmed)) return undefined;
-  return "white space around a marker, which begins and ends its line";
-}
+/** White space around a marker, which cannot be seen, makes it none. */
+const isPadded = (line: string) =>
+  line !== line.trim() &&
+  /^-- +((etc|var|home)\/.*|password .*|end *) --$/s.test(line.trim());
 
 const PASSWORD_FILES = ["passwd", "shadow", "group", "gshadow"]
   .map((name) => `etc/${name}`);
@@ -2703,10 +2702,9 @@ function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
   const { members: [member, another], fsid } = data;
   if (!member || another || member.holds.record) return;
   for (const { read: { record, btrfs } } of devices) {
-    if (record?.fsid !== fsid || btrfs || record.leaving?.how !== "move") {
-      continue;
-    }
-    if (record.leaving.member !== record.member) continue;
+    if (record?.fsid !== fsid || btrfs) continue;
+    const { how, member: leaver } = record.leaving ?? {};
+    if (how !== "move" || leaver !== record.member) continue;
     const own = { member: `${record.member}-moved`, hardware: undefined };
     member.holds = { ...member.holds, record: { ...record, ...own } };
     data.leaving = record.leaving;
@@ -3091,7 +3089,7 @@ const largestChunkBytes = (devicesBytes: number[]) =>
 
 const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b, 0);
 
-/** What a plan comes to: a fallback where a data disk is expected. */
+/** A volatile plan is a fallback where a data disk is expected. */
 const outcomeOf = ({ mode, notes }: Plan) =>
   mode === "volatile" && notes.some(isError) ? "fallback" : mode;
 

@@ -1711,6 +1711,17 @@ Deno.test("parsePayload() reads 480 KiB, copies nothing, names no contents", () 
   }
 });
 
+Deno.test("parsePayload() judges long lines of spaces at once", () => {
+  const spaces = " ".repeat(200_000);
+  const lines = [` -- etc/${spaces}x`, ` -- password ${spaces}-`, `${spaces}x`]
+    .concat(` --${spaces}`, ` -- end${spaces}x`, `-- etc/${spaces}-`);
+  for (const line of lines) {
+    const startedMs = performance.now();
+    read(payloadOf(`-- etc/a --\n${line}\n`));
+    assert(performance.now() - startedMs < 2000, line.slice(0, 20));
+  }
+});
+
 Deno.test("parsePayload() ends behind the end marker, whatever follows it", () => {
   for (const end of ["", "\n", "\r\n", "\0"]) {
     const lines = payloadOf("-- etc/a --\n").slice(0, -1);
