@@ -6391,7 +6391,8 @@ function* howToUndo(
   const { kind, disk, number, partitionName = "" } = device;
   const quoted = (text: string) => `'${text.replaceAll("'", `'\\''`)}'`;
   const path = quoted(resolve(device.path));
-  if (kind === "partition" && !/\p{Cc}/u.test(partitionName)) {
+  const isLost = partitionName !== MAGIC && !/\p{Cc}/u.test(partitionName);
+  if (kind === "partition" && isLost) {
     yield `  To give it its old name back, before the next boot:\n  sfdisk ` +
       `--part-label ${nodeOf(disk)} ${number} ${quoted(partitionName)}`;
   }

@@ -914,6 +914,9 @@ for (const name of ["free", 'it\'s "$(odd)" \\ name', ""]) {
       assertEquals(await system.sh(`sfdisk -d ${path}`), before);
 
       await system.run(["--enable", `${path}p2`]);
+      const args = ["--enable", "--force", `${path}p2`];
+      const again = await system.run([...system.place(), ...args]);
+      assert(!again.stdout.includes("old name"), again.stdout);
       const disabled = await system.run(["--disable", `${path}p2`]);
       assertStringIncludes(
         disabled.stdout,
