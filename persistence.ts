@@ -3126,6 +3126,12 @@ export function* describePlan(plan: Plan): Generator<string> {
   for (const device of data?.stale ?? []) {
     yield `wipe ${device.path}, which missed writes, and rebuild it`;
   }
+  if (data?.leaver) {
+    yield data.missing > 0
+      ? `leave ${data.leaver.path} out, make ${pathsOf(data.members)} hold ` +
+        `all, then wipe ${data.leaver.path}`
+      : `wipe ${data.leaver.path}, which has left the data filesystem`;
+  }
   const moved = data && leavingMember(data, "move");
   const removed = data && leavingMember(data, "remove");
   const free = data && !data.leaver ? data.missing - data.stale.length : 0;
@@ -3137,12 +3143,6 @@ export function* describePlan(plan: Plan): Generator<string> {
       : `let ${device.path} join the data filesystem`;
   }
   if (removed) yield `remove ${removed.path} from the data filesystem`;
-  if (data?.leaver) {
-    yield data.missing > 0
-      ? `leave ${data.leaver.path} out, make ${pathsOf(data.members)} hold ` +
-        `all, then wipe ${data.leaver.path}`
-      : `wipe ${data.leaver.path}, which has left the data filesystem`;
-  }
   if (plan.mode === "volatile" || plan.mode === "off") {
     yield `mount a tmpfs on /${DATA_MOUNT}`;
   }

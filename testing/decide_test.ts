@@ -4308,8 +4308,8 @@ const descriptions: {
     lines: [
       /^persistent: /,
       /^mount .* from \/dev\/sda2, degraded: 1 missing$/,
-      /^let \/dev\/sdc join the data filesystem$/,
       /^leave \/dev\/sdb2 out, make \/dev\/sda2 hold all, then wipe \/dev\/sdb2$/,
+      /^let \/dev\/sdc join the data filesystem$/,
     ],
   },
   {
