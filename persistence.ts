@@ -2781,20 +2781,17 @@ const isAnothers = ({ members }: DataFilesystem, machine?: string) =>
 
 function whyNotUsed(device: Member, { members, missing }: DataFilesystem) {
   const same = members.find((member) => devidOf(member) === devidOf(device));
-  if (same && isTwin(device, same)) {
-    return `is ${same.path} on another path, or holds exactly the same`;
-  }
-  if (same) return `is a copy of ${same.path}, or was replaced by it`;
-  if (missing > 0 && members.some(isOpen)) {
-    return "came back after the mount: the next boot takes it in or rebuilds it";
-  }
-  if (findOnlyMember(members)) return "did not finish joining, or was removed";
-  if (members.every((member) => wroteWithout(device, member))) {
-    return `and ${pathsOf(members)} were each written without the other`;
-  }
-  return missing === 0
-    ? "was replaced while it was away"
-    : "is an older copy of a member, or on other hardware than that";
+  return firstOf(
+    same && isTwin(device, same) &&
+      `is ${same.path} on another path, or holds exactly the same`,
+    same && `is a copy of ${same.path}, or was replaced by it`,
+    missing > 0 && members.some(isOpen) &&
+      "came back after the mount: the next boot takes it in or rebuilds it",
+    findOnlyMember(members) && "did not finish joining, or was removed",
+    members.every((member) => wroteWithout(device, member)) &&
+      `and ${pathsOf(members)} were each written without the other`,
+    missing === 0 && "was replaced while it was away",
+  ) ?? "is an older copy of a member, or on other hardware than that";
 }
 
 function allDevices(data: DataFilesystem): Member[] {
