@@ -7405,7 +7405,7 @@ function* judgeHealth(
     yield { key: "metadata full", text, level: "critical" };
   } else if (metadataSpace?.isCrowdedOut) {
     const text = `All space of "/${DATA_MOUNT}" is allocated to data, and ` +
-      `metadata cannot grow: "btrfs balance start -dusage=50 ` +
+      `metadata cannot grow: "btrfs balance start -dlimit=4 ` +
       `/${DATA_MOUNT}" makes room`;
     yield { key: "unallocated", text, level: "warning" };
   }

@@ -151,6 +151,7 @@ Deno.test("parseScrubStatus() reads what btrfs scrub has written", () => {
 });
 
 const magicDisk: DiskSpec = { sizeBytes: 800 * MiB, contents: header };
+const largeMagicDisk: DiskSpec = { sizeBytes: 2048 * MiB, contents: header };
 const state = "mnt/lightwhale-data/lightwhale-state";
 
 onDisks(
@@ -423,6 +424,91 @@ onDisks(
     assertMatch(await pass(system), /^Device 2 is missing: .*\n$/);
     const { metadataSpace } = await statusOf(system);
     assert(metadataSpace.freeBytes < metadataSpace.sizeBytes);
+  },
+);
+
+onDisks(
+  "a magic disk takes the missing place at once, and its swap is used",
+  { disks: [largeMagicDisk, largeMagicDisk] },
+  async (system) => {
+    const [, second] = system.disks;
+    await system.boot();
+    await write(system, "one", 20);
+    await system.reboot({ without: [second] });
+    await system.boot(["--wait", "0"]);
+    const third = await system.plug(largeMagicDisk);
+    assertEquals(await pass(system), "");
+    const swaps = await Deno.readTextFile("/proc/swaps");
+    assert(swaps.includes(`${third.path}p1 `), swaps);
+    assertEquals((await check(system, "persistent")).status, 0);
+  },
+);
+
+onDisks(
+  "a member without a record comes back after the mount: health says so",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    const [, second] = system.disks;
+    await system.boot();
+    await system.reboot({
+      without: [second],
+      whileOff: () =>
+        command([
+          ...["dd", "if=/dev/zero", `of=${second.image}`, "bs=4k", "seek=256"],
+          ...["count=16", "conv=notrunc", "status=none"],
+        ]),
+    });
+    await system.boot(["--wait", "0"]);
+    await system.attach(second);
+    await command(["partx", "--add", second.path]);
+    assertEquals(
+      await pass(system),
+      `Device 2 is missing: there is no redundancy until the next boot takes ` +
+        `in ${second.path}p1, which is back, or rebuilds it\n`,
+    );
+    assertEquals((await check(system)).status, 2);
+  },
+);
+
+onDisks(
+  "data that are gone have left no space unallocated: said, with what helps",
+  { disks: [{ ...magicDisk, sizeBytes: 2000 * MiB }] },
+  async (system) => {
+    await system.boot();
+    await system.sh(
+      `cd ${state}/docker
+       for n in $(seq 1000); do fallocate -l 4M $n || break; done
+       sync .`,
+    );
+    // Empty files take metadata only; long names take more of them.
+    for (let n = 1;; n += 5000) {
+      const { sizeBytes, freeBytes } = (await statusOf(system)).metadataSpace;
+      if (freeBytes < sizeBytes / 5) break;
+      await system.sh(
+        `cd ${state}/docker; seq -f "%g-$(printf %0200d 0)" ${n} ${n + 4999} |
+           xargs touch; sync .`,
+      );
+    }
+    await system.sh(`cd ${state}/docker; rm -f ??[13579] ?[13579]; sync .`);
+    const wrong = await pass(system);
+    assertMatch(wrong, /^All space .* allocated to data.* makes room\n$/);
+    const [, remedy] = /"(btrfs balance .*) \/mnt/.exec(wrong)!;
+    await system.sh(`${remedy} mnt/lightwhale-data; sync mnt/lightwhale-data`);
+    assertEquals(await pass(system), "");
+  },
+);
+
+onDisks(
+  "where the kernel can reclaim half-empty chunks, it is told to",
+  { disks: [magicDisk] },
+  async (system) => {
+    await system.boot();
+    const file = `/sys/fs/btrfs/${await fsid(system)}/allocation/data/` +
+      `dynamic_reclaim`; // from Linux 6.11 on
+    const read = () => Deno.readTextFile(file).catch(() => undefined);
+    const canReclaim = await read() !== undefined;
+    assertEquals(await pass(system), "");
+    assertEquals(await read(), canReclaim ? "1\n" : undefined);
   },
 );
 
