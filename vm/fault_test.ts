@@ -226,11 +226,42 @@ const faults: Fault[] = [
   {
     name: "a data disk goes mute right after its mount",
     everyTime: false,
-    ...muteAfterItsMount(),
+    ...muteAfter(
+      '"-t btrfs "*" /mnt/lightwhale-data"',
+      "sync -f $data; echo 3 >/proc/sys/vm/drop_caches",
+    ),
     mode: "fallback",
     status: 1,
     says: /no answer in 60 s[^]*Docker is held back/,
     withinMs: 90_000,
+  },
+  {
+    name: "a data disk goes mute when its overlays are mounted",
+    everyTime: false,
+    ...muteAfter(
+      '"--all --fstab "*',
+      `grep -q " /etc overlay " /proc/mounts || exit
+       sync -f $data; echo 3 >/proc/sys/vm/drop_caches`,
+    ),
+    mode: "fallback",
+    status: 1,
+    says: /Docker is held back/,
+    withinMs: 90_000,
+  },
+  {
+    // Nothing is left to read: the program itself waits, when it syncs the file;
+    // or, a minute before, a child.
+    name: "a data disk goes mute before daemon.json is written",
+    everyTime: false,
+    ...muteAfter(
+      '"--all --fstab "*',
+      `grep -q " /etc overlay " /proc/mounts || exit
+       find $data /etc /var /home -type f -exec cat {} + >/dev/null`,
+    ),
+    mode: "fallback",
+    status: 1,
+    says: /waited 30 s for a disk/,
+    withinMs: 150_000,
   },
   {
     name: "a data disk has no space left below it",
@@ -455,8 +486,11 @@ function afterTheFirstWrite(trouble: Trouble): Trouble {
   };
 }
 
-/** Mute, and nothing of it in the cache, once it was mounted. */
-function muteAfterItsMount(): Pick<Fault, "disks" | "before" | "on"> {
+/** Mute once mount(8) was called like this, and a script ran. */
+function muteAfter(
+  call: string,
+  script: string,
+): Pick<Fault, "disks" | "before" | "on"> {
   let isMute = false;
   return {
     disks: [{
@@ -467,11 +501,11 @@ function muteAfterItsMount(): Pick<Fault, "disks" | "before" | "on"> {
       cp -P "$(command -v mount)" /tmp/real/
       cat >/tmp/upper/mount <<"end"
 #!/bin/sh
+data=/mnt/lightwhale-data
 case $* in
-"-t btrfs "*" /mnt/lightwhale-data")
+${call})
   /tmp/real/mount "$@" || exit
-  sync -f /mnt/lightwhale-data
-  echo 3 >/proc/sys/vm/drop_caches
+  ${script}
   echo @mute >/dev/ttyS1
   exec sleep 1
   ;;
