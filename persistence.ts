@@ -6448,7 +6448,8 @@ async function findRunning(settings: Settings, cannot: string) {
   refuse(
     fsid
       ? `${cannot}: --devices does not name ${source}, which holds the data`
-      : `${cannot}: no data filesystem is mounted (see --status)`,
+      : `${cannot}: no data filesystem is mounted, the system is volatile (see ` +
+        `--status)`,
   );
 }
 

@@ -16,7 +16,7 @@ for (const [name, document] of Object.entries(documents)) {
 
   Deno.test(`${name} tells every kernel parameter`, () => {
     const source = read("persistence.ts");
-    const parameters = [...source.matchAll(/options\.(?:get|has)\("(.*?)"\)/g)]
+    const parameters = [...source.matchAll(/"(lightwhale\.\w+|noswap)"/g)]
       .map(([, parameter]) => parameter);
     assert(parameters.length >= 5, `${parameters}`);
     assertEquals(parameters.filter((each) => !document.includes(each)), []);
