@@ -598,8 +598,8 @@ export interface Leaving {
 }
 
 /**
- * For how many devices the profiles are settled. Only chunks are converted that
- * were written before a device was added, or while one was missing.
+ * The profiles are settled for so many devices. Chunks are converted only where
+ * they were written before a device was added, or while one was missing.
  */
 export interface Settled {
   /** 0 while one is missing. */
