@@ -1291,9 +1291,13 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   if (reading.btrfs?.label === DATA) {
     const sizeBytes = node.entry?.sizeBytes ??
       readSysfsBytes(node.name, "size");
-    const end = await read(base + sizeBytes - RAID_BYTES, RAID_BYTES);
-    reading.plain = isBlankBeforeBtrfs && isZero(end) &&
-      !isVmfs(await read(base + MiB, MiB + 4));
+    // A bad spot there is no reason not to use the disk.
+    const tryRead = (at: number, bytes: number) =>
+      read(base + at, bytes).catch(() => undefined);
+    const end = await tryRead(sizeBytes - RAID_BYTES, RAID_BYTES);
+    const isVmfs = [await tryRead(MiB, 4), await tryRead(2 * MiB, 4)]
+      .some((magic) => VMFS.includes(Buffer.from(magic ?? []).toString("hex")));
+    reading.plain = isBlankBeforeBtrfs && !isVmfs && !!end && isZero(end);
   } else if (!reading.btrfs?.intact && !reading.gpt) {
     const sector = start.subarray(BTRFS.superblockAt);
     reading.plain = isBlankBeforeBtrfs && isZero(sector);
@@ -1313,9 +1317,7 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
 const RAID_BYTES = 1600 * KiB;
 
 /** VMFS leaves the first MiB as it was (util-linux, vmfs.c). */
-const isVmfs = (bytes: Uint8Array) =>
-  bytes.length > MiB && (viewOf(bytes).getUint32(0, true) === 0xc001d00d ||
-    viewOf(bytes).getUint32(MiB, true) === 0x2fabf15e);
+const VMFS = ["0dd001c0", "5ef1ab2f"];
 
 /** What the first {@linkcode START_BYTES} of a device say. */
 export function parseStart(start: Uint8Array): Reading {
@@ -1610,7 +1612,8 @@ async function askAbout(devices: BlockDevice[]): Promise<void> {
   const ask = async (device: BlockDevice) => {
     try {
       device.signatures = await listSignatures(device);
-      if (!isLarger(device) || await isBlankBehind(device)) return;
+      if (!isLarger(device)) return;
+      if (await isBlankBehind(device).catch(() => false)) return;
       const atBytes = device.read.gpt?.endBytes;
       device.signatures.push({ type: UNKNOWN, atBytes });
     } catch (error) {
