@@ -7069,7 +7069,7 @@ async function describeContents(device: BlockDevice) {
 // ---------------------------------------------------------------------------
 
 /** What `--status --json` prints; what is wrong are sentences in `health`. */
-type Status = Awaited<ReturnType<typeof readStatus>>;
+export type Status = Awaited<ReturnType<typeof readStatus>>;
 
 /** Collects what is mounted where, from what, and how healthy it is. */
 async function readStatus(settings: Settings) {

@@ -20,6 +20,7 @@ import {
   onDisks,
   projectFolder,
   type Result,
+  statusOf,
   type System,
   type SystemOptions,
   tool,
@@ -699,14 +700,17 @@ onDisks(
       system: ["raid1"],
     });
     assertEquals(
-      status.devices.map(({ path }: { path: string }) => path).sort(),
+      status.devices.map(({ path }) => path).sort(),
       [...report.devices].sort(),
     );
     assertEquals(status.health, []);
     // The machine may have swap of its own.
-    assert(status.swap.includes(`${system.disks[0].path}p1`), status.swap);
+    assert(
+      status.swap.includes(`${system.disks[0].path}p1`),
+      `${status.swap}`,
+    );
     assertEquals(status.lastBoot.mode, "persistent");
-    const targets = status.mounts.map(({ target }: { target: string }) =>
+    const targets = status.mounts.map(({ target }) =>
       target.replace(system.root, "")
     );
     for (const name of ["/etc", "/var", "/home", "/mnt/lightwhale-data"]) {
@@ -826,12 +830,6 @@ async function mounts(system: System): Promise<string[]> {
   return list.split("\n").filter(Boolean)
     .map((target) => target.slice(system.root.length))
     .filter((target) => !["", "/run", "/tmp"].includes(target));
-}
-
-async function statusOf(system: System) {
-  const result = await system.run([...system.place(), "--status", "--json"]);
-  assertEquals(result.status, 0, result.stderr);
-  return JSON.parse(result.stdout);
 }
 
 for (const name of ["a disk", "an image file whose name is odd"]) {

@@ -9,6 +9,7 @@ import {
   type Boot,
   command,
   type DiskSpec,
+  farPlace,
   header,
   isMarked,
   MiB,
@@ -302,7 +303,8 @@ for (const [how, { start, says, tries }] of Object.entries(replaces)) {
       await persist(system);
       const [, old] = system.disks;
       const fresh = await system.plug(smallDisk);
-      await system.reboot({ without: [old] });
+      await system.reboot({ without: [old, fresh] });
+      await system.attach(fresh, farPlace); // nobody else takes it
       // Nothing in the background: "another one is at it".
       await withPrograms({ flock: maintained }, async (path) => {
         await system.boot([], { path });

@@ -8,6 +8,7 @@ import {
   command,
   GiB,
   header,
+  holdWork,
   MiB,
   onDisks,
   type System,
@@ -67,9 +68,7 @@ for (const [option, { disks, args, members }] of Object.entries(askedFor)) {
         await system.boot();
         await system.sh(`cd mnt/lightwhale-data
           head -c 9M /dev/urandom > file; sha256sum file > sum; sync -f .`);
-        // The work waits for the next boot.
-        await system.sh(`flock run/lightwhale/maintenance.lock \
-          sleep 1000 >/dev/null 2>&1 & sleep 0.3`);
+        await holdWork(system);
         const asked = await system.run([
           ...[...system.place(), option],
           ...args.map((place) => system.disks[place].path),

@@ -292,7 +292,7 @@ onDisks(
     await onHealth(system, "sleep 1000 & sleep 1001; exit 0");
     const started = Date.now();
     assertMatch(await pass(system), /no answer in 30 s/);
-    assert(Date.now() - started < 40_000);
+    assert(Date.now() - started < 120_000);
     await system.settle(); // and what it has started is gone
 
     await onHealth(system, "exit 0");

@@ -15,11 +15,15 @@ import {
   type Disk,
   type DiskSpec,
   header,
+  holdWork,
+  idle,
   MiB,
+  mountState,
   onDisks,
   profiles,
   type Result,
   sleep,
+  statusOf,
   type System,
 } from "./system.ts";
 
@@ -36,14 +40,6 @@ const whole = [
   "raid1 raid1c4 raid1c4",
 ];
 
-/** `--status --json`, as far as it matters here. */
-interface Status {
-  devices: { path: string | null }[];
-  work: { kind: string }[];
-  health: string[];
-  leaving: { text: string } | null;
-}
-
 /** MOVES=all: also what differs only in a number. */
 const isAll = Deno.env.get("MOVES") === "all";
 
@@ -58,7 +54,7 @@ onDisks(
     await idle(system);
     assertEquals(await profiles(system), whole[2]);
     await assertKept(system);
-    assertEquals((await status(system)).health, []);
+    assertEquals((await statusOf(system)).health, []);
     await assertReadableOn(system, [[0], [1]]);
   },
 );
@@ -83,7 +79,7 @@ for (const [what, mebibytes] of Object.entries(sizes)) {
       });
       await assertKept(system);
       assertEquals(await memberDisks(system), [fresh.path]);
-      const { health, leaving } = await status(system);
+      const { health, leaving } = await statusOf(system);
       assertEquals(leaving, null);
       assertMatch(
         health.join("; "),
@@ -103,7 +99,7 @@ for (const [what, mebibytes] of Object.entries(sizes)) {
         assertPersistent(boot, 1);
         assertEquals(boot.report.warnings, []);
         await assertKept(system);
-        assertEquals((await status(system)).health, []);
+        assertEquals((await statusOf(system)).health, []);
       }
     },
   );
@@ -173,7 +169,7 @@ for (const count of isAll ? [2, 3, 4] : [2, 3]) {
         const done = await asked(system, ["--remove", gone.path]);
         if (count > 2) return await idle(system);
         assertMatch(done.stdout, /next boot/);
-        assertMatch((await status(system)).leaving?.text ?? "", /next boot/);
+        assertMatch((await statusOf(system)).leaving?.text ?? "", /next boot/);
         const { stdout } = await system.run([...system.place(), "--dry-run"]);
         assertMatch(stdout, new RegExp(`leave ${gone.path}p1 out`));
       });
@@ -190,7 +186,7 @@ for (const count of isAll ? [2, 3, 4] : [2, 3]) {
       );
       assertEquals(await profiles(system), whole[count - 1]);
       await assertBlank(gone);
-      const { health } = await status(system);
+      const { health } = await statusOf(system);
       assertMatch(health.join("; "), /can be pulled$/);
       for (const without of [[], [gone]]) {
         await system.reboot({ without });
@@ -243,12 +239,12 @@ exec btrfs "$@"
       await write(system, "meanwhile");
       await idle(system);
       assert(
-        (await status(system)).leaving?.text.includes(system.disks[1].path),
+        (await statusOf(system)).leaving?.text.includes(system.disks[1].path),
       );
       await asked(system, ["--remove", "--cancel"]);
       await idle(system);
       assertEquals(await profiles(system), whole[2]);
-      assertEquals((await status(system)).health, []);
+      assertEquals((await statusOf(system)).health, []);
       await assertReadableOn(system, [[0], [1]]);
     } finally {
       await Deno.remove(traps, { recursive: true });
@@ -290,9 +286,7 @@ onDisks(
   async (system) => {
     await persist(system);
     const [gone] = system.disks;
-    // The work waits for the next boot.
-    await system.sh(`flock run/lightwhale/maintenance.lock \
-      sleep 1000 >/dev/null 2>&1 & sleep 0.3`);
+    await holdWork(system);
     await asked(system, ["--remove", gone.path]);
     await system.reboot({ without: [gone] });
     const boot = await system.boot(["--wait", "60"]);
@@ -304,7 +298,7 @@ onDisks(
     assert(!/waiting/i.test(boot.stderr), boot.stderr);
     await idle(system);
     assertEquals(await profiles(system), whole[2]);
-    assertEquals((await status(system)).health, []);
+    assertEquals((await statusOf(system)).health, []);
     await system.reboot();
     assertPersistent(await system.boot(), 2);
     await idle(system);
@@ -359,7 +353,7 @@ onDisks(
     await command(["mkfs.ext4", "-q", fresh.path]);
     await refused(["--move", old.path, fresh.path], /--force/);
     await assertKept(system);
-    assertEquals((await status(system)).leaving, null);
+    assertEquals((await statusOf(system)).leaving, null);
     const done = await asked(system, [
       "--move",
       "--force",
@@ -425,7 +419,10 @@ onDisks(
     await Deno.writeTextFile(
       `${traps}/btrfs`,
       `#!/bin/sh
-if [ "$1 $2" = "filesystem resize" ]; then touch ${traps}/shrinks; sleep 4; fi
+if [ "$1 $2" = "filesystem resize" ]; then
+  touch ${traps}/shrinks
+  until [ -e ${traps}/go ]; do sleep 0.1; done
+fi
 PATH=\${PATH#*:}
 exec btrfs "$@"
 `,
@@ -439,6 +436,7 @@ exec btrfs "$@"
       await system.sh(`until [ -e ${traps}/shrinks ]; do sleep 0.1; done`);
       await asked(system, ["--remove", "--cancel"]);
       await asked(system, ["--disable", fresh.path]);
+      await system.sh(`touch ${traps}/go`);
       await idle(system);
       assertEquals(await memberDisks(system), [old.path]);
       await assertKept(system);
@@ -536,27 +534,16 @@ async function assertReadableOn(
     await system.reboot({
       without: system.disks.filter((disk) => !there.includes(disk)),
     });
+    await mountState(system);
     await system.sh(
-      `set --
-       for disk in ${there.map(({ path }) => path).join(" ")}; do
-         partx --update "$disk"
-         for node in "$disk"p*; do
-           case $(blkid -p -s LABEL -o value "$node" 2>/dev/null) in
-             lightwhale-data) set -- "$@" "$node" ;;
-           esac
-         done
-       done
-       options=ro,degraded,subvol=/@lightwhale-state
-       for node; do options=$options,device=$node; done
-       mount -t btrfs -o "$options" "$1" mnt/lightwhale-data
-       cd mnt/lightwhale-data; test -s sums; sha256sum --quiet -c sums`,
+      "cd mnt/lightwhale-data; test -s sums; sha256sum --quiet -c sums",
     );
   }
 }
 
 /** The disks of the members. */
 async function memberDisks(system: System): Promise<string[]> {
-  const { devices } = await status(system);
+  const { devices } = await statusOf(system);
   return devices.map(({ path }) => path?.replace(/p\d+$/, "") ?? "").sort();
 }
 
@@ -564,7 +551,7 @@ async function assertBlank({ path }: Disk): Promise<void> {
   assertEquals(await partitions({ path }), []);
   assertEquals(await holds(path), "");
   const swaps = await Deno.readTextFile("/proc/swaps");
-  assert(!swaps.includes(path), swaps);
+  assert(!swaps.includes(`${path}p`), swaps);
 }
 
 async function holds(path: string): Promise<string> {
@@ -583,27 +570,4 @@ function assertPersistent({ status, report, stderr }: Boot, devices: number) {
     { status: 0, mode: "persistent", degraded: false, devices },
     stderr,
   );
-}
-
-/** Waits for the work in the background. */
-async function idle(system: System): Promise<void> {
-  const giveUpAt = Date.now() + 120_000;
-  const isDone = async () => {
-    const { work } = await status(system);
-    const isRunning = await system.sh(
-      `pgrep -f -- "--maintain --root $PWD" || :`,
-    );
-    return work.length === 0 && isRunning === "";
-  };
-  while (!await isDone()) {
-    assert(Date.now() < giveUpAt, "The work in the background does not end");
-    await sleep(100);
-  }
-}
-
-async function status(system: System): Promise<Status> {
-  const args = [...system.place(), "--status", "--json"];
-  const { stdout, stderr } = await system.run(args);
-  assert(stdout.startsWith("{"), stderr);
-  return JSON.parse(stdout);
 }

@@ -12,6 +12,7 @@
  *
  * @module
  */
+import type { Status } from "../persistence.ts";
 import { needPrograms, systemPath } from "./programs.ts";
 
 /** Bytes. */
@@ -414,7 +415,8 @@ async function waitUntilEmpty(
   { besides, endWith }: { besides?: number; endWith?: Deno.Signal },
 ): Promise<void> {
   let emptyScans = 0;
-  for (let tries = 0; tries < 1000; tries++) {
+  const giveUpAt = performance.now() + 180_000; // long work on a slow machine
+  while (performance.now() < giveUpAt) {
     const all = await processesIn(namespace);
     const pids = all.filter((pid) => pid !== besides);
     // One that forks and ends during a scan is not seen, nor is its child.
@@ -470,6 +472,11 @@ async function attach(disk: Disk, path = "--find"): Promise<void> {
     ...["losetup", "--show", "--sector-size", String(disk.sectorBytes)],
     ...[path, disk.image],
   ])).trim();
+  // The kernel keeps the partitions of a loop device when that is detached, and
+  // no other one can be added over them.
+  if ((await partitionsOf(disk.path)).length > 0) {
+    await command(["partx", "--delete", disk.path]);
+  }
 }
 
 /**
@@ -565,6 +572,82 @@ async function packRoot(folder: string, script: string): Promise<void> {
   ]);
   await Deno.remove(tree, { recursive: true });
 }
+
+export async function statusOf(system: System): Promise<Status> {
+  const args = [...system.place(), "--status", "--json"];
+  const { stdout, stderr } = await system.run(args);
+  if (!stdout.startsWith("{")) throw new Error(`No status: ${stderr}`);
+  return JSON.parse(stdout);
+}
+
+/** Waits for the work in the background, while other processes may go on. */
+export async function idle(system: System): Promise<void> {
+  const giveUpAt = performance.now() + 300_000;
+  while (performance.now() < giveUpAt) {
+    const working = await system.sh(
+      'pgrep -f -- "--maintain --root $PWD" || test $? = 1',
+    );
+    if (!working && (await statusOf(system)).work.length === 0) return;
+    await sleep(100);
+  }
+  throw new Error("The work in the background does not end");
+}
+
+/** Lets no work begin in the background before the next boot. */
+export async function holdWork(system: System): Promise<void> {
+  await system.sh(
+    `exec 9>>run/lightwhale/maintenance.lock; flock 9
+     sleep 1000 >/dev/null 2>&1 &`,
+  );
+}
+
+/** Mounts the state of the disks that are there, as a person would, to read. */
+export async function mountState({ disks, sh }: System): Promise<void> {
+  await sh(
+    `set --
+     for disk in ${disks.map(({ path }) => path).join(" ")}; do
+       sfdisk --dump "$disk" >/dev/null 2>&1 && partx --update "$disk"
+       for node in "$disk" "$disk"p*; do
+         test -b "$node" || continue
+         case $(blkid -p -s LABEL -o value "$node") in
+           lightwhale-data) set -- "$@" "$node" ;;
+         esac
+       done
+     done
+     options=ro,degraded,subvol=/@lightwhale-state
+     for node; do options=$options,device=$node; done
+     mount -t btrfs -o "$options" "$1" mnt/lightwhale-data`,
+  );
+}
+
+/** Takes a disk away, whose loop device stays there without it. */
+export async function takeAway(
+  system: System,
+  disk: Disk,
+  options: RebootOptions = {},
+): Promise<void> {
+  await system.reboot({ ...options, without: [disk] });
+  await system.attach(disk, farPlace);
+  await command(["losetup", "--detach", farPlace]);
+  disk.path = "";
+}
+
+/** Brings that disk so long after a boot has begun. */
+export async function bringLate(
+  system: System,
+  disk: Disk,
+  ms: number,
+): Promise<void> {
+  await system.sh("until [ -e run/lightwhale/lock ]; do sleep 0.1; done");
+  await sleep(ms);
+  await system.attach(disk, farPlace);
+}
+
+/**
+ * A loop device far from where others take theirs from, so that it stays free
+ * while nothing is attached to it.
+ */
+export const farPlace = `/dev/loop${1000 + Deno.pid % 100_000}`;
 
 export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms));
