@@ -24,6 +24,7 @@ import {
   type SystemOptions,
   tool,
 } from "./testing/system.ts";
+import type { Program } from "./testing/programs.ts";
 
 /** What a boot leaves behind, as far as an operator can see it. */
 interface After {
@@ -284,7 +285,7 @@ for (const { name, disks, cmdline, after, says, untouched } of situations) {
   });
 }
 
-const bystanders: Record<string, { needs?: string; contents: string }> = {
+const bystanders: Record<string, { needs?: Program; contents: string }> = {
   "ext4": { contents: 'mkfs.ext4 -q "$DISK"' },
   "vfat": { needs: "mkfs.vfat", contents: 'mkfs.vfat "$DISK" >/dev/null' },
   "xfs": { needs: "mkfs.xfs", contents: 'mkfs.xfs -q "$DISK"' },

@@ -42,11 +42,17 @@ const LONGEST_S = 60;
 
 const KiB = 1024;
 const DATA = "lightwhale-data";
-const programs = [
-  ...["mkfs.btrfs", "mkfs.ext4", "mkfs.exfat", "mkfs.f2fs", "mkfs.jfs"],
-  ...["mkfs.nilfs2", "mkfs.vfat", "mkfs.xfs", "mkntfs", "mkudffs"],
-  ...["cryptsetup", "lvm", "make-bcache", "mksquashfs", "xorriso"],
-];
+const needAll = () => {
+  needPrograms(
+    "mkfs.btrfs",
+    "mkfs.ext4",
+    "mkfs.exfat",
+    "mkfs.f2fs",
+    "mkfs.jfs",
+  );
+  needPrograms("mkfs.nilfs2", "mkfs.vfat", "mkfs.xfs", "mkntfs", "mkudffs");
+  needPrograms("cryptsetup", "lvm", "make-bcache", "mksquashfs", "xorriso");
+};
 
 /** Bytes from `from` up to, but not including, `to`. */
 interface Range {
@@ -1150,7 +1156,7 @@ Deno.test({
   name: `bystanders stay byte-identical: SEED=${seed} ROUNDS=${rounds}`,
   ignore: Deno.uid() !== 0,
   async fn() {
-    needPrograms(...programs);
+    needAll();
     await useMemory();
     const started = Date.now();
     const failed: number[] = [];
@@ -1192,7 +1198,7 @@ Deno.test({
   name: "libblkid calls what the disks hold by its name",
   ignore: Deno.uid() !== 0,
   async fn() {
-    needPrograms(...programs);
+    needAll();
     await useMemory();
     const folder = await Deno.makeTempDir({ prefix: "persistence-test-" });
     try {

@@ -5,7 +5,7 @@
  * change: all others are compared by their checksums.
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { systemPath } from "./programs.ts";
+import { type Program, systemPath } from "./programs.ts";
 import {
   type Boot,
   bringLate,
@@ -85,7 +85,7 @@ start() { # of a device that was made elsewhere
 /** Disks, what happens to them, and what a boot must make of it. */
 interface Situation {
   disks: SystemOptions["disks"];
-  needs?: string[];
+  needs?: Program[];
   cmdline?: string;
   /** For each boot before: the numbers of the disks that are there. */
   earlier?: number[][];
@@ -212,7 +212,7 @@ const isPartOf = (device: string, { path }: Disk) =>
 // A1: a superblock that something newer contradicts.
 
 /** What came over an old filesystem of ours on the whole of $1. */
-const newer: Record<string, { script: string; needs?: string[] }> = {
+const newer: Record<string, { script: string; needs?: Program[] }> = {
   "an MBR and ext4": {
     script: `mbr "$1" 'start=2048, type=83'
       mkfs.ext4 -q -E nodiscard -L photos "$1"p1`,
@@ -450,7 +450,7 @@ for (const [what, at] of [["header", 512 + 24], ["entries", 1024 + 60]]) {
 
 // A2: a table that is not there is not a damaged one.
 
-const foreign: Record<string, { script: string; needs?: string[] }> = {
+const foreign: Record<string, { script: string; needs?: Program[] }> = {
   "an md array": {
     script: `printf '\\374\\116\\053\\251\\001\\0\\0\\0' | put "$1" 4096
       le64 8 | put "$1" 4240`,
@@ -1059,7 +1059,7 @@ const label = "lightwhale-data";
 /** Filesystems with our label, and whether the header fits before them. */
 const labelled: Record<
   string,
-  { script: string; needs?: string[]; room?: boolean }
+  { script: string; needs?: Program[]; room?: boolean }
 > = {
   "ext4": { script: `mkfs.ext4 -q -L ${label} "$DISK"`, room: true },
   "swap and ext4 in a GPT": {
@@ -1389,7 +1389,7 @@ for (const [what, script] of Object.entries(serverSwaps)) {
 
 const others: Record<
   string,
-  { script: string; says: string[]; needs?: string[] }
+  { script: string; says: string[]; needs?: Program[] }
 > = {
   "ext4": { script: "mkfs.ext4 -q -L photos", says: ["ext4", "photos"] },
   "XFS": {

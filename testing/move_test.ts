@@ -375,7 +375,7 @@ onDisks(
 const uses: Record<string, string> = {
   "swap": 'mkswap -L mine "$1"',
   "LVM": 'wipefs -qa "$1"; pvcreate -qq -y "$1"',
-  "NTFS": 'mkfs.ntfs -Q -F "$1"',
+  "NTFS": 'mkntfs -Q -F "$1"',
   "a filesystem of its own":
     `folder=$(mktemp -d); mount -o degraded "$1" $folder
     for file in 1 2 3; do echo new >$folder/$file; sync -f $folder; done
@@ -386,7 +386,10 @@ for (const [what, script] of Object.entries(uses)) {
   if (what !== "swap" && what !== "a filesystem of its own" && !isAll) continue;
   onDisks(
     `--remove: the disk was pulled and is ${what} now: it is not touched`,
-    { disks: [magicDisk, magicDisk], needs: ["pvcreate", "mkfs.ntfs"] },
+    {
+      disks: [magicDisk, magicDisk],
+      needs: isAll ? ["pvcreate", "mkntfs"] : [],
+    },
     async (system) => {
       await persist(system);
       const [gone, stays] = system.disks;

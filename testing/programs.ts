@@ -6,15 +6,19 @@
  */
 
 /** Debian's package for each program. */
-const packages: Record<string, string> = {
+const packages = {
   "btrfs": "btrfs-progs",
+  "btrfs-map-logical": "btrfs-progs",
   "busybox": "busybox-static",
   "containerd": "containerd",
   "cpio": "cpio",
   "cryptsetup": "cryptsetup-bin",
   "depmod": "kmod",
+  "dmesg": "util-linux",
   "dockerd": "docker.io",
   "dropbearkey": "dropbear-bin",
+  "filefrag": "e2fsprogs",
+  "fsfreeze": "util-linux",
   "getfattr": "attr",
   "losetup": "mount",
   "lvm": "lvm2",
@@ -33,6 +37,7 @@ const packages: Record<string, string> = {
   "mkudffs": "udftools",
   "nsenter": "util-linux",
   "partx": "util-linux",
+  "pvcreate": "lvm2",
   "qemu-system-x86_64": "qemu-system-x86",
   "setfattr": "attr",
   "sfdisk": "fdisk",
@@ -41,6 +46,9 @@ const packages: Record<string, string> = {
   "wget": "wget",
   "xorriso": "xorriso",
 };
+
+/** A program that can be installed where it is missing. */
+export type Program = keyof typeof packages;
 
 /** Where the tool, its tests and init look for programs. */
 export const systemPath = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -51,7 +59,7 @@ export const systemPath = "/usr/sbin:/usr/bin:/sbin:/bin";
  * @param programs Names from the table above.
  * @throws {Error} If a program is still missing afterwards.
  */
-export function needPrograms(...programs: string[]): void {
+export function needPrograms(...programs: Program[]): void {
   const missing = programs.filter((program) => !isInstalled(program));
   if (missing.length === 0) return;
 

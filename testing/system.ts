@@ -13,7 +13,7 @@
  * @module
  */
 import type { Status } from "../persistence.ts";
-import { needPrograms, systemPath } from "./programs.ts";
+import { needPrograms, type Program, systemPath } from "./programs.ts";
 
 /** Bytes. */
 export const MiB = 1024 ** 2;
@@ -150,7 +150,7 @@ export interface SystemOptions {
  */
 export function onDisks(
   name: string,
-  { needs = [], ...options }: SystemOptions & { needs?: string[] },
+  { needs = [], ...options }: SystemOptions & { needs?: Program[] },
   test: (system: System) => Promise<void>,
 ): void {
   Deno.test({
@@ -174,9 +174,7 @@ export async function withSystem<T>(
   options: SystemOptions,
   use: (system: System) => Promise<T>,
 ): Promise<T> {
-  needPrograms(
-    ...["btrfs", "sfdisk", "partx", "losetup", "nsenter", "mksquashfs"],
-  );
+  needPrograms("btrfs", "sfdisk", "partx", "losetup", "nsenter", "mksquashfs");
   const folder = await Deno.makeTempDir({ prefix: "persistence-test-" });
   const disks: Disk[] = [];
   const root = `${folder}/root`;

@@ -15,10 +15,8 @@ import type { Access } from "./recorded_disk.ts";
 import { all } from "./situation.ts";
 import { type BootOptions, bootVm, makeDisk, type VmDisk } from "./vm.ts";
 
-needPrograms(
-  ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
-  "mkfs.btrfs",
-);
+needPrograms("qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox");
+needPrograms("mkfs.btrfs");
 
 /** A disk before the boot: magic, or a data filesystem over the whole of it. */
 interface FaultyDisk extends Omit<VmDisk, "file"> {

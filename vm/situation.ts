@@ -5,10 +5,8 @@ import { assert, assertEquals, assertMatch } from "@std/assert";
 import { needPrograms } from "../testing/programs.ts";
 import type { Boot } from "./vm.ts";
 
-needPrograms(
-  ...["qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox"],
-  ...["sfdisk", "mkfs.ext4", "mkfs.btrfs"],
-);
+needPrograms("qemu-system-x86_64", "mksquashfs", "cpio", "depmod", "busybox");
+needPrograms("sfdisk", "mkfs.ext4", "mkfs.btrfs");
 
 /** BOOT=all: every situation, every cut. */
 export const all = Deno.env.get("BOOT") === "all";
