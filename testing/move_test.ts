@@ -315,12 +315,11 @@ onDisks(
   { disks: [magicDisk, emptyDisk, { sizeBytes: 300 * MiB }] },
   async (system) => {
     const [old, fresh, small] = system.disks;
-    const place = system.place();
     const startOf = ({ path }: Disk) =>
       command(["sh", "-euc", 'head -c 8M "$1" | sha256sum', "sh", path]);
     const refused = async (args: string[], why: RegExp) => {
       const before = await Promise.all([fresh, small].map(startOf));
-      const { status, stderr } = await system.run([...place, ...args]);
+      const { status, stderr } = await system.run([...system.place(), ...args]);
       assertEquals([status, stderr.trim().split("\n").length], [2, 1], stderr);
       assertMatch(stderr, why);
       assertEquals(
@@ -361,7 +360,9 @@ onDisks(
       fresh.path,
     ]);
     assertStringIncludes(done.stdout, "ext4");
-    const again = await system.run([...place, "--remove", old.path]);
+    const again = await system.run([
+      ...[...system.place(), "--remove", old.path],
+    ]);
     assertEquals(again.status, 2, again.stderr);
     await idle(system);
     assertEquals(await memberDisks(system), [fresh.path]);
