@@ -285,7 +285,7 @@ const replaces: Record<
   // What began was given up by the kernel, and then there is another disk.
   "ends, and then another disk is in its place": {
     start: "exit 0",
-    says: /it is not the disk any more that it was/,
+    says: /it is not the disk any more that was looked at/,
     tries: ["-f 2"],
   },
   "does not answer, with and without discard": {

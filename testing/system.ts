@@ -50,6 +50,8 @@ export interface Disk {
   path: string;
   /** The image file behind it. */
   image: string;
+  /** That of the file that was attached last. */
+  inode?: number | null;
   sectorBytes: 512 | 4096;
 }
 
@@ -470,6 +472,7 @@ async function attach(disk: Disk, path = "--find"): Promise<void> {
     ...["losetup", "--show", "--sector-size", String(disk.sectorBytes)],
     ...[path, disk.image],
   ])).trim();
+  disk.inode = (await Deno.stat(disk.image)).ino;
   // The kernel keeps the partitions of a loop device when that is detached, and
   // no other one can be added over them.
   if ((await partitionsOf(disk.path)).length > 0) {
@@ -502,12 +505,13 @@ async function attachInOrder(disks: Disk[]): Promise<void> {
 async function detach(disk: Disk): Promise<void> {
   const { path } = disk;
   if (!path) return;
-  const name = path.slice("/dev/".length);
-  // A test that has detached it itself has left the number to anybody else.
-  const isOurs = async () =>
-    (await Deno.readTextFile(`/sys/block/${name}/loop/backing_file`)
-      .catch(() => "")) // it goes away at any instant
-      .startsWith(disk.image.replace(/[^/]*$/, ""));
+  // A test that has detached it itself has left the number to anybody else. Its
+  // path may not be seen from here: it was attached in another mount namespace.
+  const isOurs = async () => {
+    const columns = ["--noheadings", "--raw", "--output", "BACK-INO"];
+    const { stdout } = await output(["losetup", ...columns, path]);
+    return stdout.trim() === `${disk.inode}`;
+  };
   if (!await isOurs()) {
     disk.path = "";
     return;
