@@ -595,6 +595,8 @@ export interface Leaving {
   member: string;
   /** `left`: it is no member any more, and was not there to be wiped. */
   how: "move" | "remove" | "left";
+  /** Hardware of the disk that it moves to, empty where that has no name. */
+  to?: string;
 }
 
 /**
@@ -645,8 +647,9 @@ function parseSlot(slot: string): MemberRecord | undefined {
     const { mounts = [], lastSeen = {} } = record;
     const { leaving = { member: "", how: "" } } = record;
     const { devices, unmirrored } = record.settled ?? UNSETTLED;
+    const { to = "" } = leaving;
     const texts = [fsid, member, machine, hardware, leaving.member, leaving.how]
-      .concat(present, mounts, unmirrored, Object.values(lastSeen));
+      .concat(to, present, mounts, unmirrored, Object.values(lastSeen));
     const valid = [present, mounts, unmirrored].every(Array.isArray) &&
       [absent, lastSeen].every((table) => typeof table === "object") &&
       texts.every((value) => typeof value === "string") &&
@@ -2018,6 +2021,7 @@ function sortOut(facts: Facts, settings: Settings, plan: Plan) {
   if (chosen && !mounted) leaveOut(chosen);
   if (chosen) inheritRecord(chosen, usable);
   if (chosen) findLeaver(chosen, usable);
+  if (chosen && !mounted) sayUnused(chosen, usable, plan);
   const ours = filesystems.flatMap(allDevices);
   const isData = (device: BlockDevice) =>
     ours.some((member) => member === device) ||
@@ -2515,8 +2519,8 @@ function findOnlyMember(devices: Member[]): Member | undefined {
 
 const generationOf = ({ holds }: Member) => holds.btrfs.generation;
 const devidOf = ({ holds }: Member) => holds.btrfs.devid;
-const epochOf = ({ holds }: Member) => holds.record?.epoch ?? 0;
-const idOf = (member?: Member) => member?.holds.record?.member;
+const epochOf = ({ holds }: Pick<Member, "holds">) => holds.record?.epoch ?? 0;
+const idOf = (member?: Pick<Member, "holds">) => member?.holds.record?.member;
 const lastMountOf = ({ holds }: Member) => holds.record?.mounts?.at(-1);
 
 const newest = (devices: Member[]) =>
@@ -2662,7 +2666,7 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
  * Which member is to leave, as the newest record says. The leaver's own record
  * does not count: the next boot may have only those of the others.
  */
-function leavingOf(members: Member[]): Leaving | undefined {
+function leavingOf(members: Pick<Member, "holds">[]): Leaving | undefined {
   const [newest, ...others] = members.filter(({ holds }) => holds.record)
     .sort((a, b) => epochOf(b) - epochOf(a));
   const leaving = newest?.holds.record?.leaving;
@@ -2674,6 +2678,28 @@ function leavingOf(members: Member[]): Leaving | undefined {
 function leavingMember({ members, leaving }: DataFilesystem, how?: string) {
   if (how && leaving?.how !== how) return undefined;
   return members.find((member) => leaving && idOf(member) === leaving.member);
+}
+
+/**
+ * The magic disk that the data of a member move to: the one that was named. Of
+ * several disks without a hardware identity nobody can tell which it is.
+ */
+function moveTarget(data: DataFilesystem, joins: NewMember[]) {
+  const isNamed = ({ device: { hardware = "" } }: NewMember) =>
+    hardware === (data.leaving?.to ?? hardware);
+  const found = leavingMember(data, "move") ? joins.filter(isNamed) : [];
+  return found.length === 1 ? found[0] : undefined;
+}
+
+/** What a move waits for; undefined where it can go on, or none is to. */
+function whyNotMoved(data: DataFilesystem, joins: NewMember[]) {
+  const member = leavingMember(data, "move");
+  if (!member || data.replaceTarget || moveTarget(data, joins)) {
+    return undefined;
+  }
+  return `${member.path} is to move to a disk that is not there, or that cannot ` +
+    `be told from another one: plug it in alone, or take that back (--move ` +
+    `--cancel)`;
 }
 
 /**
@@ -2717,12 +2743,18 @@ function inheritRecord(data: DataFilesystem, devices: BlockDevice[]): void {
 /**
  * Finds the disk that has left: its record says so and names this hardware, and
  * nobody used it since. If two disks look so, one is a copy: neither is
- * touched.
+ * touched. Nor is one that is a single commit ahead, though a power cut leaves
+ * that as well.
  */
 function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
   const { fsid, members, leaving } = data;
   const isKnown = (mount?: string) =>
     members.some(({ holds }) => mount && holds.record?.mounts?.includes(mount));
+  const isWritten = (device: Member) =>
+    members.some((member) =>
+      generationOf(device) >
+        (member.holds.record?.absent[idOf(device)!] ?? generationOf(member))
+    );
   const found = devices.filter((device) => {
     const { record } = device.read;
     return record?.fsid === fsid && record.member === leaving?.member &&
@@ -2730,8 +2762,7 @@ function findLeaver(data: DataFilesystem, devices: BlockDevice[]): void {
       !isOpen(device) && !members.includes(device as Member) &&
       record.leaving?.member === record.member &&
       othersOn(device).length === 0 &&
-      !(holding("member")(device) &&
-        members.some((member) => wroteWithout(device, member)));
+      !(holding("member")(device) && isWritten(device));
   });
   data.leaver ??= found.length === 1 ? found[0] : undefined;
   const { leaver } = data;
@@ -2806,7 +2837,7 @@ function allDevices(data: DataFilesystem): Member[] {
 /** Chooses by a rule that gives the same answer at the next boot. */
 function chooseDataFilesystem(
   filesystems: DataFilesystem[],
-  { machine, devices }: Facts,
+  { machine }: Facts,
   { dataUuid }: Settings,
   plan: Plan,
 ): DataFilesystem | undefined {
@@ -2843,18 +2874,25 @@ function chooseDataFilesystem(
         `lightwhale.data=${other.fsid} on the kernel command line)`,
     ));
   }
-  if (!chosen) return undefined;
-  for (const device of chosen.conflicting) {
+  return chosen;
+}
+
+/** Says which devices of a filesystem are not used, or not there. */
+function sayUnused(data: DataFilesystem, devices: BlockDevice[], plan: Plan) {
+  const members = pathsOf(data.members);
+  for (const device of data.conflicting) {
     const { path } = device;
-    const isSame = chosen.members.some((member) => isTwin(device, member));
+    const isSame = data.members.some((member) => isTwin(device, member));
     const orGiveUp = isSame ? "" : `; ${howToGiveUp(device, devices)}`;
     plan.notes.push(warning(
-      `${path} ${whyNotUsed(device, chosen)}: ${members} is used, ${path} is ` +
+      `${path} ${whyNotUsed(device, data)}: ${members} is used, ${path} is ` +
         `not touched (to use it instead, unplug ${members}${orGiveUp})`,
     ));
   }
-  if (chosen.missing > 0) plan.notes.push(warning(describeMissing(chosen)));
-  return chosen;
+  const isOut = data.leaving?.how === "remove" && !leavingMember(data);
+  if (data.missing > (isOut ? 1 : 0)) {
+    plan.notes.push(warning(describeMissing(data)));
+  }
 }
 
 function describeMissing(data: DataFilesystem): string {
@@ -3014,11 +3052,13 @@ function planJoins(found: Findings, plan: Plan): void {
     ));
   }
   const sizes = sizesOf(data);
-  const largestFirst = planMembers(candidates, found, plan)
-    .sort((a, b) => b.dataBytes - a.dataBytes);
-  for (const member of largestFirst) {
-    const isMoved = plan.joins.length === 0 && leavingMember(data, "move");
-    const problem = isMoved // which was checked when it was asked for
+  const members = planMembers(candidates, found, plan);
+  const target = moveTarget(data, members);
+  members.sort((a, b) =>
+    Number(b === target) - Number(a === target) || b.dataBytes - a.dataBytes
+  );
+  for (const member of members) {
+    const problem = member === target // it was checked when it was named
       ? undefined
       : whyTooSmall(member.dataBytes, sizes) ??
         whyNotMirrored(data, [...sizes, member.dataBytes]);
@@ -3135,13 +3175,17 @@ export function* describePlan(plan: Plan): Generator<string> {
   const moved = data && leavingMember(data, "move");
   const removed = data && leavingMember(data, "remove");
   const free = data && !data.leaver ? data.missing - data.stale.length : 0;
-  for (const [i, { device }] of plan.joins.entries()) {
-    yield i === 0 && moved
-      ? `move the data from ${moved.path} to ${device.path}`
+  const target = data && moveTarget(data, plan.joins);
+  for (const [i, member] of plan.joins.entries()) {
+    const { path } = member.device;
+    yield member === target
+      ? `move the data from ${moved!.path} to ${path}`
       : i < free
-      ? `let ${device.path} take the place of a missing device`
-      : `let ${device.path} join the data filesystem`;
+      ? `let ${path} take the place of a missing device`
+      : `let ${path} join the data filesystem`;
   }
+  const waits = data && whyNotMoved(data, plan.joins);
+  if (waits) yield waits;
   if (removed) yield `remove ${removed.path} from the data filesystem`;
   if (plan.mode === "volatile" || plan.mode === "off") {
     yield `mount a tmpfs on /${DATA_MOUNT}`;
@@ -5288,18 +5332,22 @@ function rebuildStale(situation: Situation): Job | undefined {
   const { data, state } = situation;
   const [device] = data.stale;
   if (!device || !state.missing.includes(devidOf(device))) return undefined;
-  const isPartition = device.kind === "partition";
-  const named = isPartition ? { ...device, partitionName: MAGIC } : device;
-  const { begin, finish } = replacement(devidOf(device), named, situation);
+  const hasName = device.partitionName !== undefined;
+  const { begin, finish } = replacement(devidOf(device), {
+    ...device,
+    magic: hasName || device.kind === "disk",
+    partitionName: hasName ? MAGIC : undefined,
+    read: { ...device.read, btrfs: undefined },
+  }, situation);
   return {
     kind: "rebuild",
     device,
     what: `${device.path} is wiped and rebuilt`,
     async change() {
       await confirm(device);
-      if (device.kind === "disk") await setMagic(device, MAGIC);
       // An MBR has no names, and a volume is never formatted by a boot.
-      if (isPartition) await attempt(() => setMagic(device, MAGIC));
+      if (device.kind === "disk") await setMagic(device, MAGIC);
+      else if (hasName) await attempt(() => setMagic(device, MAGIC));
       await wipe(device);
       await begin();
     },
@@ -5310,11 +5358,8 @@ function rebuildStale(situation: Situation): Job | undefined {
 /** A device was added for the missing one, which was larger. */
 function removeMissing({ state, pending, paths }: Situation): Job | undefined {
   if (!pending["remove missing"] || !state.missing.length) return undefined;
-  const remove = () =>
-    run(words`btrfs device remove missing ${paths.data}`, {
-      to: `mirror the data of the missing device anew`,
-      timeoutMs: Infinity,
-    });
+  const [devid] = state.missing;
+  const remove = () => removeDevice({ devid, isMissing: true }, paths);
   return {
     kind: "remove missing",
     what: `the data of the missing device is mirrored anew`,
@@ -5346,7 +5391,9 @@ function joinMagic(situation: Situation): Job | undefined {
 
 function replaceMissing(member: NewMember, situation: Situation): Job {
   const { data, state: { missing: [devid] }, paths } = situation;
-  const device = { ...member.device, path: member.dataPath };
+  const { device: { read }, dataPath: path } = member;
+  const wiped = { ...read, btrfs: undefined };
+  const device = { ...member.device, path, read: wiped };
   const { begin, finish } = replacement(devid, device, situation);
   const job: Job = {
     kind: "replace",
@@ -5376,41 +5423,23 @@ function replaceMissing(member: NewMember, situation: Situation): Job {
 
 /** `--move`: a magic disk takes the place of a member that is there. */
 function moveMember(situation: Situation): Job | undefined {
-  const { data, joins: [member], state, paths } = situation;
+  const { data, joins, state, paths } = situation;
   const source = leavingMember(data, "move");
+  const member = moveTarget(data, joins);
   if (!member || !source || state.missing.length > 0) return undefined;
   const device = { ...member.device, path: member.dataPath };
-  const { btrfs } = source.holds;
-  const { begin, finish } = replacement(btrfs.devid, device, situation);
+  const devid = devidOf(source);
+  const { beginLater, finish } = replacement(devid, device, situation);
   return {
     kind: "move",
     device: member.device,
     what: `the data of ${source.path} move to ${member.dataPath}`,
-    async change() {
-      await cancelReplace(paths);
-      await prepareMember(member, data);
-      if (data.replaceTarget) await wipe(device);
-    },
     async work() {
-      await shrinkTo(
-        readSysfsBytes(nameOf(device.path), "size"),
-        source,
-        paths,
-      );
-      const lock = await takeLock(join(paths.run, "lock"));
-      try {
-        await confirm(member.device); // hours have gone by
-        const { record } = parseStart(
-          await readBytes(source.path, 0, START_BYTES),
-        );
-        assert(
-          record?.leaving?.member === record?.member,
-          `${source.path} is not told to leave any more`,
-        );
-        await begin();
-      } finally {
-        lock.release();
-      }
+      await shrinkTo(member.dataBytes, source, paths);
+      await beginLater(async () => {
+        await cancelReplace(paths);
+        await prepareMember(member, data);
+      });
       await finish();
     },
   };
@@ -5456,11 +5485,7 @@ function unmirror({ data, state, paths }: Situation): Job | undefined {
     what: `${member.path} gets all that was mirrored`,
     async work() {
       for (const [to, command] of steps) {
-        // Taken back with --cancel meanwhile?
-        const { record } = parseStart(
-          await readBytes(member.path, 0, START_BYTES),
-        );
-        if (record?.leaving === undefined) return;
+        await confirmLeaving(data);
         await run(command, { to, timeoutMs: Infinity });
       }
     },
@@ -5489,14 +5514,43 @@ function removeMember({ data, state, paths }: Situation): Job | undefined {
           to: `keep the metadata on ${count} devices`,
           timeoutMs: Infinity,
         });
+        await confirmLeaving(data);
       }
-      const which = member ? devidOf(member) : "missing";
-      await run(words`btrfs device remove ${which} ${paths.data}`, {
-        to: `remove ${what} from the data filesystem`,
-        timeoutMs: Infinity,
-      });
+      const devid = member ? devidOf(member) : state.missing[0];
+      await removeDevice({ devid, isMissing: !member }, paths);
     },
   };
+}
+
+/** Has the others take over what is on a device; notes how much that is. */
+async function removeDevice(
+  { devid, isMissing }: { devid: number; isMissing: boolean },
+  paths: Paths,
+) {
+  const bytes = (await readUsages(paths)).get(devid)?.allocatedBytes;
+  const note = JSON.stringify({ ...readJob(paths), devid, bytes });
+  await attempt(() => replaceFile(paths.job, `${note}\n`));
+  const which = isMissing ? "missing" : devid;
+  await run(words`btrfs device remove ${which} ${paths.data}`, {
+    to: `remove device ${devid} from the data filesystem`,
+    timeoutMs: Infinity,
+  });
+}
+
+/**
+ * Is what was asked for still to be done, with the same members? Asked between
+ * the steps of what takes hours.
+ *
+ * @throws {Error} When it was taken back, or a member has gone.
+ */
+async function confirmLeaving({ fsid, members, leaving }: DataFilesystem) {
+  const now = await readMembers(fsid);
+  const isAsked = leavingOf(now)?.member === leaving?.member;
+  assert(
+    isAsked && now.length === members.length,
+    `The work on ${pathsOf(members)} ends here: ` +
+      (isAsked ? "one of them has gone" : "it was taken back"),
+  );
 }
 
 /** Wipes what has left, once the filesystem is whole without it. */
@@ -5962,14 +6016,16 @@ const joiningId = ({ sequence, path }: BlockDevice) => sequence ?? path;
 
 /**
  * A magic disk takes the place of a missing member at once. A whole filesystem
- * takes one that was there at a boot, or that a person lets in.
+ * takes one that was there at a boot, or that a person lets in or moves to.
  */
 function mayJoin(
-  { device }: NewMember,
+  member: NewMember,
+  { data, joins }: Plan,
   { missing }: FilesystemState,
   { joining }: Paths,
 ): boolean {
-  return missing.length > 0 || listJoining(joining).includes(joiningId(device));
+  return missing.length > 0 || member === moveTarget(data!, joins) ||
+    listJoining(joining).includes(joiningId(member.device));
 }
 
 /** Starts {@linkcode maintain} in the background if there is work for it. */
@@ -6115,9 +6171,14 @@ async function doNextJob(done: Set<string>, settings: Settings, paths: Paths) {
     const plan = decide(await look(settings), settings);
     // Without a data filesystem no disk is touched: it may be off on purpose.
     if (plan.data) await attemptEach(plan.repairs, carryOut);
+    if (done.size > 0) await attempt(() => swapOn(plan.swap)); // of a new member
     const state = plan.data && stateOf(plan.data);
     if (plan.data) orUndefined(() => reclaimSpace(plan.data!));
-    if (state) plan.joins = plan.joins.filter((j) => mayJoin(j, state, paths));
+    if (state) {
+      plan.joins = plan.joins.filter((each) =>
+        mayJoin(each, plan, state, paths)
+      );
+    }
     if (state?.missing.length === 0) setPending("remove missing", false, paths);
     const job = state && decideJob(plan, state, readPending(paths), paths);
     if (!job || done.has(job.what)) return false;
@@ -6168,7 +6229,6 @@ async function prepareMember(member: NewMember, data: DataFilesystem) {
   await partitionDisk(member);
   await waitForPartitions([member]);
   await makeSwapOf(member);
-  await attempt(() => swapOn(swapOf([member])));
 }
 
 /** A device that has just become a member, which has no record yet. */
@@ -6236,6 +6296,17 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
       await sleep(50);
     }
   };
+  // Hours may have gone by since anybody has looked.
+  const beginLater = async (prepare = () => confirm(device)) => {
+    const lock = await takeLock(join(paths.run, "lock"));
+    try {
+      if (leavingMember(data, "move")) await confirmLeaving(data);
+      await prepare();
+      await begin();
+    } finally {
+      lock.release();
+    }
+  };
   // It fails where the kernel finds no room to set a block group read-only;
   // chunks that are packed more tightly leave room.
   const finish = async () => {
@@ -6254,11 +6325,10 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
       );
       await cancelReplace(paths);
       await packChunks(paths); // may take hours, and nothing holds the disk
-      assertSame(device);
-      await begin();
+      await beginLater();
     }
   };
-  return { begin, finish };
+  return { begin, beginLater, finish };
 }
 
 /**
@@ -6267,16 +6337,13 @@ function replacement(devid: number, device: BlockDevice, situation: Situation) {
  * seen to abort a conversion with ENOSPC: the filesystem went read-only.
  */
 async function makeRoom(paths: Paths): Promise<void> {
-  const block = /ID: (\d+)\s+Device size:\s+(\d+)[^]*?Unallocated:\s+(\d+)/g;
   for (let moved = 0; moved < 8; moved++) {
-    const usage = await ask(words`btrfs device usage --raw ${paths.data}`, {
-      to: `see how much of each device is allocated`,
-    });
-    const devices = [...usage.matchAll(block)]
-      .map(([, ...numbers]) => numbers.map(Number));
-    const chunkBytes = largestChunkBytes(devices.map(([, size]) => size));
-    const mostBytes = Math.max(...devices.map(([, , free]) => free));
-    const [full] = devices.find(([, , free]) => free < chunkBytes) ?? [];
+    const devices = [...await readUsages(paths)];
+    const chunkBytes = largestChunkBytes(devices.map(([, d]) => d.sizeBytes));
+    const mostBytes = Math.max(
+      ...devices.map(([, { freeBytes }]) => freeBytes),
+    );
+    const [full] = devices.find(([, d]) => d.freeBytes < chunkBytes) ?? [];
     if (!full || mostBytes < 2 * chunkBytes) return;
     const filter = `-ddevid=${full},profiles=single,limit=1`;
     await run(words`btrfs balance start ${filter} ${paths.data}`, {
@@ -6285,6 +6352,27 @@ async function makeRoom(paths: Paths): Promise<void> {
       timeoutMs: Infinity,
     });
   }
+}
+
+/** How much of each device is allocated, by devid (btrfs-device(8), usage). */
+async function readUsages({ data }: Paths) {
+  const usage = await ask(words`btrfs device usage --raw ${data}`, {
+    to: `see how much of each device is allocated`,
+  });
+  const block =
+    /ID: (\d+)\s+Device size:\s+(\d+)([^]*?)Unallocated:\s+(-?\d+)/g;
+  return new Map(
+    [...usage.matchAll(block)].map(([, devid, size, chunks, free]) => [
+      Number(devid),
+      {
+        sizeBytes: Number(size),
+        freeBytes: Number(free),
+        allocatedBytes: sum(
+          [...chunks.matchAll(/,\w+: +(\d+)$/gm)].map(([, n]) => Number(n)),
+        ),
+      },
+    ]),
+  );
 }
 
 /** Moves what is in half-empty chunks together, if there is room even so. */
@@ -6338,6 +6426,15 @@ async function enable(
     if (refusal) refuse(`Cannot enable ${path}: ${refusal}`);
     targets.push(target);
   }
+  const { data } = decide(await look(settings), settings);
+  const isAwaited = !now && data && (stateOf(data)?.missing.length ?? 0) > 0;
+  if (isAwaited && names.some(Boolean)) {
+    console.log(
+      `The data filesystem lacks a device: within the hour what is enabled is ` +
+        `formatted and takes its place (until then persistence.ts --disable ` +
+        `takes that back)`,
+    );
+  }
   const done: string[] = [];
   const isAsAsked = (target: Target) =>
     isEnabled(target) && target.device.payload?.sum === payload?.sum;
@@ -6378,7 +6475,7 @@ async function enable(
   for (const path of unseen) {
     console.log(`A boot looks at ${path} only where --devices names it`);
   }
-  console.log("At the next boot (where a member is missing, within the hour):");
+  console.log(`${isAwaited ? "Within the hour, or a" : "A"}t the next boot:`);
   await dryRun(settings);
 }
 
@@ -6508,7 +6605,9 @@ async function move(
           inMiB(Math.min(leastBytes(fits), member.holds.btrfs.deviceBytes))
         } would do`);
   if (refusal) refuse(`${cannot}: ${refusal}`);
-  await tellToLeave(data, { member: idOf(member)!, how: "move" });
+  const { hardware = "" } = device;
+  const leaving = { member: idOf(member)!, how: "move" as const, to: hardware };
+  await tellToLeave(data, leaving);
   try {
     await makeMagic(target, false);
     assert(
@@ -6572,8 +6671,9 @@ async function remove([path]: string[], settings: Settings): Promise<void> {
 /** Takes back what was asked for by --move or --remove. */
 async function cancelLeaving(settings: Settings): Promise<void> {
   const cannot = "Cannot take anything back";
-  const { data, state } = await findRunning(settings, cannot);
+  const { plan, data, state } = await findRunning(settings, cannot);
   const { leaving, leaver } = data;
+  const target = moveTarget(data, plan.joins)?.device;
   const isThere = leavingMember(data) !== undefined;
   if (!leaving || (!isThere && !leaver && data.missing === 0)) {
     refuse(`${cannot}: no disk was told to leave`);
@@ -6584,11 +6684,12 @@ async function cancelLeaving(settings: Settings): Promise<void> {
       `${cannot}: ${leaver?.path} has left already (--enable lets it join again)`,
     );
   }
-  if (!["none", "balance"].includes(operation)) {
+  if (!["none", "balance", "resize"].includes(operation)) {
     refuse(`${cannot}: the ${operation} goes on (see --status)`);
   }
   const paths = pathsBelow(settings.root);
   await tellToLeave(data, null);
+  if (target) await takeMagic({ device: target, devices: [] });
   await run(words`btrfs balance cancel ${paths.data}`, {
     to: "stop the work that was begun",
     accept: [0, 1, 2], // 2: there is none (btrfs-balance(8))
@@ -6597,12 +6698,12 @@ async function cancelLeaving(settings: Settings): Promise<void> {
     to: "stop the work that was begun",
     accept: [0, 1, 2],
   });
-  console.log(
-    isThere
-      ? "Nothing leaves the data filesystem"
-      : `Nothing leaves the data filesystem: ${leaver?.path ?? "the disk"} ` +
-        `missed writes and is rebuilt`,
-  );
+  const also = target
+    ? `, and ${target.path} is not enabled any more`
+    : isThere
+    ? ""
+    : `: ${leaver?.path ?? "the disk"} missed writes and is rebuilt`;
+  console.log(`Nothing leaves the data filesystem${also}`);
   await startNow(settings);
 }
 
@@ -7164,7 +7265,8 @@ function describeNext(
   { scrub }: Memory,
   paths: Paths,
 ): string {
-  const waiting = plan.joins.filter((join) => !mayJoin(join, state, paths));
+  const waiting = plan.joins
+    .filter((member) => !mayJoin(member, plan, state, paths));
   plan.joins = plan.joins.filter((join) => !waiting.includes(join));
   const job = decideJob(plan, state, readPending(paths), paths);
   if (job) return job.what;
@@ -7244,7 +7346,7 @@ async function readMembers(fsid: string): Promise<Mounted["members"]> {
 
 /** What `--move` or `--remove` has still to do. */
 function describeLeaving({ members }: Mounted) {
-  const leaving = leavingOf(members as Member[]);
+  const leaving = leavingOf(members);
   if (!leaving) return null;
   const member = members
     .find(({ holds }) => holds.record?.member === leaving.member);
@@ -7286,8 +7388,15 @@ async function readWork({ operation }: FilesystemState, paths: Paths) {
   if (operation === "device replace") await askBtrfs("replace", "status", "-1");
   else if (operation.startsWith("balance")) await askBtrfs("balance", "status");
   else if (operation !== "none") {
-    const progress = note?.what ?? "running";
-    work.push({ kind: operation, progress, since });
+    const { what = "running", devid, bytes } = note ?? {};
+    const left = bytes &&
+      (await readUsages(paths)).get(devid)?.allocatedBytes;
+    const far = left === undefined
+      ? ""
+      : `, ${Math.floor(100 * (1 - left / bytes))} % of ${
+        inMiB(bytes)
+      } are done`;
+    work.push({ kind: operation, progress: what + far, since });
   }
   if (readPending(paths).scrub) await askBtrfs("scrub", "status");
   // Between two of these, or while a disk is wiped and partitioned.
@@ -7375,6 +7484,9 @@ function* judgeHealth(
       yield { key: `lost ${devid}`, text, level: "critical" };
     }
   }
+  const waits = state?.operation === "none" && plan?.data &&
+    whyNotMoved(plan.data, plan.joins);
+  if (waits) yield { key: "move", text: waits, level: "warning" };
   if (left) {
     const text = `${left} holds none of the data any more: it can be pulled`;
     yield { key: `left ${left}`, text, level: "warning" };
@@ -8047,7 +8159,8 @@ export const HELP = `Usage:
   persistence.ts --move OLD NEW        move the data from one disk to another,
                                        while the system runs
   persistence.ts --remove DEVICE       take a disk out of the data filesystem
-  persistence.ts --remove --cancel     take that, or --move, back
+  persistence.ts --move --cancel       take that back
+  persistence.ts --remove --cancel     take that back
   persistence.ts --status [--json]     what is mounted, from what, how healthy
   persistence.ts --check [persistent]  one line for a monitoring system: 0 OK,
                                        1 WARNING, 2 CRITICAL, 3 UNKNOWN;

@@ -3485,19 +3485,24 @@ const told = (how: "move" | "remove", more: Partial<MemberRecord> = {}) => ({
 });
 
 /** Two members; the second was told to leave. */
-const leaving = (how: "move" | "remove", open = false) => [
-  data("sda", {
-    ...two,
-    open,
-    record: record("a", 5, ["a", "b"], {}, told(how)),
-  }),
-  data("sdb", {
-    ...two,
-    devid: 2,
-    open,
-    record: record("b", 5, ["a", "b"], {}, told(how)),
-  }),
-];
+const leaving = (how: "move" | "remove", open = false, to?: string) =>
+  ["a", "b"].map((member, i) =>
+    data(`sd${member}`, {
+      ...two,
+      devid: i + 1,
+      open,
+      record: record(
+        member,
+        5,
+        ["a", "b"],
+        {},
+        told(how, { leaving: { member: "b", how, to } }),
+      ),
+    })
+  );
+
+/** A larger disk than others. */
+const larger = { sizeBytes: 900 * GiB };
 
 /** The one that stays, mounted, alone or beside another that has come. */
 const stays = data("sda", {
@@ -3608,6 +3613,41 @@ const leavers: {
     job: "move sdc",
   },
   {
+    name: "one of two is to move to a disk beside a larger one",
+    devices: [
+      ...leaving("move", true, "serial 1"),
+      magic("sdc", { ...larger, hardware: "serial 2" }),
+      magic("sdd", { hardware: "serial 1" }),
+    ],
+    members: ["sda2", "sdb2"],
+    job: "move sdd",
+  },
+  {
+    name: "one of two is to move to a disk without a name, beside a larger one",
+    devices: [
+      ...leaving("move", true, ""),
+      magic("sdc", { ...larger, hardware: "serial 2" }),
+      magic("sdd"),
+    ],
+    members: ["sda2", "sdb2"],
+    job: "move sdd",
+  },
+  {
+    name: "one of two is to move, and only another magic disk is there",
+    devices: [
+      ...leaving("move", true, "serial 1"),
+      magic("sdc", { ...larger, hardware: "serial 2" }),
+    ],
+    members: ["sda2", "sdb2"],
+    job: "settle",
+  },
+  {
+    name: "one of two is to move, and nothing tells to which of two disks",
+    devices: [...leaving("move", true, ""), magic("sdc"), magic("sdd", larger)],
+    members: ["sda2", "sdb2"],
+    job: "settle",
+  },
+  {
     name: "a single disk is to move to a magic disk",
     devices: [
       data("sdb", { record: record("b", 5, ["b"], {}, told("move")) }),
@@ -3635,6 +3675,38 @@ const leavers: {
     devices: [stays, withRecord({ mounts: ["m", "elsewhere"] })],
     members: ["sda2"],
     job: "forget",
+  },
+  {
+    name: "one has left, and was written once elsewhere since",
+    devices: [
+      stays,
+      data("sdb", {
+        ...two,
+        devid: 2,
+        generation: 11,
+        record: record("b", 5, ["a", "b"], {}, told("remove")),
+      }),
+    ],
+    members: ["sda2"],
+    job: "forget",
+  },
+  {
+    name: "one is out, and misses what was written since",
+    devices: [
+      data("sda", {
+        ...two,
+        generation: 20,
+        record: record("a", 6, ["a"], { b: 10 }, {
+          ...told("remove", { mounts: ["m", "n"] }),
+          lastSeen: { b: "m" },
+        }),
+      }),
+      gone,
+    ],
+    missing: [2],
+    members: ["sda2"],
+    leaver: "sdb2",
+    job: "remove",
   },
   {
     name: "one has left, and a copy of it is there as well",
@@ -3797,6 +3869,10 @@ for (const leaver of leavers) {
       absent: data?.absent,
       job: job && [job.kind, job.device?.name].filter(Boolean).join(" "),
     }, { leaver: undefined, absent: 0, job: undefined, members, ...expected });
+    // What is to be wiped is not said to be left alone, nor to be plugged in.
+    const denied = decided.notes.map(({ text }) => text)
+      .filter((text) => leaver.leaver && /not touched|plug/.test(text));
+    assertEquals(denied, []);
   });
 }
 
@@ -4289,11 +4365,11 @@ const descriptions: {
     ],
   },
   {
-    name: "a move to the first of two magic disks",
+    name: "a move to one of two magic disks",
     devices: [
-      ...leaving("move"),
-      magic("sdc", { sizeBytes: 2 * diskBytes }),
-      magic("sdd"),
+      ...leaving("move", false, "serial 1"),
+      magic("sdc", { hardware: "serial 1" }),
+      magic("sdd", larger),
     ],
     lines: [
       /^persistent: /,

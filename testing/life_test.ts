@@ -348,6 +348,28 @@ for (const [size, mebibytes] of Object.entries(replacements)) {
   );
 }
 
+onDisks(
+  "--enable where a member is missing says that the disk is taken soon",
+  { disks: [magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const fresh = await system.plug(emptyDisk);
+    await system.reboot({ without: [system.disks[1]] });
+    await bootDegraded(system, 1);
+    await idle(system);
+    const args = [...system.place(), "--enable", fresh.path];
+    const { stdout } = await system.run(args);
+    assertMatch(
+      stdout,
+      /within the hour .* --disable takes that back[^]* is enabled\nWithin/,
+    );
+    await system.run([...system.place(), "--disable", fresh.path]);
+    await system.run([...system.place(), "--maintain"]);
+    const { devices } = await statusOf(system);
+    assertEquals(devices.map(({ missing }) => missing), [false, true]);
+  },
+);
+
 // Added
 
 onDisks(

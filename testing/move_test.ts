@@ -17,6 +17,7 @@ import {
   header,
   holdWork,
   idle,
+  isMarked,
   MiB,
   mountState,
   onDisks,
@@ -55,20 +56,43 @@ onDisks(
     assertEquals(await profiles(system), whole[2]);
     await assertKept(system);
     assertEquals((await statusOf(system)).health, []);
+    if (isAll) { // and leaves again
+      await asked(system, ["--remove", fresh.path]);
+      await system.reboot();
+      assertEquals((await system.boot()).status, 0);
+      await idle(system);
+      await assertBlank(fresh);
+      assertEquals(await profiles(system), whole[1]);
+      return await assertKept(system);
+    }
     await assertReadableOn(system, [[0], [1]]);
   },
 );
 
 // Moved
 
-/** NEW, in MiB: one disk of 800 MiB moves to it. */
-const sizes = { "as large": 800, larger: 1100, smaller: 700 };
+/** OLD has 800 MiB; what is not in CI differs in little. */
+const moves: Record<
+  string,
+  { mebibytes: number; old?: DiskSpec; sectorBytes?: 4096; isInCi?: true }
+> = {
+  "to a disk that is as large": { mebibytes: 800 },
+  "to a larger disk": { mebibytes: 1100, isInCi: true },
+  "to a smaller disk": { mebibytes: 700, isInCi: true },
+  "to a disk that is one MiB smaller": { mebibytes: 799 },
+  "to a disk of 4096-byte sectors": { mebibytes: 800, sectorBytes: 4096 },
+  "from a whole disk without a table": {
+    mebibytes: 800,
+    old: { ...emptyDisk, contents: 'mkfs.btrfs -q -L lightwhale-data "$DISK"' },
+  },
+};
 
-for (const [what, mebibytes] of Object.entries(sizes)) {
-  if (what === "as large" && !isAll) continue;
+for (const [what, spec] of Object.entries(moves)) {
+  const { mebibytes, sectorBytes, old = magicDisk, isInCi } = spec;
+  if (!isInCi && !isAll) continue;
   onDisks(
-    `--move: the data move to a disk that is ${what}, under load`,
-    { disks: [magicDisk, { sizeBytes: mebibytes * MiB }] },
+    `--move: the data move ${what}, under load`,
+    { disks: [old, { sizeBytes: mebibytes * MiB, sectorBytes }] },
     async (system) => {
       await persist(system);
       const [old, fresh] = system.disks;
@@ -78,6 +102,8 @@ for (const [what, mebibytes] of Object.entries(sizes)) {
         await idle(system);
       });
       await assertKept(system);
+      const late = await system.run([...system.place(), "--move", "--cancel"]);
+      assertEquals(late.status, 2, late.stdout);
       assertEquals(await memberDisks(system), [fresh.path]);
       const { health, leaving } = await statusOf(system);
       assertEquals(leaving, null);
@@ -381,10 +407,13 @@ const uses: Record<string, string> = {
     `folder=$(mktemp -d); mount -o degraded "$1" $folder
     for file in 1 2 3; do echo new >$folder/$file; sync -f $folder; done
     umount $folder; rmdir $folder`,
+  "a filesystem of its own, for one commit":
+    `folder=$(mktemp -d); mount -o degraded "$1" $folder
+    echo new >$folder/1; umount $folder; rmdir $folder`,
 };
 
 for (const [what, script] of Object.entries(uses)) {
-  if (what !== "swap" && what !== "a filesystem of its own" && !isAll) continue;
+  if (!/swap|of its own/.test(what) && !isAll) continue;
   onDisks(
     `--remove: the disk was pulled and is ${what} now: it is not touched`,
     {
@@ -414,6 +443,99 @@ for (const [what, script] of Object.entries(uses)) {
 }
 
 onDisks(
+  "--move goes on after a reboot with the disk that was named, and no other",
+  { disks: [magicDisk, { sizeBytes: 700 * MiB }] },
+  async (system) => {
+    await persist(system);
+    const [old, fresh] = system.disks;
+    await holdWork(system);
+    await asked(system, ["--move", old.path, fresh.path]);
+    const larger = await system.plug({ ...magicDisk, sizeBytes: 1000 * MiB });
+    const again = ["--move", old.path, larger.path];
+    const { status, stderr } = await system.run([...system.place(), ...again]);
+    assertEquals(status, 2);
+    assertMatch(stderr, /was told to leave, and has not left yet/);
+    await system.reboot({ without: [fresh] });
+    assertPersistent(await system.boot(), 1);
+    await idle(system);
+    assertEquals(await memberDisks(system), [old.path]);
+    assert(await isMarked(larger));
+    const says = /is to move to a disk that is not there/;
+    assertMatch((await statusOf(system)).health.join("; "), says);
+    assertMatch((await asked(system, ["--dry-run"])).stdout, says);
+    // It comes while the system runs; then the other one joins.
+    await system.attach(fresh);
+    await asked(system, ["--maintain"]);
+    assertEquals(
+      await memberDisks(system),
+      [fresh.path, larger.path].sort(),
+    );
+    await assertBlank(old);
+    assertEquals(await profiles(system), whole[2]);
+    await assertKept(system);
+  },
+);
+
+onDisks(
+  "--remove of one of three: --status tells how far it is; a late --cancel",
+  { disks: [magicDisk, magicDisk, magicDisk] },
+  async (system) => {
+    await persist(system);
+    const [gone] = system.disks;
+    const traps = await Deno.makeTempDir({ prefix: "persistence-programs-" });
+    await Deno.writeTextFile(
+      `${traps}/btrfs`,
+      `#!/bin/sh
+PATH=\${PATH#*:}
+case "$1 $2" in
+"device remove" | "balance start")
+  touch "${traps}/begun $2"
+  until [ -e "${traps}/go $2" ]; do sleep 0.1; done
+esac
+exec btrfs "$@"
+`,
+      { mode: 0o755 },
+    );
+    const path = `${traps}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin`;
+    const remove = () =>
+      system.run([...system.place(), "--remove", gone.path], { path });
+    const { uuid } = await statusOf(system);
+    const operation = `/sys/fs/btrfs/${uuid}/exclusive_operation`;
+    try {
+      // The metadata have one copy less already.
+      assertEquals((await remove()).status, 0);
+      await system.sh(
+        `until [ -e "${traps}/begun start" ]; do sleep 0.1; done`,
+      );
+      await asked(system, ["--remove", "--cancel"]);
+      await system.sh(`touch "${traps}/go start"`);
+      await idle(system);
+      assertEquals((await memberDisks(system)).length, 3);
+      const begun = await system.sh(`ls ${traps}`);
+      assert(!begun.includes("begun remove"), begun);
+      await asked(system, ["--maintain"]);
+      assertEquals(await profiles(system), whole[3]);
+
+      assertEquals((await remove()).status, 0);
+      await system.sh(`until [ -e "${traps}/begun remove" ]; do sleep 0.1; done
+        echo device remove > run/operation
+        mount --bind run/operation ${operation}`);
+      const { work } = await statusOf(system);
+      assertMatch(work[0].progress, /, 0 % of [1-9]\d+ MiB are done$/);
+      await system.sh(
+        `umount ${operation}; touch "${traps}/go remove"`,
+      );
+      await idle(system);
+      assertEquals(await profiles(system), whole[2]);
+      await assertBlank(gone);
+      await assertKept(system);
+    } finally {
+      await Deno.remove(traps, { recursive: true });
+    }
+  },
+);
+
+onDisks(
   "--move to a smaller disk is taken back while the old one shrinks",
   { disks: [magicDisk, { sizeBytes: 700 * MiB }] },
   async (system) => {
@@ -438,11 +560,12 @@ exec btrfs "$@"
       const moving = await system.run([...system.place(), ...args], { path });
       assertEquals(moving.status, 0, moving.stderr);
       await system.sh(`until [ -e ${traps}/shrinks ]; do sleep 0.1; done`);
-      await asked(system, ["--remove", "--cancel"]);
-      await asked(system, ["--disable", fresh.path]);
+      await asked(system, ["--move", "--cancel"]);
       await system.sh(`touch ${traps}/go`);
       await idle(system);
       assertEquals(await memberDisks(system), [old.path]);
+      await assertBlank(fresh);
+      assertEquals(await isMarked(fresh), false);
       await assertKept(system);
     } finally {
       await Deno.remove(traps, { recursive: true });

@@ -8,7 +8,6 @@
 /** Debian's package for each program. */
 const packages = {
   "btrfs": "btrfs-progs",
-  "btrfs-map-logical": "btrfs-progs",
   "busybox": "busybox-static",
   "containerd": "containerd",
   "cpio": "cpio",
@@ -17,7 +16,6 @@ const packages = {
   "dmesg": "util-linux",
   "dockerd": "docker.io",
   "dropbearkey": "dropbear-bin",
-  "filefrag": "e2fsprogs",
   "fsfreeze": "util-linux",
   "getfattr": "attr",
   "losetup": "mount",
