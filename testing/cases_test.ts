@@ -334,7 +334,7 @@ for (const [over, table] of [["GPT", "gpt"], ["MBR", "mbr"]]) {
 }
 
 /** What is put straight over it, and leaves its backup superblock. */
-const directly: Record<string, { script: string; needs?: string[] }> = {
+const directly: Record<string, { script: string; needs?: Program[] }> = {
   "wipefs": { script: 'wipefs -qa "$1"' },
   "ext4": { script: 'mkfs.ext4 -q -F -E nodiscard "$1"' },
   "XFS": { script: 'mkfs.xfs -q -f -K "$1"', needs: ["mkfs.xfs"] },

@@ -325,7 +325,7 @@ for (const [how, { start, says, tries }] of Object.entries(replaces)) {
       );
       assertMatch(stderr, says, stderr);
       const asked = await system.sh("cat run/btrfs.log");
-      const starts = asked.matchAll(/^replace start (.*) \/dev\/.*$/gm);
+      const starts = asked.matchAll(/^replace start (.*?) \/dev\/.*$/gm);
       assertEquals([...starts].map(([, options]) => options), tries, asked);
       assert(!asked.includes("device add"), asked);
     },

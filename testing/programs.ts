@@ -27,6 +27,7 @@ const packages = {
   "mkfs.f2fs": "f2fs-tools",
   "mkfs.jfs": "jfsutils",
   "mkfs.nilfs2": "nilfs-tools",
+  "mkfs.reiserfs": "reiserfsprogs",
   "mkfs.vfat": "dosfstools",
   "mkfs.xfs": "xfsprogs",
   "mkntfs": "ntfs-3g",
