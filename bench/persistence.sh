@@ -44,7 +44,9 @@ uptime_ms() {
 # Whole disks and their partitions, from sysfs: $disks and $nodes.
 list_devices() {
 	disks='' nodes=''
-	for directory in /sys/block/*; do
+	# As persistence.ts has them: loop9 before loop10.
+	for directory in /sys/block/??? /sys/block/???? /sys/block/????? \
+		/sys/block/?????? /sys/block/???????*; do
 		disk=${directory##*/}
 		if [ "$only" ]; then
 			case ",$only," in *",$disk,"*) ;; *) continue ;; esac
@@ -53,6 +55,7 @@ list_devices() {
 			ram[0-9]* | zram[0-9]* | fd[0-9]* | sr[0-9]* | loop[0-9]*) continue ;;
 			esac
 		fi
+		if [ ! -e "$directory" ]; then continue; fi # no name is so long
 		read -r sectors <"$directory/size"
 		if [ "$sectors" -eq 0 ]; then continue; fi # no medium
 		disks="$disks /dev/$disk" nodes="$nodes /dev/$disk"
