@@ -940,7 +940,7 @@ export async function boot(settings: Settings): Promise<number> {
     const isMute = error instanceof TimeoutError; // and so may be the others
     if (!isMute) await Promise.all(meanwhile);
     sayError(error);
-    if (isNoSpace(error)) sayHowToMakeRoom(paths);
+    sayHowToMakeRoom(error, paths);
     if (wasSetUp) { // and is in use: nothing is taken away from under it
       lock.release();
       return 1;
@@ -1840,6 +1840,7 @@ export function parseMountinfo(mountinfo: string) {
     const [type, source, superOptions] = fields.slice(separator + 1);
     if (separator < 0 || !superOptions) return [];
     return [{
+      root: unescapeOctal(fields[3]), // what of its filesystem is mounted
       target: unescapeOctal(fields[4]),
       type,
       source: unescapeOctal(source),
@@ -3205,7 +3206,7 @@ const REPAIRS = {
   "show partitions": {
     says: ({ path }: BlockDevice) =>
       `show the partitions of ${path} to the kernel`,
-    does: showPartitions,
+    does: (disk: BlockDevice) => showPartitions(disk, disk.read.gpt),
   },
   "restore superblock": {
     says: ({ path }: BlockDevice) =>
@@ -3271,7 +3272,9 @@ async function restoreProtectiveMbr(disk: BlockDevice): Promise<void> {
 /**
  * Lets sfdisk change the table of a disk that others may share. It writes LBA 0
  * anew at every change, with boot flag and disk signature zeroed: all but the
- * size of the protective partition is put back.
+ * size of the protective partition is put back. sfdisk writes the backup table
+ * first, so that a power cut leaves one whole table; the next boot restores the
+ * other.
  */
 async function changeTable(
   path: string,
@@ -3296,24 +3299,14 @@ async function changeTable(
 }
 
 /**
- * Tells the kernel what the table says: BLKPG, partition by partition. addpart
- * (8) counts in 512 bytes, whatever sectors the table was made for; partx does
- * not find a table that was made for others.
+ * Tells the kernel what the table says, also of one that was made for other
+ * sectors than the disk has now.
  */
-async function showPartitions(disk: BlockDevice): Promise<void> {
-  const { path, read: { gpt }, sectorBytes } = disk;
-  const to = `show the partitions of ${path} to the kernel`;
-  if (!gpt || gpt.sectorBytes === sectorBytes) {
-    await run(words`partx --update ${path}`, { to });
-    return;
-  }
-  for (const { number, startBytes, sizeBytes } of gpt.partitions) {
-    if (fs.existsSync(partitionPath(disk, number))) continue;
-    await run(
-      words`addpart ${path} ${number} ${startBytes / 512} ${sizeBytes / 512}`,
-      { to },
-    );
-  }
+async function showPartitions({ path, sectorBytes }: BlockDevice, gpt?: Gpt) {
+  const size = gpt?.sectorBytes ?? sectorBytes;
+  await run(words`partx --update --sector-size ${size} ${path}`, {
+    to: `show the partitions of ${path} to the kernel`,
+  });
 }
 
 /** Lets a partition follow its enlarged disk; moves the backup table too. */
@@ -3328,10 +3321,14 @@ async function growPartition({ path, disk, number }: BlockDevice) {
   });
 }
 
-/** Takes the magic away, now or at the next boot. */
+/**
+ * Takes the magic away, after the payload that it announces: a power cut before
+ * leaves it, and the next boot takes it away from what holds data.
+ */
 async function clearMagic(device: BlockDevice): Promise<void> {
   if (device.payload && device.read.gpt?.lost) {
-    // Without its text nothing would tell why the backup table counts.
+    // The table is lost because the text stands in its place. Were the text
+    // gone first, the next boot would take the disk for a damaged one.
     const { gpt } = await readDevice(device);
     assert(
       gpt?.lost === undefined,
@@ -3344,31 +3341,26 @@ async function clearMagic(device: BlockDevice): Promise<void> {
 }
 
 /**
- * Makes a device magic, or not magic any more.
+ * Makes a device magic, or not magic any more. Only the lines of the header are
+ * written: boot code and the protective MBR around them stay.
  *
  * @param name The name for a partition; {@linkcode MAGIC} makes a disk magic.
- * @param anyway Format it although other disks are in doubt.
+ * @param anyway Format it although other disks are in doubt. The name of a
+ * partition cannot say that: its first lines do.
  */
 async function setMagic(device: BlockDevice, name: string, anyway = false) {
   const { kind, path, disk, number } = device;
+  const isPartition = kind === "partition";
   const sector = await readBytes(path, 0, 512);
   const was = parseStart(sector);
-  const lines = MAGIC + (anyway || was.anyway ? `\n${ANYWAY}\n` : "");
-  const header = new TextEncoder().encode(lines);
-  // Only these bytes: boot code and the protective MBR around them stay. The
-  // name of a partition cannot say "anyway": its first lines do.
-  const isThere = kind === "partition" ? was.anyway : was.header;
-  if (isThere || anyway || (kind !== "partition" && name === MAGIC)) {
-    const zeros = was.payloadPlace
-      ? sector.fill(0, 0, titleEnd(sector))
-      : undefined;
-    await writeBytes(
-      path,
-      0,
-      name === MAGIC ? header : zeros ?? header.fill(0),
-    );
+  const hasLines = isPartition ? was.anyway : was.header;
+  if (hasLines || anyway || (!isPartition && name === MAGIC)) {
+    const header = MAGIC + (anyway || was.anyway ? `\n${ANYWAY}\n` : "");
+    const end = was.payloadPlace ? titleEnd(sector) : header.length;
+    const lines = name === MAGIC ? Buffer.from(header) : new Uint8Array(end);
+    await writeBytes(path, 0, lines);
   }
-  if (kind !== "partition") return;
+  if (!isPartition) return;
   const whole = nodeOf(disk);
   await changeTable(whole, ["--part-label", whole, `${number}`, name], {
     to: `name ${path} "${name}"`,
@@ -3380,9 +3372,8 @@ async function readBytes(path: string, at: number, length: number) {
 }
 
 /**
- * Writes a few bytes through to the medium. A child does it, because nothing
- * ends a process that waits for a device which does not answer, and that must
- * not be this one.
+ * Writes a few bytes through to the medium. A child does it: a process that
+ * waits for a mute device cannot be ended, and init waits for this one.
  */
 async function writeBytes(path: string, at: number, bytes: Uint8Array) {
   // dd would make a file in /dev in the place of a device that has gone.
@@ -3415,16 +3406,15 @@ async function changeStart(
       at < start.length &&
       before.compare(start, at, at + block, at, at + block) !== 0;
     for (let at = 0; at < start.length; at += block) {
-      let end = at;
-      while (differs(end)) end += block;
-      if (end === at) continue;
-      await writeBytes(path, atBytes + at, start.subarray(at, end));
-      at = end;
+      const from = at;
+      while (differs(at)) at += block;
+      const changed = start.subarray(from, at);
+      if (at > from) await writeBytes(path, atBytes + from, changed);
     }
   }
 }
 
-/** A disk may have a second path, through which it was written. */
+/** Has the next read come from the disk: it may be written on another path. */
 async function dropCache(path: string): Promise<void> {
   if (!findProgram("blockdev")) return;
   await run(words`blockdev --flushbufs ${path}`, {
@@ -3433,11 +3423,9 @@ async function dropCache(path: string): Promise<void> {
 }
 
 /**
- * Is this still the disk that was looked at, and is it still magic, or a member
- * of the same filesystem? Asked right before what cannot be undone: a name
- * alone may be another disk's by then.
- *
- * @throws {Error} When it is not.
+ * Makes sure, right before what cannot be undone, that this is still the disk
+ * that was looked at, and still magic or a member of the same filesystem. Its
+ * name alone may be another disk's by then.
  */
 async function confirm(device: BlockDevice): Promise<void> {
   const { path, disk, kind, read, magic } = device;
@@ -3459,85 +3447,74 @@ async function confirm(device: BlockDevice): Promise<void> {
   assert(isStillMagic, cannot);
 }
 
-/** Fails where somebody else has a device: wipefs(8) opens it exclusively. */
-async function claim(path: string): Promise<void> {
-  await run(words`wipefs --quiet --no-act --offset 0x7 ${path}`, {
-    to: `have ${path} alone (is it mounted in a container?)`,
-  });
-}
-
-/** A device that does not fit into a plan. */
+/** A device that a plan cannot use. */
 interface Misfit {
   device: BlockDevice;
   why: string;
-  /** It is another device of the plan, and so nothing has failed. */
+  /** It is another device of the plan on another path: nothing has failed. */
   isTwin?: boolean;
 }
 
+/** Finds a device that another has open: wipefs(8) opens it exclusively. */
 async function findBusy(devices: BlockDevice[]): Promise<Misfit | undefined> {
-  const tried = await Promise.allSettled(
-    devices.map(({ path, entry }) => entry ? undefined : claim(path)),
+  const tried = devices.filter(({ entry }) => !entry).map((device) =>
+    run(words`wipefs --quiet --no-act --offset 0x7 ${device.path}`, {
+      to: `have ${device.path} alone (is it mounted in a container?)`,
+    }).then(() => undefined, (error) => ({ device, why: messageOf(error) }))
   );
-  for (const [i, result] of tried.entries()) {
-    if (result.status === "fulfilled") continue;
-    return { device: devices[i], why: messageOf(result.reason) };
-  }
+  return (await Promise.all(tried)).find(Boolean);
 }
 
 /**
- * Finds a disk that is there twice, on two paths. Neither serial numbers (which
- * may be missing, or all the same) nor contents (which may be a copy's) prove
- * it. A token does, written through one node and read through another: into the
- * first MiB of a magic device, which no table and no filesystem uses. What was
- * there is put back.
+ * Finds a disk that is there twice, on two paths. Serial numbers do not prove it
+ * (they may be missing, or all the same), nor do contents (of a copy). A token
+ * does that is written through one node and read through another. It goes into
+ * the first MiB of a magic device, where neither a table nor a filesystem is; a
+ * power cut leaves it there, which harms nothing. Otherwise it is taken back.
  *
  * @param devices Magic devices.
  * @param members Devices in use.
- * @returns Of two paths the later one, undefined when all are different disks.
+ * @returns The later of two paths; undefined when all are different disks.
  */
 async function findTwin(devices: BlockDevice[], members: BlockDevice[]) {
   const disks = [...new Set([...members, ...devices].map(({ disk }) => disk))];
   if (disks.length < 2) return undefined;
   const bytes = 4 * KiB;
   const rooms = Math.floor((MiB - COPY.endBytes) / bytes) - 1;
-  const places = devices.map((device, i) => ({
-    device,
-    node: nodeOf(device.disk),
-    // Behind the place of a payload's copy, which a power cut must not hurt.
-    at: bytes * (Math.floor((device.startBytes + MiB) / bytes) - 1 - i % rooms),
-    token: Buffer.alloc(bytes, `${crypto.randomUUID()}\n`),
+  const places = await allOf(devices.map(async (device, i) => {
+    const node = nodeOf(device.disk);
+    // Behind the copy of a payload, which must survive a power cut.
+    const room = Math.floor((device.startBytes + MiB) / bytes) - 1 - i % rooms;
+    const token = Buffer.alloc(bytes, `${crypto.randomUUID()}\n`);
+    const before = await readBytes(node, bytes * room, bytes);
+    return { device, node, at: bytes * room, token, before };
   }));
-  const before = await allOf(
-    places.map(({ node, at }) => readBytes(node, at, bytes)),
-  );
+  const write = (which: "token" | "before") =>
+    allOf(places.map((p) => writeBytes(p.node, p.at, p[which])));
   try {
-    await allOf(
-      places.map(({ node, at, token }) => writeBytes(node, at, token)),
-    );
+    await write("token");
     await allOf(disks.map((disk) => dropCache(nodeOf(disk))));
     // Two paths may share a room: then the token of either is there.
     for (const { device, at, token } of places) {
       for (const disk of disks.filter((disk) => disk !== device.disk)) {
         const found = await readBytes(nodeOf(disk), at, bytes);
         if (!token.equals(found)) continue;
-        const [first, later] = [disk, device.disk]
-          .sort((a, b) => disks.indexOf(a) - disks.indexOf(b));
+        const [first, later] = disks
+          .filter((other) => other === disk || other === device.disk);
         const why = `it is the same disk as ${nodeOf(first)}, on another path`;
         const twin = devices.find((other) => other.disk === later) ?? device;
         return { device: twin, why, isTwin: true };
       }
     }
   } finally {
-    await allOf(
-      places.map(({ node, at }, i) => writeBytes(node, at, before[i])),
-    );
+    await write("before");
   }
 }
 
 /**
- * With small or unequal sizes it is found out on sparse files of the same sizes
- * whether mkfs.btrfs can make a filesystem. So it is when others were left out:
- * if it fails without them too, it was not for their size.
+ * Tries out on sparse files of the same sizes whether mkfs.btrfs can make this
+ * filesystem, unless all members are surely large enough. After others were left
+ * out it is always tried: a failure without them was not for their size.
  *
  * @returns The device that is too small, or undefined when all is well.
  * @throws {Error} When mkfs.btrfs fails for another reason, in its own words.
@@ -3554,24 +3531,24 @@ async function rehearse(
   const { run: parent } = pathsBelow(root);
   fs.mkdirSync(parent, { recursive: true });
   const directory = fs.mkdtempSync(join(parent, "rehearsal-"));
-  const rehearseWith = async (sizesBytes: number[]) => {
+  const sizesBytes = members.map(({ dataBytes }) => dataBytes);
+  const rehearseWith = async (leastBytes: number) => {
     const files = sizesBytes.map((sizeBytes, index) => {
       const file = join(directory, `${index}`);
       fs.writeFileSync(file, "");
-      fs.truncateSync(file, sizeBytes);
+      fs.truncateSync(file, Math.max(sizeBytes, leastBytes));
       return file;
     });
     await run(mkfs(create, files), {
       to: `rehearse mkfs.btrfs for ${pathsOf(devicesOf(members))}`,
     });
   };
-  const sizesBytes = members.map(({ dataBytes }) => dataBytes);
   try {
-    await rehearseWith(sizesBytes);
+    await rehearseWith(0);
   } catch (error) {
     if (error instanceof TimeoutError) throw error;
-    // If all were large, would it still be refused? Then not for the size.
-    await rehearseWith(sizesBytes.map(() => Math.max(...sizesBytes, GiB)));
+    // With large files only another reason can make it fail, and is thrown.
+    await rehearseWith(Math.max(...sizesBytes, GiB));
     const { device } = smallest;
     const size = inMiB(device.sizeBytes);
     return { device, why: `it is too small beside the others (${size})` };
@@ -3580,7 +3557,7 @@ async function rehearse(
   }
 }
 
-/** --force: old contents are told to go; it would refuse ext4. */
+/** Without --force it would refuse a device that held ext4. */
 function mkfs(create: NewFilesystem, nodes: string[]): string[] {
   return words`mkfs.btrfs --quiet --force --label ${UNFINISHED}
     --data ${create.dataProfile} --metadata ${create.metadataProfile} ${nodes}`;
@@ -3590,7 +3567,10 @@ function mkfs(create: NewFilesystem, nodes: string[]): string[] {
 // Steps 3 and 4: partition, wait for the device nodes.
 // ---------------------------------------------------------------------------
 
-/** Writes the new tables; the header stays at offset 0 through all of it. */
+/**
+ * Writes the new tables. The header stays at offset 0 through all of it: after a
+ * power cut the disk is still magic, and the next boot begins anew.
+ */
 async function partition(create: NewFilesystem): Promise<void> {
   const devices = devicesOf(create.members);
   needPrograms(devices);
@@ -3600,9 +3580,10 @@ async function partition(create: NewFilesystem): Promise<void> {
 }
 
 /**
- * Puts the payload of a disk where it waits until the filesystem is complete,
- * and makes that count by one sector: a power cut leaves either the original or
- * a whole copy. Then the original goes; the table comes in its place.
+ * Copies the payload of a disk to where it waits until the filesystem is
+ * complete. One sector, the first, then says that the copy counts: a power cut
+ * leaves either the original or a whole copy. The original goes last, and the
+ * table comes in its place.
  */
 async function copyPayload(device: BlockDevice): Promise<void> {
   const { path, payload } = device;
@@ -3642,14 +3623,14 @@ async function loadPayload(found: FoundPayload): Promise<Uint8Array> {
   return text.subarray(0, endBytes);
 }
 
-/** Leaves nothing in the first sector but the header and what follows it. */
+/** Makes the first sector hold the lines of the header, then zeros. */
 function setFirstLines(start: Uint8Array, title: string): void {
   const lines = [MAGIC, ...parseStart(start).anyway ? [ANYWAY] : [], title, ""];
   start.fill(0, 0, 512);
   start.set(new TextEncoder().encode(lines.join("\n")));
 }
 
-/** Where the lines end that are the magic, in the first sector of a payload. */
+/** Where the first sector's lines end, the last of which is the title. */
 function titleEnd(sector: Uint8Array): number {
   const bytes = Buffer.from(sector.subarray(0, MBR.codeBytes));
   const newline = bytes.indexOf("\n", bytes.indexOf(PAYLOAD));
@@ -3658,31 +3639,30 @@ function titleEnd(sector: Uint8Array): number {
 
 /**
  * Leaves zeros where a payload and its copy are, but for its title: that goes
- * with the magic, so that a power cut before leaves what no boot formats. A
- * sector with a NUL is none of a text: a table was written there.
+ * with the magic, so that a power cut before leaves what no boot formats.
  */
 async function erasePayload({ path, payload }: BlockDevice): Promise<void> {
-  if (!payload) return;
-  if (payload.place === "partition") {
+  if (payload?.place === "partition") {
     await changeStart(payload.path, payload.atBytes, [(start) => {
       if (!isPayloadText(start)) return;
       clearText(start, 0);
       start.fill(0, 0, 4 * KiB);
     }]);
-  } else await changeStart(path, 0, clearing(payload.place));
+  } else if (payload) await changeStart(path, 0, clearing(payload.place));
 }
 
-/** The steps that erase a payload from the start of a disk. */
+/**
+ * The steps that erase a payload from the start of a disk. The title of the copy
+ * goes last: after a power cut it tells that there is something to erase.
+ */
 const clearing = (place: "original" | "copy") => [
   (start: Uint8Array) => {
-    const isCopy = text(start, COPY.at, COPY.title.length) === COPY.title;
-    if (isCopy) start.fill(0, COPY.at + COPY.titleBytes, COPY.endBytes);
+    if (hasCopy(start)) start.fill(0, COPY.at + COPY.titleBytes, COPY.endBytes);
   },
   (start: Uint8Array) => {
-    const isCopy = text(start, COPY.at, COPY.title.length) === COPY.title;
-    if (isCopy) start.fill(0, COPY.at, COPY.at + COPY.titleBytes);
+    if (hasCopy(start)) start.fill(0, COPY.at, COPY.at + COPY.titleBytes);
     clearText(start, titleEnd(start));
-    // The copy was made for us to write here.
+    // This area was made ours when the payload was copied.
     if (place === "copy") start.fill(0, GPT.largestEndBytes, COPY.at);
   },
 ];
@@ -3690,17 +3670,22 @@ const clearing = (place: "original" | "copy") => [
 const isPayloadText = (start: Uint8Array) =>
   [MAGIC, PAYLOAD, "-- "].some((line) => text(start, 0, line.length) === line);
 
+const hasCopy = (start: Uint8Array) =>
+  text(start, COPY.at, COPY.title.length) === COPY.title;
+
+/**
+ * Zeros the text of a payload, sector by sector. A sector with a NUL is not
+ * text: a table was written there. Of an MBR only the boot code is text.
+ */
 function clearText(start: Uint8Array, from: number): void {
-  const { end: marker, roomBytes } = PAYLOAD_TEXT;
   const room = Buffer.from(start.buffer, start.byteOffset, start.length)
-    .subarray(0, roomBytes);
-  const found = room.indexOf(`\n${marker}`);
+    .subarray(0, PAYLOAD_TEXT.roomBytes);
+  const marker = room.indexOf(`\n${PAYLOAD_TEXT.end}`);
+  const behind = marker + 1 + PAYLOAD_TEXT.end.length;
+  const [newline] = /^(\r?\n)?/
+    .exec(room.toString("latin1", behind, behind + 2))!;
   const nul = room.indexOf(0);
-  const behind = found + 1 + marker.length;
-  const [newline] = /^(\r?\n)?/.exec(
-    room.toString("latin1", behind, behind + 2),
-  )!;
-  const end = found >= 0
+  const end = marker >= 0
     ? behind + newline.length
     : nul >= 0
     ? nul
@@ -3715,7 +3700,7 @@ function clearText(start: Uint8Array, from: number): void {
   }
 }
 
-/** Nothing is wiped for a filesystem that then cannot be made. */
+/** Refuses to wipe anything for a filesystem that then could not be made. */
 function needPrograms(devices: BlockDevice[]): void {
   const missing = ["wipefs", "sfdisk", "partx", "mkfs.btrfs", "btrfs", "mount"]
     .filter((program) => !findProgram(program));
@@ -3737,65 +3722,59 @@ async function partitionDisk(member: NewMember): Promise<void> {
       to: `erase the old signatures on ${device.path}`,
     });
   }
-  const swap = `start=1MiB, size=${swapBytes / MiB}MiB, type=swap, ` +
-    `name=${SWAP}\n`;
-  const data = `${swapBytes > 0 ? "" : "start=1MiB, "}type=linux, name=${DATA}`;
+  const swap = `size=${swapBytes / MiB}MiB, type=swap, name=${SWAP}\n`;
   // --wipe never: the header has to survive until the filesystem is complete.
-  // --wipe-partitions always: an old filesystem must not come back to life
-  // where a new partition happens to start at an old place; sfdisk does that,
-  // and an fsync, before it writes the table.
+  // --wipe-partitions always: where a new partition starts at an old place, an
+  // old filesystem must not come back to life. sfdisk wipes it, with an fsync,
+  // before it writes the table.
   await run(
     words`sfdisk --quiet --no-tell-kernel
       --wipe never --wipe-partitions always ${device.path}`,
     {
       to: `write a partition table to ${device.path}`,
-      stdin: `label: gpt\n${swapBytes > 0 ? swap : ""}${data}\n`,
+      stdin: `label: gpt\nstart=1MiB, ${swapBytes > 0 ? swap : ""}` +
+        `type=linux, name=${DATA}\n`,
     },
   );
 }
 
-/** partx(8) may exit 0 although the kernel still holds an old partition. */
+/** The exit status of partx(8) is no proof: the kernel is asked. */
 async function deleteOldPartitions({ path, disk }: BlockDevice): Promise<void> {
   const old = () =>
     listDirectory(`/sys/block/${disk}`)
       .filter((name) => partitionNumber(disk, name)).map(nodeOf).join(", ");
-  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
-  for (let tries = 0; old(); tries++) {
-    assert(
-      performance.now() < giveUpAt,
-      `Cannot partition ${path}: ${old()} is in use`,
-    );
-    if (tries === 1) say("info", `Waiting for ${old()}, which is in use`);
-    if (tries > 0) await sleep(200);
+  const areGone = async () => {
+    if (!old()) return true;
     await run(words`partx --delete ${path}`, {
       to: `delete the old partitions of ${path}`,
       accept: [0, 1],
     });
-  }
+    return !old();
+  };
+  if (await areGone()) return;
+  say("info", `Waiting for ${old()}, which is in use`);
+  assert(
+    await becomesTrue(areGone, TIMEOUT.nodeMs, 200),
+    `Cannot partition ${path}: ${old()} is in use`,
+  );
 }
 
 /** Shows new partitions to the kernel and waits for their device nodes. */
 async function waitForPartitions(members: NewMember[]): Promise<void> {
   await allOf(members.map(async ({ device, swapPath, dataPath }) => {
     if (dataPath === device.path) return;
-    await run(words`partx --update ${device.path}`, {
-      to: `show the partitions of ${device.path} to the kernel`,
-    });
+    await showPartitions(device);
     await waitForNode(dataPath);
     if (swapPath) await waitForNode(swapPath);
   }));
 }
 
 async function waitForNode(path: string): Promise<void> {
-  const giveUpAt = performance.now() + TIMEOUT.nodeMs;
-  while (nameAt(path) === undefined) {
-    assert(
-      performance.now() < giveUpAt,
-      `Cannot find ${path}: its node did not appear in ` +
-        `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
-    );
-    await sleep(20);
-  }
+  assert(
+    await becomesTrue(() => nameAt(path), TIMEOUT.nodeMs),
+    `Cannot find ${path}: its node did not appear in ` +
+      `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
+  );
 }
 
 // ---------------------------------------------------------------------------
@@ -3803,9 +3782,10 @@ async function waitForNode(path: string): Promise<void> {
 // ---------------------------------------------------------------------------
 
 /**
- * Makes swap and the data filesystem with all that a boot mounts, and commits
- * it by its label. The top level stays mounted until all the rest is: to open
- * the filesystem once more takes longer.
+ * Makes swap and the data filesystem with all that a boot mounts. Its label
+ * commits it: a power cut before leaves a disk that is still magic, one after
+ * leaves a complete data filesystem. The top level stays mounted until the rest
+ * is, because opening the filesystem once more takes longer.
  */
 async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
   const { members, dataProfile, metadataProfile } = create;
@@ -3824,13 +3804,23 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
     ...members.map(makeSwapOf),
   ]);
   const top = paths.topLevel;
+  const record = async () => {
+    const superblocks = await verifySuperblocks(nodes, UNFINISHED);
+    const made = members.map((member, i) => memberOf(member, superblocks[i]));
+    const settled = { devices: made.length, unmirrored: [] };
+    assertRecorded(
+      await recordMembers(made, superblocks[0].fsid, { settled }),
+    );
+    return made;
+  };
   const [made] = await allOf([
-    verifySuperblocks(nodes, UNFINISHED)
-      .then((superblocks) => recordNew(members, superblocks)),
+    record(),
     mountTopLevel(nodes, [], paths).then(() => createSubvolumes(top, nodes)),
   ]);
   const state = join(top, SUBVOLUMES.state);
-  if (create.payload) await applyPayload(create.payload, state, paths);
+  if (create.payload) {
+    await makeUppers(OVERLAYS, state, paths, create.payload);
+  }
   await allOf([
     makeUppers(OVERLAYS, state, paths),
     // It commits a transaction (fs/btrfs/ioctl.c, btrfs_ioctl_set_fslabel()),
@@ -3844,37 +3834,21 @@ async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
 }
 
 /**
- * Writes a payload into the uppers, through an overlay of the whole root with
- * them: what it sees is what the system will see. Each file is on the medium
- * before it takes its place, and the directories come last.
+ * Writes a payload into an overlay of the whole root: the system will see the
+ * same tree. Each file is on the medium before it takes its place, and the
+ * directories come last.
  */
 async function applyPayload(
   found: FoundPayload,
+  merged: string,
   state: string,
-  paths: Paths,
-): Promise<void> {
+) {
   const text = await loadPayload(found);
-  const { entries } = parsePayload(text);
-  await makeUppers(OVERLAYS, state, paths);
-  const work = join(scratchLayers(state), "payload");
-  fs.mkdirSync(work, { recursive: true });
-  const merged = paths.copyUp; // over the one that made the uppers
-  const options = [
-    `lowerdir=${paths.root}`,
-    `upperdir=${join(state, UPPER)}`,
-    `workdir=${work}`,
-    OVERLAY_FEATURES_OFF,
-  ];
-  await run(words`mount -t overlay -o ${options.join()} overlay ${merged}`, {
-    to: `write the payload of ${found.path}`,
-  });
   const directories = new Set<string>();
-  try {
-    for (const entry of entries) applyEntry(entry, merged, directories);
-    for (const directory of directories) syncFile(directory);
-  } finally {
-    await unmount(merged);
+  for (const entry of parsePayload(text).entries) {
+    applyEntry(entry, merged, directories);
   }
+  for (const directory of directories) syncFile(directory);
   text.fill(0); // not to be found in the memory of this process
   const note = { applied: new Date().toISOString(), writes: found.writes };
   const file = join(state, APPLIED);
@@ -3913,17 +3887,7 @@ export function applyEntry(
       : 0o644;
     const bytes = user ? setPassword(path, user, contents) : contents;
     const temporary = join(merged, "payload.new"); // outside of what is named
-    fs.rmSync(temporary, { force: true });
-    const file = fs.openSync(temporary, "wx", 0o600);
-    try {
-      fs.writeFileSync(file, bytes);
-      fs.fchownSync(file, uid, gid);
-      fs.fchmodSync(file, mode & 0o7777);
-      fs.fsyncSync(file);
-    } finally {
-      fs.closeSync(file);
-    }
-    fs.renameSync(temporary, path);
+    replaceFile(path, bytes, { mode, uid, gid }, temporary);
     for (let at = dirname(path); at !== merged; at = dirname(at)) {
       directories.add(at);
     }
@@ -3935,11 +3899,7 @@ export function applyEntry(
 }
 
 /** `/etc/shadow` with another password for a user (shadow(5)). */
-function setPassword(
-  path: string,
-  user: string,
-  contents: Uint8Array,
-): Uint8Array {
+function setPassword(path: string, user: string, contents: Uint8Array) {
   const lines = fs.readFileSync(path, "latin1").split("\n");
   const index = findUser(lines, user);
   assert(index >= 0, `there is no user "${user}"`);
@@ -3965,15 +3925,6 @@ function assertRecorded(failed: Member[]): void {
   );
 }
 
-/** The members of a filesystem that was made, with their records. */
-async function recordNew(members: NewMember[], superblocks: Superblock[]) {
-  const made = members.map((member, i) => memberOf(member, superblocks[i]));
-  const settled = { devices: made.length, unmirrored: [] };
-  const failed = await recordMembers(made, superblocks[0].fsid, { settled });
-  assertRecorded(failed);
-  return made;
-}
-
 /** The data partition of a new member, which has no record yet. */
 function memberOf({ device, dataPath }: NewMember, btrfs: Superblock): Member {
   return {
@@ -3985,7 +3936,7 @@ function memberOf({ device, dataPath }: NewMember, btrfs: Superblock): Member {
   };
 }
 
-/** The swap areas of a filesystem that was made. */
+/** The swap areas of new members. */
 function swapOf(members: NewMember[]): BlockDevice[] {
   return members.flatMap(({ device, swapPath }) =>
     swapPath ? [{ ...device, path: swapPath }] : []
@@ -3995,10 +3946,9 @@ function swapOf(members: NewMember[]): BlockDevice[] {
 /** Without swap the data persist all the same; the next boot tries again. */
 async function makeSwapOf(member: NewMember): Promise<void> {
   const { swapPath } = member;
-  if (!swapPath) return;
-  member.swapPath = undefined;
+  member.swapPath = undefined; // until it is there
   await attempt(async () => {
-    await makeSwap(swapPath);
+    if (swapPath) await makeSwap(swapPath);
     member.swapPath = swapPath;
   });
 }
@@ -4013,13 +3963,13 @@ async function makeSwap(path: string): Promise<void> {
   );
 }
 
-/** Creates the subvolumes; what is made in the state will be compressed. */
+/** Creates the subvolumes. */
 async function createSubvolumes(top: string, nodes: string[]): Promise<void> {
   const [data, state, snapshots] = Object.values(SUBVOLUMES)
     .map((name) => join(top, name));
   const createState = async () => {
     await createSubvolume(state, nodes);
-    // Inherited by what is made in it from now on (btrfs-property(8)).
+    // What is made in it from now on inherits that (btrfs-property(8)).
     await run(words`btrfs property set -t inode ${state} compression zstd`, {
       to: `compress ${SUBVOLUMES.state} on ${nodes.join(", ")}`,
     });
@@ -4048,7 +3998,7 @@ async function createSubvolume(path: string, nodes: string[]): Promise<void> {
   );
 }
 
-/** Reads back what mkfs or a label was to achieve: one member on each device. */
+/** Reads back what mkfs or the label did: one member on each device. */
 async function verifySuperblocks(nodes: string[], label: string) {
   const found = await allOf(nodes.map(superblockOf));
   return found.map((superblock, i) => {
@@ -4064,9 +4014,8 @@ async function verifySuperblocks(nodes: string[], label: string) {
 }
 
 /**
- * Btrfs writes the superblocks of a mounted filesystem through the page cache
- * on purpose: what is read here is what blkid sees (fs/btrfs/disk-io.c,
- * write_dev_supers()).
+ * Reads the superblock of a device, mounted or not: Btrfs writes it through the
+ * page cache on purpose (fs/btrfs/disk-io.c, write_dev_supers()).
  */
 async function superblockOf(path: string): Promise<Superblock | undefined> {
   const { superblockAt, bytes } = BTRFS;
@@ -4078,68 +4027,53 @@ async function superblockOf(path: string): Promise<Superblock | undefined> {
 // ---------------------------------------------------------------------------
 
 /**
- * Mounts data, state and snapshots, and the overlays with them where their
- * layers are there: one mount(8) for all. What is not mounted afterwards is
- * mounted one by one, with its legacy rules.
+ * Mounts data, state and snapshots, and with them the overlays whose layers are
+ * there, by one mount(8) for all. What is not mounted afterwards is mounted one
+ * by one, by the rules for older disks.
  *
- * @param isNew It was just made: it has its records, and all that is mounted.
+ * @param isNew It was just made: it has its records, and nothing is missing.
  */
 async function mountDataFilesystem(
   data: DataFilesystem,
   isNew: boolean,
   paths: Paths,
 ): Promise<void> {
-  if (!isNew) await mountMembers(data, paths);
+  if (isNew) fs.mkdirSync(paths.data, { recursive: true });
+  else await mountMembers(data, paths);
   const mounts = readMounts();
-  const inside = (["state", "snapshots"] as const)
+  const wanted = (["data", "state", "snapshots"] as const)
     .filter((which) => !mountedOn(paths[which], mounts));
-  const overlays = withoutOverlay(paths);
-  const lowers = overlays.map((name) => join(paths.lower, name));
-  for (const directory of isNew ? [paths.data, ...lowers] : lowers) {
-    fs.mkdirSync(directory, { recursive: true });
-  }
-  const subvolumes = [...isNew ? ["data" as const] : [], ...inside]
-    .map((which) => subvolumeEntry(which, data, paths));
+  const nodes = data.members.map(({ path }) => path);
+  const subvolumes = wanted.map((which) => {
+    const options = btrfsOptions(nodes, [`subvol=/${SUBVOLUMES[which]}`]);
+    return [nodes[0], paths[which], "btrfs", options];
+  });
   await mountFromTable(
-    [...subvolumes, ...overlays.flatMap((name) => overlayEntries(name, paths))],
+    [...subvolumes, ...overlayEntries(withoutOverlay(paths), paths)],
     paths,
     "debug",
-    isNew ? [] : inside.map((which) => paths[which]),
+    isNew ? [] : wanted.map((which) => paths[which]),
   );
   await mountMembers(data, paths);
-  const nodes = data.members.map((member) => member.path);
-  const mounted = readMounts();
   for (const which of ["state", "snapshots"] as const) {
-    const isThere = mountedOn(paths[which], mounted) || !isFree(paths[which]);
-    if (!isThere) await mountSubvolume(which, nodes, [], paths);
+    const isFree = !mountedOn(paths[which]) && !isSubvolume(paths[which]) &&
+      listDirectory(paths[which]).length === 0; // nothing covers data
+    const left = data.members.map(({ path }) => path);
+    if (isFree) await mountSubvolume(which, left, [], paths);
   }
-  await refuseReadOnly(paths.state);
-  for (const which of ["snapshots", "docker", "containerd"] as const) {
-    await refuseReadOnly(paths[which]) // the system runs without it
-      .catch((error) => say("warning", messageOf(error)));
+  for (const which of ["state", "snapshots", "docker", "containerd"] as const) {
+    try {
+      refuseReadOnly(paths[which]);
+    } catch (error) {
+      if (which === "state") throw error; // the system runs without the others
+      say("warning", messageOf(error));
+    }
   }
 }
 
-/** An fstab(5) entry. */
-function subvolumeEntry(
-  which: keyof typeof SUBVOLUMES,
-  { members }: DataFilesystem,
-  paths: Paths,
-): string[] {
-  const [first, ...others] = members.map((member) => member.path);
-  const devices = others.map((path) => `device=${path}`);
-  const options = [NO_ATIME, `subvol=/${SUBVOLUMES[which]}`, ...devices];
-  return [first, paths[which], "btrfs", options.join()];
-}
-
-/** Asks first: mkdir(2) waits until it could write, also where it need not. */
+/** Asks first: mkdir(2) waits for a write also where the directory is there. */
 function makeDirectory(path: string, mode?: number): void {
   if (!fs.existsSync(path)) fs.mkdirSync(path, { recursive: true, mode });
-}
-
-/** May something be mounted here? Not over data, nor over a subvolume. */
-function isFree(target: string): boolean {
-  return listDirectory(target).length === 0 && !isSubvolume(target);
 }
 
 /** Mounts the members at the data mount point, unless something is there. */
@@ -4154,77 +4088,72 @@ async function mountMembers(data: DataFilesystem, paths: Paths) {
     [...data.conflicting, ...data.stale, ...leaver ? [leaver] : []],
   );
   fs.mkdirSync(paths.data, { recursive: true });
-  const mountWith = async (
-    devices: Member[],
-    degraded = data.missing > 0,
-  ): Promise<void> => {
+  const mountWith = async (devices: Member[], degraded: boolean) => {
     const settled = settledOf(devices);
     if (degraded) settled.devices = 0;
     const dead = await recordMembers(devices, data.fsid, { settled });
     if (dead.length > 0) {
       dropMembers(dead, `${pathsOf(dead)} cannot be written to`, data);
-      return await mountWith(devices.filter((d) => !dead.includes(d)), true);
+      await mountWith(devices.filter((d) => !dead.includes(d)), true);
+    } else {
+      const options = degraded ? ["degraded"] : [];
+      const nodes = devices.map(({ path }) => path);
+      await mountSubvolume("data", nodes, options, paths);
     }
-    const options = degraded ? ["degraded"] : [];
-    const nodes = devices.map(({ path }) => path);
-    await mountSubvolume("data", nodes, options, paths);
   };
   const target = data.replaceTarget ? [data.replaceTarget] : [];
-  // An interrupted replace goes on, if its target is named.
-  const attempts = [
-    () => mountWith([...data.members, ...data.missing > 0 ? target : []]),
-  ];
-  if (target.length > 0 || data.missing === 0) {
-    // The source of an interrupted replace may still be there: the kernel then
-    // mounts only degraded, though nothing is missing.
-    attempts.push(() => mountWith([...data.members, ...target], true));
+  // An interrupted replace goes on if its target is named. Its source may still
+  // be there: the kernel then mounts only degraded, though nothing is missing.
+  const attempts = [() => mountWith([...data.members, ...target], true)];
+  if (data.missing === 0) {
+    attempts.unshift(() => mountWith(data.members, false));
   }
   if (target.length > 0) {
-    // No replace knows the target any more, or yet: it is released later, or
-    // another replace begins.
+    // No replace has this target any more, or yet: a job releases it later, or
+    // begins another replace.
     attempts.push(() =>
       forget(target).then(() => mountWith(data.members, true))
     );
   }
-  if (data.missing > 0 && leaver && holding("member")(leaver)) {
-    // It has all as long as nothing was written without it.
-    const isWhole = !members.some((member) => isBehind(leaver, member));
-    if (isWhole) {
-      attempts.push(() => {
-        Object.assign(data, { members: [...members, leaver], missing: 0 });
-        data.leaver = undefined;
-        return mountWith(data.members);
-      });
-    }
+  if (
+    data.missing > 0 && leaver && holding("member")(leaver) &&
+    !members.some((member) => isBehind(leaver, member))
+  ) { // nothing was written without it, so that it has all
+    attempts.push(() => {
+      data.members = [...members, leaver];
+      data.missing = 0;
+      data.leaver = undefined;
+      return mountWith(data.members, false);
+    });
   }
   try {
     await firstThatWorks(attempts);
   } catch (error) {
     if (error instanceof TimeoutError) throw error;
-    throw await isLogBroken(data, paths)
-      ? new Error(`${messageOf(error)} (${howToDropLog(data)})`)
-      : error;
+    if (!await isLogBroken(data, paths)) throw error;
+    throw new Error(
+      `${messageOf(error)} (its log tree is broken, and all else is whole: ` +
+        `"btrfs rescue zero-log ${data.members[0].path}" and a reboot; that ` +
+        `loses what programs wrote with fsync in the last seconds before the ` +
+        `power went)`,
+    );
   }
   assert(
     !mountedOn(paths.data)?.superOptions.includes("ro"),
     `Cannot write to the data filesystem on ${pathsOf(data.members)}: the ` +
       `kernel mounted it read-only (see dmesg and "btrfs check")`,
   );
-  await refuseReadOnly(paths.data);
+  refuseReadOnly(paths.data);
   await growFilesystem(data.members, paths);
 }
 
 /** Would the members mount, if only to be read, but for the log tree? */
-async function isLogBroken(
-  { members, missing }: DataFilesystem,
-  paths: Paths,
-): Promise<boolean> {
+async function isLogBroken({ members, missing }: DataFilesystem, paths: Paths) {
   if (!members.some(({ holds }) => holds.btrfs.hasLog)) return false;
-  const options = ["ro", "rescue=nologreplay"];
-  if (missing > 0) options.push("degraded");
+  const degraded = missing > 0 ? ["degraded"] : [];
+  const options = ["ro", "rescue=nologreplay", ...degraded];
   try {
-    const nodes = members.map(({ path }) => path);
-    await mountTopLevel(nodes, options, paths);
+    await mountTopLevel(members.map(({ path }) => path), options, paths);
     await unmount(paths.topLevel);
     return true;
   } catch (error) {
@@ -4233,13 +4162,7 @@ async function isLogBroken(
   }
 }
 
-function howToDropLog({ members }: DataFilesystem): string {
-  return `its log tree is broken, and all else is whole: "btrfs rescue ` +
-    `zero-log ${members[0].path}" and a reboot; that loses what programs ` +
-    `wrote with fsync in the last seconds before the power went`;
-}
-
-/** Goes on without some members. */
+/** Takes members out of the plan, which goes on without them. */
 function dropMembers(devices: Member[], why: string, data: DataFilesystem) {
   say("warning", `${why}: going on without`);
   data.members = data.members.filter((member) => !devices.includes(member));
@@ -4257,10 +4180,12 @@ async function forget(devices: BlockDevice[]): Promise<void> {
 
 /**
  * Writes a record to each member that is present, before a read-write mount.
- * Called with all members that will be written to, and no others.
+ * Called with all members that will be written to, and no others. Each record
+ * goes to the older of two slots: a power cut leaves the other one whole.
  *
  * @param leaving What a person asked for, null to forget that.
- * @returns The members that could not be written to.
+ * @returns The members that could not be written to. Then nobody is to remember
+ * this mount, which one of them does not know: it is tried anew.
  * @throws {Error} When none could.
  */
 async function recordMembers(
@@ -4271,25 +4196,19 @@ async function recordMembers(
     leaving?: Leaving | null;
   } = {},
 ) {
-  const known = members.map((device) => ({
-    device,
-    member: device.holds.record?.member ?? crypto.randomUUID(),
-  }));
+  const present = members
+    .map(({ holds }) => holds.record?.member ?? crypto.randomUUID());
   const mount = crypto.randomUUID().slice(0, 8);
-  const common = {
-    epoch: Math.max(...members.map(epochOf)) + 1,
-    present: known.map(({ member }) => member),
-    settled,
-    machine: readMachine(),
-    seconds: Math.max(
-      Math.floor(Date.now() / 1000),
-      ...members.map(({ holds }) => 1 + (holds.record?.seconds ?? 0)),
-    ),
-    leaving: leaving ?? undefined,
-  };
+  const epoch = Math.max(...members.map(epochOf)) + 1;
+  const machine = readMachine();
+  const seconds = Math.max(
+    Math.floor(Date.now() / 1000),
+    ...members.map(({ holds }) => 1 + (holds.record?.seconds ?? 0)),
+  );
+  const common = { fsid, epoch, present, settled, machine, seconds };
   const failed: Member[] = [];
   const written = new Map<Member, MemberRecord>();
-  await Promise.all(known.map(async ({ device, member }) => {
+  await Promise.all(members.map(async (device, i) => {
     const { path, read, hardware, holds } = device;
     if (!read.recordable) {
       say(
@@ -4299,11 +4218,16 @@ async function recordMembers(
       );
       return;
     }
-    const mounts = [...holds.record?.mounts ?? [], mount]
-      .slice(-RECORD.remembered);
-    const absent = absentSince(device, common.present);
-    const record = { fsid, member, ...common, ...absent, hardware, mounts };
-    const slot = RECORD.slotsAt[common.epoch % RECORD.slotsAt.length];
+    const mounts = [...holds.record?.mounts ?? [], mount];
+    const record: MemberRecord = {
+      ...common,
+      ...absentSince(device, present),
+      member: present[i],
+      leaving: leaving ?? undefined,
+      hardware,
+      mounts: mounts.slice(-RECORD.remembered),
+    };
+    const slot = RECORD.slotsAt[epoch % RECORD.slotsAt.length];
     try {
       assertSame(device);
       await writeBytes(path, slot, formatRecord(record));
@@ -4314,16 +4238,15 @@ async function recordMembers(
       say("warning", messageOf(error));
     }
   }));
-  // Nobody remembers a mount that one of them does not know: it is tried anew.
   if (failed.length > 0) return failed;
   for (const [{ holds }, record] of written) holds.record = record;
   return [];
 }
 
 /**
- * What the last record says of the profiles. Version 1.0 did not keep that: it
+ * What the last record says of the profiles. Records of version 1.0 do not: it
  * converted all, and may have been interrupted. A filesystem of several devices
- * without any record was made by a person, as that person wants it.
+ * without a record was made by a person, as that person wants it.
  */
 function settledOf(members: Pick<Member, "holds">[]): Settled {
   const [last] = members.map(({ holds }) => holds.record)
@@ -4337,7 +4260,7 @@ function settledOf(members: Pick<Member, "holds">[]): Settled {
 /** Types of chunks; those of metadata are also for system chunks. */
 const CHUNKS: ("data" | "metadata")[] = ["data", "metadata"];
 
-/** Who is not present, and the generation and mount of the last time. */
+/** Members that are absent: the generation and mount when each was last there. */
 function absentSince({ holds: { record, btrfs } }: Member, present: string[]) {
   if (!record) return { absent: {}, lastSeen: {} };
   const update = <T>(old: Record<string, T>, now: T): Record<string, T> => {
@@ -4358,8 +4281,7 @@ async function firstThatWorks(attempts: (() => Promise<unknown>)[]) {
   const failures: unknown[] = [];
   for (const attempt of attempts) {
     try {
-      await attempt();
-      return;
+      return void await attempt();
     } catch (error) {
       failures.push(error);
       if (error instanceof TimeoutError) throw error;
@@ -4396,8 +4318,8 @@ async function growFilesystem(members: Member[], paths: Paths): Promise<void> {
 
 /**
  * Mounts a subvolume by its name, or the plain directory that stands in its
- * place, as a restored backup may; makes the subvolume where nothing is. The data
- * may also be the top level of a disk made by hand that keeps its state there.
+ * place (a restored backup). Where there is neither, it makes the subvolume; but
+ * the data may be the top level itself, on a disk that keeps its state there.
  */
 async function mountSubvolume(
   which: keyof typeof SUBVOLUMES,
@@ -4442,18 +4364,17 @@ async function mountSubvolume(
 }
 
 /**
- * Refuses directories in a read-only subvolume, as a snapshot may be: they are
- * mounted read-write all the same.
+ * Refuses directories in a read-only subvolume, such as a snapshot, which a
+ * read-write mount does not show.
  *
  * @throws {Error} That names the subvolume and how to make it writable.
  */
-async function refuseReadOnly(...directories: string[]): Promise<void> {
+function refuseReadOnly(...directories: string[]): void {
   const isReadOnly = (path: string) => {
     try {
       fs.accessSync(path, fs.constants.W_OK);
     } catch (error) {
-      return error instanceof Error && "code" in error &&
-        error.code === "EROFS";
+      return messageOf(error).startsWith("EROFS");
     }
   };
   let path = directories.find(isReadOnly);
@@ -4461,12 +4382,8 @@ async function refuseReadOnly(...directories: string[]): Promise<void> {
   while (!isSubvolume(path) && !mountedOn(path)) path = dirname(path);
   let top = path;
   while (!mountedOn(top)) top = dirname(top);
-  const { stdout } = await run(
-    words`findmnt --noheadings --output FSROOT --mountpoint ${top}`,
-    { to: `find out what is mounted on "${top}"`, capture: true },
-  );
-  const subvolume = join(stdout.trim(), path.slice(top.length));
-  const node = mountedOn(top)?.source;
+  const { root, source: node } = mountedOn(top)!;
+  const subvolume = join(root, path.slice(top.length));
   throw new Error(
     `Cannot write to "${path}": the subvolume ${subvolume} on ${node} is ` +
       `read-only, as a snapshot is; make it writable ("mkdir /run/top; mount ` +
@@ -4485,16 +4402,14 @@ async function mountTopLevel(nodes: string[], options: string[], paths: Paths) {
   await mountBtrfs(nodes, ["subvolid=5", ...options], paths.topLevel);
 }
 
-/** Mounts a Btrfs, naming all members, for nobody else may have scanned it. */
-async function mountBtrfs(
-  [first, ...others]: string[],
-  options: string[],
-  target: string,
-): Promise<void> {
-  const devices = others.map((path) => `device=${path}`);
-  const all = [NO_ATIME, ...options, ...devices];
-  await run(words`mount -t btrfs -o ${all.join()} ${first} ${target}`, {
-    to: `mount ${[first, ...others].join(", ")} on "${target}"`,
+/** All members are named, for nobody else may have scanned them. */
+const btrfsOptions = ([, ...others]: string[], options: string[]) =>
+  [NO_ATIME, ...options, ...others.map((path) => `device=${path}`)].join();
+
+async function mountBtrfs(nodes: string[], options: string[], target: string) {
+  const all = btrfsOptions(nodes, options);
+  await run(words`mount -t btrfs -o ${all} ${nodes[0]} ${target}`, {
+    to: `mount ${nodes.join(", ")} on "${target}"`,
     timeoutMs: TIMEOUT.mountMs,
   });
   const isThere = mountedOn(target) !== undefined;
@@ -4516,35 +4431,30 @@ async function unmount(...targets: string[]): Promise<void> {
 const mountedOn = (target: string, mounts = readMounts()) =>
   mounts.findLast((mount) => mount.target === target);
 
-/** Without a data filesystem: a tmpfs in its place, or what is there. */
-async function mountVolatile(
-  plan: Plan,
-  paths: Paths,
-): Promise<Outcome["mode"]> {
+/** Mounts a tmpfs where there is no data filesystem, unless one is there. */
+async function mountVolatile(plan: Plan, paths: Paths) {
   const mounted = mountedOn(paths.data);
-  if (plan.mode === "mounted" && mounted) return goOn(mounted, paths);
-  const mode = outcomeOf(plan) === "fallback" ? "fallback" : "volatile";
-  await mountTmpfs(mode, paths);
+  if (plan.mode !== "mounted" || !mounted) {
+    const mode = outcomeOf(plan) === "fallback" ? "fallback" : "volatile";
+    await mountTmpfs(mode, paths);
+    return mode;
+  }
+  const mode = modeOf(mounted, paths);
+  if (mode === "fallback") { // the reasons of the earlier run still hold
+    const { errors = ["An earlier run failed"] } = readReport(paths) ?? {};
+    for (const reason of errors) say("error", reason);
+    if (isHeldBack(paths)) say("warning", HELD_BACK);
+  }
   return mode;
 }
 
-/** What this boot came to, as an earlier run left it. */
+/** The outcome of an earlier run of this boot. */
 function modeOf({ type }: Mount, paths: Paths): Outcome["mode"] {
   if (type !== "tmpfs") return "persistent";
   return isHeldBack(paths) ? "fallback" : readReport(paths)?.mode ?? "volatile";
 }
 
-/** What an earlier run of this boot came to still holds, with its reasons. */
-function goOn(mounted: Mount, paths: Paths): Outcome["mode"] {
-  const mode = modeOf(mounted, paths);
-  if (mode !== "fallback") return mode;
-  const { errors = ["An earlier run failed"] } = readReport(paths) ?? {};
-  for (const reason of errors) say("error", reason);
-  if (isHeldBack(paths)) say("warning", HELD_BACK);
-  return mode;
-}
-
-/** At most half of the memory, as tmpfs(5) has it, but given, to say it. */
+/** Mounts a tmpfs of half the memory: tmpfs(5)'s default, given to be said. */
 async function mountTmpfs(mode: "volatile" | "fallback", paths: Paths) {
   fs.mkdirSync(paths.data, { recursive: true });
   const sizeBytes = Math.floor(readMemoryBytes() / 2 / MiB) * MiB;
@@ -4562,12 +4472,11 @@ async function mountTmpfs(mode: "volatile" | "fallback", paths: Paths) {
 }
 
 /**
- * Where the data are expected but not there, Docker must not start without
- * them: what it then writes is gone at the next good boot. dockerd refuses a
- * data root that is a file, at once (daemon/daemon.go, NewDaemon()).
+ * Keeps Docker from starting without the data that are expected: what it wrote
+ * would be gone at the next good boot. dockerd at once refuses a data root that
+ * is a file (daemon/daemon.go, NewDaemon()).
  */
 function holdBackDocker(paths: Paths): void {
-  const root = DOCKER_DATA_ROOT;
   const text =
     `Docker is held back: its data are expected on a disk that cannot be used.
 
@@ -4576,8 +4485,8 @@ Repair this and reboot. Without the disk Docker would have no image, container
 or volume, and what it writes would be lost at the next boot. To start it like
 that nevertheless, until then:
 
-    rm -f ${root}
-    mkdir -m 710 ${root}
+    rm -f ${DOCKER_DATA_ROOT}
+    mkdir -m 710 ${DOCKER_DATA_ROOT}
 
 and then start Docker again.
 `;
@@ -4591,13 +4500,11 @@ const isHeldBack = (paths: Paths) =>
 const HELD_BACK = `Docker is held back until its data are there again; ` +
   `"${DOCKER_DATA_ROOT}" says why, and how to start it without them`;
 
-const isNoSpace = (error: unknown) =>
-  /ENOSPC|No space left on device/.test(messageOf(error));
-
-/** Mounting an overlay creates `work/work`, which fails on a full filesystem. */
-function sayHowToMakeRoom(paths: Paths): void {
+/** Says so where an overlay failed to create its `work/work` for lack of space. */
+function sayHowToMakeRoom(error: unknown, paths: Paths): void {
   const { type, source } = mountedOn(paths.data) ?? {};
-  if (type !== "btrfs") return;
+  const isNoSpace = /ENOSPC|No space left on device/.test(messageOf(error));
+  if (!isNoSpace || type !== "btrfs") return;
   say(
     "error",
     `The data filesystem on ${source} is full: log in, mount it elsewhere ` +
@@ -4607,15 +4514,24 @@ function sayHowToMakeRoom(paths: Paths): void {
 }
 
 /**
- * The last resort: whatever failed, the system gets writable.
+ * The last resort: whatever failed, the system becomes writable.
  *
- * @param isMute A disk did not answer: what waits for it may end yet.
+ * @param isMute A disk did not answer: a mount that was given up waits for it in
+ * the kernel, and may come after all (fs/namespace.c, do_new_mount()). On the
+ * data mount point it is out of sight, with the parent bound over itself; above
+ * an overlay it is taken away.
  */
 async function fallBack(isMute: boolean, paths: Paths): Promise<void> {
   try {
-    await detach(paths);
-    if (isMute) await attempt(() => shieldData(paths));
-    else await attempt(() => removeScratch(paths));
+    await attempt(() => detach(paths));
+    const parent = dirname(paths.data);
+    await attempt(() =>
+      isMute
+        ? run(words`mount -o bind,private ${parent} ${parent}`, {
+          to: `shield "${paths.data}"`,
+        })
+        : removeScratch(paths)
+    );
     await mountTmpfs("fallback", paths);
     await mountOverlays(paths);
     if (isMute) await attempt(() => uncoverLater(paths));
@@ -4626,45 +4542,23 @@ async function fallBack(isMute: boolean, paths: Paths): Promise<void> {
 }
 
 /**
- * Takes away what was mounted. That is done at once, but the last umount(8) of
- * a filesystem waits for its disk: it is not waited for.
+ * Takes away what was mounted. It is gone at once, also where umount(8) then
+ * waits for a mute disk and is given up.
  */
 async function detach(paths: Paths): Promise<void> {
-  const list = () => {
-    const mounts = readMounts();
-    return OVERLAYS.map((name) => join(paths.root, name))
-      .filter((target) => isOurOverlay(mountedOn(target, mounts)))
-      .concat(paths.copyUp, paths.topLevel, paths.data)
-      .filter((target) => mountedOn(target, mounts));
-  };
-  const targets = list();
+  const mounts = readMounts();
+  const targets = OVERLAYS.map((name) => join(paths.root, name))
+    .filter((target) => isOurOverlay(mountedOn(target, mounts)))
+    .concat(paths.copyUp, paths.topLevel, paths.data)
+    .filter((target) => mountedOn(target, mounts));
   if (targets.length === 0) return;
-  let isOver = false;
-  const umount = attempt(() =>
-    run(words`umount --lazy ${targets}`, {
-      to: `detach what is mounted on ${targets.join(", ")}`,
-    })
-  ).then(() => isOver = true);
-  const giveUpAt = performance.now() + TIMEOUT.detachMs;
-  while (!isOver && list().length > 0 && performance.now() < giveUpAt) {
-    await Promise.race([umount, sleep(20)]);
-  }
-}
-
-/**
- * A mount(8) that was given up waits in the kernel, with the directory that it
- * was told: when its disk answers again, it may be mounted there after all
- * (fs/namespace.c, do_new_mount()). With the parent of that directory bound over
- * itself, this is out of sight.
- */
-async function shieldData({ data }: Paths): Promise<void> {
-  const parent = dirname(data);
-  await run(words`mount -o bind,private ${parent} ${parent}`, {
-    to: `shield "${data}"`,
+  await run(words`umount --lazy ${targets}`, {
+    to: `detach what is mounted on ${targets.join(", ")}`,
+    timeoutMs: TIMEOUT.detachMs,
   });
 }
 
-/** What is mounted above our mounts as long as a process that was killed lives. */
+/** Unmounts what covers our mounts, as long as a process that was killed lives. */
 const UNCOVER = `
 top() { # the id of the topmost mount on $1 (proc_pid_mountinfo(5))
   while read -r id _ _ _ target _; do
@@ -4687,7 +4581,7 @@ while :; do
   sleep 1
 done`;
 
-/** An overlay that is mounted late must not cover the one that is in use. */
+/** An overlay that comes late must not cover the one that is in use. */
 function uncoverLater({ root }: Paths): void {
   if (givenUp.size === 0) return;
   const to = "uncover what is mounted now";
@@ -4708,17 +4602,15 @@ function uncoverLater({ root }: Paths): void {
 async function mountOverlays(paths: Paths): Promise<void> {
   const layers = [paths.upper, paths.work]
     .flatMap((layer) => OVERLAYS.map((name) => join(layer, name)));
-  await refuseReadOnly(...layers);
+  refuseReadOnly(...layers);
   const names = withoutOverlay(paths);
-  if (names.length === 0) return await moveMounts(paths);
-  for (const name of names) {
-    fs.mkdirSync(join(paths.lower, name), { recursive: true });
+  if (names.length > 0) {
+    const isMade = await makeUppers(names, paths.state, paths);
+    await allOf([
+      isMade && attempt(() => removeScratch(paths)),
+      mountFromTable(overlayEntries(names, paths), paths),
+    ]);
   }
-  const isMade = await makeUppers(names, paths.state, paths);
-  await allOf([
-    isMade && attempt(() => removeScratch(paths)),
-    mountFromTable(names.flatMap((name) => overlayEntries(name, paths)), paths),
-  ]);
   for (const name of withoutOverlay(paths)) {
     await mountOverlayAnew(name, paths);
   }
@@ -4726,40 +4618,37 @@ async function mountOverlays(paths: Paths): Promise<void> {
 }
 
 /**
- * An overlay hides what others have mounted below its directory: a tmpfs on
- * /var/log, a file on /etc/resolv.conf. Copies of these mounts came along to
- * its lower directory; from there they are moved to the merged tree.
+ * Shows again what others have mounted below the key directories: a tmpfs on
+ * /var/log, a file on /etc/resolv.conf. An overlay hides it, but the recursive
+ * bind mount of its lower has a copy, which is moved to the merged tree.
  */
-async function moveMounts(paths: Paths): Promise<void> {
-  const lowers = OVERLAYS.map((name) => join(paths.lower, name));
-  const found = readMounts().map((mount) => mount.target)
-    .filter((path) => lowers.some((lower) => path.startsWith(`${lower}/`)));
-  const sources = new Set(found);
-  for (const source of sources) {
-    // What is mounted below it comes along.
+async function moveMounts({ root, lower }: Paths): Promise<void> {
+  const found = readMounts().map(({ target }) => target)
+    .filter((path) => path.startsWith(`${lower}/`) && dirname(path) !== lower);
+  for (const source of new Set(found)) {
+    // A mount below another one moves along with it.
     if (found.some((path) => source.startsWith(`${path}/`))) continue;
-    const target = join(paths.root, source.slice(paths.lower.length));
+    const target = join(root, source.slice(lower.length));
     try {
       const isThere = orUndefined(() => fs.realpathSync(target)) === target;
       assert(isThere, `"${target}" was removed or is a link now`);
       await run(words`mount --move ${source} ${target}`, {
         to: "move it to the overlay",
       });
-      // The topmost was moved: those that it covered stay covered.
+      // The topmost was moved; those that it covered are not wanted.
       const covered = found.filter((path) => path === source).slice(1);
       if (covered.length > 0) await unmount(...covered);
     } catch (error) {
       say(
         "warning",
-        `The mount on "${target}" is hidden by the overlay: ${
-          messageOf(error)
-        }`,
+        `The mount on "${target}" is hidden by the overlay: ` +
+          messageOf(error),
       );
     }
   }
 }
 
-/** The key directories that have no overlay of ours, or one that is read-only. */
+/** The key directories that have no overlay of ours that can be written to. */
 function withoutOverlay({ root }: Paths): string[] {
   const mounts = readMounts();
   return OVERLAYS.filter((name) => {
@@ -4769,8 +4658,8 @@ function withoutOverlay({ root }: Paths): string[] {
 }
 
 /**
- * Is it an overlay of ours? The root may have had another name when it was
- * mounted, in an initramfs: so only the end of its upper's path is compared.
+ * Is this an overlay of ours? Only the end of its upper's path is compared: in
+ * an initramfs, where it may have been mounted, the root had another name.
  */
 function isOurOverlay(mount?: Mount): boolean {
   if (mount?.type !== "overlay") return false;
@@ -4779,22 +4668,27 @@ function isOurOverlay(mount?: Mount): boolean {
     .some((option) => option.startsWith("upperdir=") && option.endsWith(upper));
 }
 
-/** fstab(5) entries: the bind mount that is the lower layer, the overlay. */
-function overlayEntries(name: string, paths: Paths): string[][] {
-  const directory = join(paths.root, name);
-  const lower = join(paths.lower, name);
-  const options = [
-    `lowerdir=${lower}`,
-    `upperdir=${join(paths.upper, name)}`,
-    `workdir=${join(paths.work, name)}`,
-    OVERLAY_FEATURES_OFF,
-    NO_ATIME,
-  ];
-  // rprivate: what is mounted on the directory must not appear in its lower.
-  const bind = [directory, lower, "none", "rbind,rprivate"];
-  const overlay = ["overlay", directory, "overlay", options.join()];
-  return isSameFile(directory, lower) ? [overlay] : [bind, overlay];
+/**
+ * fstab(5) entries: for each directory the bind mount that is its lower layer,
+ * whose mount point is made, and the overlay.
+ */
+function overlayEntries(names: string[], paths: Paths): string[][] {
+  return names.flatMap((name) => {
+    const directory = join(paths.root, name);
+    const lower = join(paths.lower, name);
+    fs.mkdirSync(lower, { recursive: true });
+    const [upper, work] = [join(paths.upper, name), join(paths.work, name)];
+    const options = overlayOptions(lower, upper, work);
+    // rprivate: what is mounted on the directory must not appear in its lower.
+    const bind = [directory, lower, "none", "rbind,rprivate"];
+    const overlay = ["overlay", directory, "overlay", options];
+    return isSameFile(directory, lower) ? [overlay] : [bind, overlay];
+  });
 }
+
+const overlayOptions = (lower: string, upper: string, work: string) =>
+  `lowerdir=${lower},upperdir=${upper},workdir=${work},` +
+  `${OVERLAY_FEATURES_OFF},${NO_ATIME}`;
 
 function isSameFile(path: string, other: string): boolean {
   const [a, b] = [path, other].map((p) => orUndefined(() => fs.statSync(p)));
@@ -4802,8 +4696,8 @@ function isSameFile(path: string, other: string): boolean {
 }
 
 /**
- * Mounts what is listed, but nothing over a directory that holds data: that of a
- * Btrfs has a size. Then it touches what this process will look at.
+ * Mounts what is listed, but nothing over a directory that holds data: on Btrfs
+ * it has a size. Then touches what this process will look at.
  */
 const MOUNT_TABLE = `
 mount=$1 fstab=$2 # BusyBox's shell may take its own mount for the other
@@ -4822,9 +4716,9 @@ done
 exit $status`;
 
 /**
- * Many mounts by one child, which is also the first to touch a filesystem that
- * was just mounted: where its disk went mute, that never ends, and init waits
- * for this process. Which mounts exist is seen afterwards.
+ * Has one child mount all entries, and touch the filesystem first: where the
+ * disk went mute, the child never ends, and init waits for this process. Callers
+ * look which mounts exist afterwards.
  *
  * @param unlessUsed Nothing is mounted on these if they hold anything.
  * @returns What went wrong, if anything did.
@@ -4835,14 +4729,10 @@ async function mountFromTable(
   level: Level = "warning",
   unlessUsed: string[] = [],
 ): Promise<string | undefined> {
-  const escape = (field: string) =>
-    field.replace(
-      /[\s\\#]/g,
-      (char) => "\\" + char.charCodeAt(0).toString(8).padStart(3, "0"),
-    );
+  // Nothing is to be escaped: no device, and no --root, has a space in its name.
   const pairs = entries.flatMap((entry) => [
-    unlessUsed.find((target) => target === entry[1]) ?? "",
-    `${entry.map(escape).join(" ")} 0 0`,
+    unlessUsed.includes(entry[1]) ? entry[1] : "",
+    `${entry.join(" ")} 0 0`,
   ]);
   const touched = [paths.docker, paths.containerd, paths.daemonJson]
     .concat(PENDING.flatMap((job) => pendingFiles(job, paths)));
@@ -4869,7 +4759,7 @@ async function mountOverlayAnew(name: string, paths: Paths): Promise<void> {
   if (isOurOverlay(mountedOn(target))) await unmount(target);
   fs.rmSync(work, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
-  const problem = await mountFromTable(overlayEntries(name, paths), paths);
+  const problem = await mountFromTable(overlayEntries([name], paths), paths);
   assert(
     !withoutOverlay(paths).includes(name),
     `Cannot make "${target}" writable: ${problem ?? "it is read-only"}`,
@@ -4877,60 +4767,63 @@ async function mountOverlayAnew(name: string, paths: Paths): Promise<void> {
 }
 
 /**
- * Removes the scratch mounts that make subvolumes and upper directories, also
- * those that a killed run left.
+ * Removes the scratch mounts that made subvolumes and uppers, also those that a
+ * killed run left.
  */
 async function removeScratch(paths: Paths): Promise<void> {
   const scratch = [paths.copyUp, paths.topLevel].filter(fs.existsSync);
   if (scratch.length === 0) return; // and no need to ask the kernel
-  const targets = readMounts().map((mount) => mount.target)
+  const targets = readMounts().map(({ target }) => target)
     .filter((target) => scratch.includes(target));
   if (targets.length > 0) await unmount(...targets);
   fs.rmSync(scratchLayers(paths.state), { recursive: true, force: true });
 }
 
-/** Where the overlay that makes uppers has its own. */
+/** Upper and work of the overlay that makes uppers. */
 const scratchLayers = (state: string) => join(state, WORK, ".copy-up");
 
 /**
  * Makes the uppers and works that are not there yet. The root of an overlay
- * shows the mode, owner, times and extended attributes of its upper, so that
- * these must be the lower's. The kernel copies them best: an overlay of the
- * whole root, with an upper in `work`, makes `etc` there when `etc` is changed
- * in it; from there it is moved to its paths.
+ * shows the mode, owner, times and extended attributes of its upper: they must
+ * be those of the lower. The kernel copies them best. A change to `etc` in an
+ * overlay of the whole root, with an upper in `work`, makes `etc` there, and one
+ * rename puts it in its place: a power cut leaves a whole upper or none.
  *
  * @param state The state directory, wherever it is mounted.
+ * @param payload What to write into them, while the whole root is seen.
  * @returns Whether any was made: then {@linkcode removeScratch} is to follow,
- * if need be beside the next steps.
+ * also beside the next steps.
  */
-async function makeUppers(names: string[], state: string, paths: Paths) {
+async function makeUppers(
+  names: string[],
+  state: string,
+  paths: Paths,
+  payload?: FoundPayload,
+): Promise<boolean> {
   const uppers = join(state, UPPER);
-  fs.mkdirSync(uppers, { recursive: true });
-  for (const name of names) {
-    fs.mkdirSync(join(state, WORK, name), { recursive: true });
+  const works = names.map((name) => join(state, WORK, name));
+  for (const directory of [uppers, ...works]) {
+    fs.mkdirSync(directory, { recursive: true });
   }
   const missing = names.filter((name) => !fs.existsSync(join(uppers, name)));
   if (missing.length === 0) return false;
   const scratch = scratchLayers(state);
   const [upper, work] = ["upper", "work"].map((name) => join(scratch, name));
   fs.rmSync(scratch, { recursive: true, force: true });
-  for (const directory of [upper, work, paths.copyUp]) {
+  const merged = paths.copyUp;
+  for (const directory of [upper, work, merged]) {
     fs.mkdirSync(directory, { recursive: true });
   }
-  const options = [
-    `lowerdir=${paths.root}`,
-    `upperdir=${upper}`,
-    `workdir=${work}`,
-    OVERLAY_FEATURES_OFF,
-  ];
-  await run(
-    words`mount -t overlay -o ${options.join()} overlay ${paths.copyUp}`,
-    { to: `make the uppers in "${uppers}"` },
-  );
+  const options = overlayOptions(paths.root, upper, work);
+  await run(words`mount -t overlay -o ${options} overlay ${merged}`, {
+    to: `make the uppers in "${uppers}"`,
+  });
   for (const name of missing) {
-    const directory = join(paths.copyUp, name);
-    const { mode } = fs.statSync(directory);
-    fs.chmodSync(directory, mode & 0o7777); // no change, but a copy-up
+    const { mode } = fs.statSync(join(merged, name));
+    fs.chmodSync(join(merged, name), mode & 0o7777); // no change, but a copy-up
+  }
+  if (payload) await applyPayload(payload, merged, state);
+  for (const name of missing) {
     fs.renameSync(join(upper, name), join(uppers, name));
   }
   return true;
@@ -5010,7 +4903,7 @@ function readConfig(path: string) {
 /**
  * Sets `data-root` in the text of `daemon.json`, unless the user chose one, that
  * is, one that is neither the image's nor Docker's default. Only that value
- * changes: to write the object anew would round the numbers of other keys.
+ * changes: writing the object anew would round the numbers of other keys.
  *
  * @returns The text, and the data root that it names.
  * @throws {Error} When dockerd would not accept it.
@@ -5084,8 +4977,8 @@ function listMembers(json: string) {
 
 /**
  * Binds the root of a containerd that is a service of its own, if the image has
- * one, to the data filesystem: containers are overlays, and `/var` is one, which
- * cannot be an upper.
+ * one, to the data filesystem: containers are overlays, whose upper cannot be in
+ * an overlay, as `/var` is.
  */
 async function bindContainerd(paths: Paths): Promise<void> {
   const target = join(paths.root, CONTAINERD_ROOT);
@@ -5106,41 +4999,49 @@ async function bindContainerd(paths: Paths): Promise<void> {
   await bind(paths.containerd, target);
 }
 
-/** Replaces a file in one step; mode and owner stay. */
-function replaceFile(path: string, contents: string | Uint8Array): void {
-  const old = orUndefined(() => fs.statSync(path));
-  const temporary = `${path}.new`;
+/**
+ * Replaces a file in one step, with the mode and owner of the old one or those
+ * that are given. One that is new is not synced: where a crash empties it, it is
+ * made anew.
+ */
+function replaceFile(
+  path: string,
+  contents: string | Uint8Array,
+  given?: Pick<fs.Stats, "mode" | "uid" | "gid">,
+  temporary = `${path}.new`,
+): void {
+  const old = given ?? orUndefined(() => fs.statSync(path));
+  const { mode, uid, gid } = old ?? { mode: 0o644, uid: 0, gid: 0 };
   fs.rmSync(temporary, { force: true });
-  const file = fs.openSync(temporary, "wx", old?.mode ?? 0o644);
+  const file = fs.openSync(temporary, "wx", 0o600);
   try {
-    if (old) fs.fchmodSync(file, old.mode & 0o7777);
-    if (old) fs.fchownSync(file, old.uid, old.gid);
     fs.writeFileSync(file, contents);
-    if (old) fs.fsyncSync(file); // a new one that a crash empties is made anew
+    fs.fchownSync(file, uid, gid);
+    fs.fchmodSync(file, mode & 0o7777);
+    if (old) fs.fsyncSync(file);
   } finally {
     fs.closeSync(file);
   }
   fs.renameSync(temporary, path);
 }
 
+/** Turns on swap that is swap alone. */
 async function swapOn(all: BlockDevice[]): Promise<void> {
   const found = await allOf(all.map(async (area) => {
-    const isOld = area.holds.kind === "swap";
-    const others = (isOld ? await listSignatures(area) : [])
+    if (area.holds.kind !== "swap") return [area]; // it was just made
+    const others = (await listSignatures(area))
       .filter(({ type }) => type !== "swap");
-    return { area, others };
-  }));
-  for (const { area, others } of found.filter((f) => f.others.length > 0)) {
+    if (others.length === 0) return [area];
     const what = describeSignatures(others);
     say(
       "warning",
       `${area.path} holds ${what} as well as swap: it is not used`,
     );
-  }
-  const areas = found.filter(({ others }) => others.length === 0)
-    .map(({ area }) => area).slice(0, 16); // MAX_SWAPFILES is 23 or more
+    return [];
+  }));
+  const areas = found.flat().slice(0, 16); // MAX_SWAPFILES is 23 or more
   if (areas.length === 0) return;
-  await run(words`swapon ${areas.map((area) => area.path)}`, {
+  await run(words`swapon ${areas.map(({ path }) => path)}`, {
     to: `turn on swap on ${pathsOf(areas)}`,
   });
 }
@@ -6980,7 +6881,9 @@ async function makeMagic(
   if (!isOnDisk) await setMagic(device, MAGIC, anyway);
   const parts = partsOf(device, devices).filter(holdsData);
   const disk = devices.find(({ name }) => name === device.disk);
-  if (disk && parts.some(({ entry }) => entry)) await showPartitions(disk);
+  if (disk && parts.some(({ entry }) => entry)) {
+    await showPartitions(disk, disk.read.gpt);
+  }
   for (const part of parts) {
     await wipe(part);
     // libblkid does not see a damaged superblock.
@@ -7713,7 +7616,8 @@ interface RunOptions {
   /** Statuses that are no failure. */
   accept?: number[];
   timeoutMs?: number;
-  stdin?: string | Uint8Array;
+  /** What it reads; a number is an open file. */
+  stdin?: string | Uint8Array | number;
   /** Is what it writes to stdout wanted? */
   capture?: boolean;
   /** When the time is up, what it has started ends as well. */
@@ -7721,8 +7625,8 @@ interface RunOptions {
 }
 
 /**
- * A command as it would be typed, split at its spaces. What is put in stays
- * part of one word, whatever is in it; a list becomes a word for each.
+ * Splits a command, as it would be typed, at its spaces. A value stays part of
+ * one word, whatever is in it; a list becomes a word for each item.
  */
 function words(
   typed: TemplateStringsArray,
@@ -7738,39 +7642,57 @@ function words(
 }
 
 /**
- * Runs a command that does something. Its errors tell apart: not installed,
- * failed, killed, no answer in time; with the end of what it wrote to stderr.
+ * Runs a command that does something. The error says whether it is not
+ * installed, failed, was killed or did not answer, and quotes its stderr.
  */
 async function run(command: string[], options: RunOptions) {
   const { to, stdin, accept = [0], timeoutMs = TIMEOUT.commandMs } = options;
+  const detached = options.isGroup;
   const found = findCommand(command, to);
   // Files, not pipes: what reads a pipe takes 4 ms to load.
-  const input = stdin === undefined ? "ignore" : openUnlinkedFile(stdin);
+  const input = stdin === undefined
+    ? "ignore"
+    : typeof stdin === "number"
+    ? stdin
+    : openUnlinkedFile(stdin);
   const output = options.capture ? openUnlinkedFile("") : "ignore";
   const errors = orUndefined(() => openUnlinkedFile("")) ?? "inherit";
   // The command left the position of such a file at its end.
   const textOf = (file: Stdio[number]) =>
     typeof file === "number" && readText(`/proc/self/fd/${file}`) || "";
+  const what = `Cannot ${to}: "${command[0]}"`;
+  let child: ReturnType<typeof start> | undefined;
   try {
-    const what = `Cannot ${to}: "${command[0]}"`;
-    const stdio: Stdio = [input, output, errors];
-    const end = await endOf(found, what, timeoutMs, stdio, options.isGroup);
+    child = start(found, { stdio: [input, output, errors], detached });
+    const end = await withTimeout(child.ended, timeoutMs, what);
     if (typeof end === "number" && accept.includes(end)) {
       return { status: end, stdout: textOf(output) };
     }
     throw failure(command, to, end, textOf(errors));
+  } catch (error) {
+    if (!child) throw new Error(`${what}: ${messageOf(error)}`);
+    if (error instanceof TimeoutError) {
+      const { pid } = child;
+      orUndefined(() => process.kill(detached ? -pid : pid, "SIGKILL"));
+      givenUp.add(pid);
+      error.ended = child.ended;
+    }
+    throw error;
   } finally {
     for (const file of [input, output, errors]) {
-      if (typeof file === "number") fs.closeSync(file);
+      if (typeof file === "number" && file !== stdin) fs.closeSync(file);
     }
   }
 }
 
+/** Processes that were killed for not ending, and may not have ended yet. */
+const givenUp = new Set<number>();
+
 /**
- * Runs a command that discards a whole device first, which takes some disks
- * (shingled, behind USB, thinly provisioned) longer than anybody waits: then
- * once more without. A process that waits for a device cannot be killed, and
- * may write when the device answers: while it is there nothing else begins.
+ * Runs a command that discards a whole device first, and once more without the
+ * discard where that takes longer than anybody waits (shingled, behind USB,
+ * thinly provisioned). A process that waits for a device cannot be killed, and
+ * may write when the device answers: while it is there, nothing else begins.
  *
  * @param command Makes the command, given the options that turn discard off.
  */
@@ -7824,22 +7746,21 @@ type Stdio = (number | "ignore" | "inherit")[];
 
 interface StartOptions {
   stdio: Stdio;
-  /** In a session of its own, so that it outlives this process. */
+  /** In a session of its own: it outlives us, and is killed with its children. */
   detached?: boolean;
 }
 
 /**
- * Starts a program, which ends with a status or the name of a signal. Bun's own
- * function does it in the executable, because node:child_process is half a MiB
- * of it and takes 2 ms of each boot.
+ * Starts a program, which ends with a status or the name of a signal. The
+ * executable has Bun's own function for it: node:child_process would be half a
+ * MiB more, and 2 ms of each boot.
  */
 function start(command: string[], options: StartOptions) {
   if (typeof Bun !== "undefined") {
     const child = Bun.spawn(command, { ...options, env: process.env });
-    const ended = child.exited.then((status) => child.signalCode ?? status);
     if (options.detached) child.unref();
-    const { pid } = child;
-    return { ended, pid, kill: () => kill(pid, options) };
+    const ended = child.exited.then((status) => child.signalCode ?? status);
+    return { ended, pid: child.pid };
   }
   // Not imported, for the executable would then embed it.
   const { spawn } = process.getBuiltinModule("node:child_process");
@@ -7851,36 +7772,7 @@ function start(command: string[], options: StartOptions) {
   const { pid } = child;
   if (pid === undefined) throw new Error("It cannot be executed");
   if (options.detached) child.unref();
-  return { ended, pid, kill: () => kill(pid, options) };
-}
-
-/** One in a session of its own is killed with all that it has started. */
-function kill(pid: number, { detached }: StartOptions): void {
-  orUndefined(() => process.kill(detached ? -pid : pid, "SIGKILL"));
-}
-
-/** Processes that were killed because they did not end, and may still not. */
-const givenUp = new Set<number>();
-
-/** Runs a program until it ends, or kills it when the time is up. */
-async function endOf(
-  command: string[],
-  what: string,
-  ms: number,
-  stdio: Stdio,
-  detached = false,
-) {
-  let child: ReturnType<typeof start> | undefined;
-  try {
-    child = start(command, { stdio, detached });
-    return await withTimeout(child.ended, ms, what);
-  } catch (error) {
-    if (!child) throw new Error(`${what}: ${messageOf(error)}`);
-    child.kill();
-    givenUp.add(child.pid);
-    if (error instanceof TimeoutError) error.ended = child.ended;
-    throw error;
-  }
+  return { ended, pid };
 }
 
 /** The command with the path of its program. */
@@ -7922,7 +7814,7 @@ function findProgram(name: string): string | undefined {
     .map((directory) => join(directory, name)).find(fs.existsSync);
 }
 
-/** No answer in time. Not retried as it was: that would block just as long. */
+/** No answer in time. Nothing repeats the call: it would block as long again. */
 class TimeoutError extends Error {
   /** The end of the command that was killed, which may never come. */
   ended?: Promise<unknown>;
@@ -7946,52 +7838,37 @@ class BusyError extends Error {}
 /**
  * Keeps others from working at the same time. flock(2) belongs to the open
  * file, which flock(1) shares with us: it ends when we do, however we end.
- * BusyBox's flock(1) has no --timeout, so that it is asked again and again.
+ *
+ * @throws {BusyError} When another has the lock for so long.
  */
 async function takeLock(path: string, timeoutMs = TIMEOUT.lockMs) {
-  const flock = findProgram("flock");
-  if (!flock) {
-    say("warning", `Working without a lock: "flock" is not installed`);
-    return { release: () => {} };
-  }
   fs.mkdirSync(dirname(path), { recursive: true });
-  const file = fs.openSync(path, "a");
-  const lock = (file: number) =>
-    endOf([flock, "-n", "0"], "flock", 5000, [file, "ignore", "ignore"])
-      .catch(messageOf);
-  const giveUpAt = performance.now() + timeoutMs;
-  let end = await lock(file);
-  // Its status 1: another has the file, unless flock does not work at all.
-  if (end === 1 && await locksFileOfItsOwn(lock)) {
-    const who = "another persistence.ts is at work; wait for it" +
-      describeJob(join(dirname(path), "job.json"));
-    if (timeoutMs > 0) {
-      say("info", `Waiting ${timeoutMs / 1000} s at most: ${who}`);
-    }
-    while (end === 1) {
-      if (performance.now() >= giveUpAt) {
-        fs.closeSync(file);
-        throw new BusyError(`Cannot lock "${path}": ${who}`);
-      }
-      await sleep(200);
-      end = await lock(file);
-    }
-  }
-  if (end !== 0) {
-    say("warning", `Working without a lock: "flock" failed (${end})`);
-  }
-  return { release: () => fs.closeSync(file) };
-}
-
-async function locksFileOfItsOwn(
-  lock: (file: number) => Promise<number | string>,
-): Promise<boolean> {
-  const file = openUnlinkedFile("");
+  const stdin = fs.openSync(path, "a");
+  const to = `lock "${path}"`;
   try {
-    return await lock(file) === 0;
-  } finally {
-    fs.closeSync(file);
+    const atOnce = { to, stdin, accept: [0, 1], timeoutMs: 5_000 };
+    const { status } = await run(words`flock -n 0`, atOnce);
+    if (status === 1) {
+      const who = "another persistence.ts is at work; wait for it" +
+        describeJob(join(dirname(path), "job.json"));
+      if (timeoutMs > 0) {
+        say("info", `Waiting ${timeoutMs / 1000} s at most: ${who}`);
+      }
+      // BusyBox's status is 1 also where flock(2) does not work: it fails at once.
+      const waiting = { to, stdin, timeoutMs: Math.max(timeoutMs, 1000) };
+      await run(words`flock 0`, waiting).catch((error) => {
+        if (!(error instanceof TimeoutError)) throw error;
+        throw new BusyError(`Cannot ${to}: ${who}`);
+      });
+    }
+  } catch (error) {
+    if (error instanceof BusyError) {
+      fs.closeSync(stdin);
+      throw error;
+    }
+    say("warning", `Working without a lock: ${messageOf(error)}`);
   }
+  return { release: () => fs.closeSync(stdin) };
 }
 
 /** The long work that goes on, in brackets; nothing where none is known. */
@@ -8004,10 +7881,10 @@ function describeJob(path: string): string {
 const PRIORITY = { error: 3, warning: 4, info: 6, debug: 7 };
 type Level = keyof typeof PRIORITY;
 
-/** How much is said on stderr; the kernel log gets all but debug messages. */
+/** What stderr gets; the kernel log gets all but debug messages. */
 const speech = { level: "info" as Level, inKernelLog: false };
 
-/** What was said that matters, for the status file. */
+/** Warnings and errors that were said, for the status file. */
 const messages = { warnings: [] as string[], errors: [] as string[] };
 
 function say(level: Level, message: string): void {
@@ -8025,31 +7902,25 @@ function say(level: Level, message: string): void {
 }
 
 /**
- * The kernel takes ten records in five seconds from each open file and drops
- * the rest in silence: after ten the file is opened anew. The switch for that,
- * /proc/sys/kernel/printk_devkmsg, is the machine's, and stays as it is. It
- * refuses records of more than 1,024 bytes, older kernels of more than 976
- * (kernel/printk/printk.c, devkmsg_write()).
+ * The kernel refuses records of more than 1,024 bytes, older kernels of more
+ * than 976. It takes ten records in five seconds from each open file and drops
+ * the rest in silence, so that the file is opened for each (kernel/printk/
+ * printk.c, devkmsg_open(), devkmsg_write()).
  */
-const KERNEL_LOG = { path: "/dev/kmsg", recordsEach: 10, textBytes: 900 };
-const kernelLog = {
-  file: undefined as number | undefined,
-  records: 0,
-  hasFailed: false,
-};
+const KERNEL_LOG = { textBytes: 900, hasFailed: false };
 
 function writeToKernelLog(record: string): void {
-  const { path, recordsEach } = KERNEL_LOG;
+  const { O_WRONLY, O_APPEND } = fs.constants;
   try {
-    if (kernelLog.records++ % recordsEach === 0) {
-      if (kernelLog.file !== undefined) fs.closeSync(kernelLog.file);
-      kernelLog.file = undefined;
-      kernelLog.file = fs.openSync(path, fs.constants.O_WRONLY);
+    const file = fs.openSync("/dev/kmsg", O_WRONLY | O_APPEND);
+    try {
+      fs.writeSync(file, record);
+    } finally {
+      fs.closeSync(file);
     }
-    if (kernelLog.file !== undefined) fs.writeSync(kernelLog.file, record);
   } catch (error) {
-    if (kernelLog.hasFailed) return;
-    kernelLog.hasFailed = true; // and is said once
+    if (KERNEL_LOG.hasFailed) return;
+    KERNEL_LOG.hasFailed = true; // and is said once
     say(
       "warning",
       `The kernel log does not take what is said here: ${messageOf(error)} ` +
@@ -8064,20 +7935,10 @@ function writeToKernelLog(record: string): void {
  */
 export function piecesOf(text: string, bytes: number): string[] {
   if (Buffer.byteLength(text) <= bytes) return [text];
-  const pieces: string[] = [];
-  let piece = "";
-  let left = bytes - 3;
-  for (const character of text) {
-    const length = Buffer.byteLength(character);
-    if (length > left) {
-      pieces.push(piece + "...");
-      piece = "...";
-      left = bytes - 6;
-    }
-    piece += character;
-    left -= length;
-  }
-  return [...pieces, piece];
+  const room = new Uint8Array(bytes - 3);
+  const { read } = new TextEncoder().encodeInto(text, room);
+  const rest = piecesOf(`...${text.slice(read)}`, bytes);
+  return [`${text.slice(0, read)}...`, ...rest];
 }
 
 const sayError = (error: unknown) => say("error", messageOf(error));
@@ -8135,6 +7996,16 @@ function listDirectory(path: string): string[] {
 
 const sleep = (ms: number) =>
   new Promise<void>((resolve) => setTimeout(resolve, ms));
+
+/** Waits until something is so; false where it is not in time. */
+async function becomesTrue(isSo: () => unknown, ms: number, everyMs = 20) {
+  const giveUpAt = performance.now() + ms;
+  while (!await isSo()) {
+    if (performance.now() >= giveUpAt) return false;
+    await sleep(everyMs);
+  }
+  return true;
+}
 
 function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(message);

@@ -140,6 +140,7 @@ const both = ["a", "b"];
 const abc = ["a", "b", "c"];
 const log = { hasLog: true };
 const mounted: Facts["mounted"] = {
+  root: "/@lightwhale-data",
   target: "/mnt/lightwhale-data",
   type: "btrfs",
   source: "/dev/sda2",

@@ -1275,6 +1275,7 @@ Deno.test("parseStart() of a device that ends at once", () => {
 
 /** A mount of the data filesystem, as it is mostly seen. */
 const aMount: Mount = {
+  root: "/",
   target: "/mnt/lightwhale-data",
   type: "btrfs",
   source: "/dev/sda2",
@@ -1318,6 +1319,7 @@ const mountinfos: { name: string; text: string; mounts: Partial<Mount>[] }[] = [
       },
       {},
       {
+        root: "/x",
         target: "/srv",
         type: "tmpfs",
         source: "lightwhale-data",
@@ -1345,7 +1347,12 @@ const mountinfos: { name: string; text: string; mounts: Partial<Mount>[] }[] = [
   {
     name: "a mount point with a dash, and an option that is one",
     text: "36 35 0:40 /- /- rw,- - btrfs - rw,-\n",
-    mounts: [{ target: "/-", source: "-", superOptions: ["rw", "-"] }],
+    mounts: [{
+      root: "/-",
+      target: "/-",
+      source: "-",
+      superOptions: ["rw", "-"],
+    }],
   },
   {
     name: "without a source",

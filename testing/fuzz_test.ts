@@ -324,6 +324,7 @@ function someMount(random: Random): { mount: Mount; line: string } {
     )
       .join("");
   const mount: Mount = {
+    root: `/${someName()}`,
     target: `/${someName()}`,
     type: random.pick(["btrfs", "tmpfs", "fuse.x"]),
     source: someName(),
@@ -331,7 +332,7 @@ function someMount(random: Random): { mount: Mount; line: string } {
     superOptions: ["rw", ...some()],
   };
   const fields = [
-    ...["36", "35", mount.deviceNumber, escapeField(`/${someName()}`)],
+    ...["36", "35", mount.deviceNumber, escapeField(mount.root)],
     ...[escapeField(mount.target), "rw,noatime"],
     ...random.pick([[], ["shared:1"], ["shared:2", "master:1"]]),
     ...["-", mount.type, escapeField(mount.source)],
@@ -644,6 +645,7 @@ async function someMachine(random: Random): Promise<Machine> {
   for (const device of devices) device.magic = isMagic(device);
   for (const device of devices) device.holds = whatItHolds(device, devices);
   const mounted: Facts["mounted"] = {
+    root: "/",
     target: "/mnt/lightwhale-data",
     type: random.pick(["btrfs", "tmpfs"]),
     source: "/dev/sdb1",
