@@ -6847,7 +6847,7 @@ function whyNoDevice(path: string): string {
     : stat.isFile()
     ? "it is a file; attach it and name its loop device (losetup --find " +
       `--show --partscan "${path}")`
-    : "it is no block device (lsblk --paths lists all)";
+    : "it is neither a block device nor an image file (lsblk --paths lists all)";
   return `Cannot use "${path}": ${why}`;
 }
 
