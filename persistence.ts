@@ -3304,7 +3304,10 @@ async function changeTable(
  */
 async function showPartitions({ path, sectorBytes }: BlockDevice, gpt?: Gpt) {
   const size = gpt?.sectorBytes ?? sectorBytes;
-  await run(words`partx --update --sector-size ${size} ${path}`, {
+  // Without a range, partx counts to the number of partitions only.
+  const last = gpt?.partitions.at(-1)?.number;
+  const range = last ? words`--nr 1:${last}` : [];
+  await run(words`partx --update --sector-size ${size} ${range} ${path}`, {
     to: `show the partitions of ${path} to the kernel`,
   });
 }

@@ -1251,6 +1251,18 @@ for (const [what, { entries, sectorBytes }] of Object.entries(tables)) {
   );
 }
 
+situation("a magic partition has a higher number than there are partitions", {
+  disks: [{
+    ...blankDisk,
+    contents:
+      `printf '%s\\n' 'label: gpt' '100: size=100M' '101: name=${magic}' |
+      sfdisk -q --no-tell-kernel "$DISK"`,
+  }],
+  mode: "persistent",
+  status: 0,
+  uses: [1],
+});
+
 // A15: what is in LBA 0 beside the table.
 
 /** All of LBA 0 but the size of the first entry. */
