@@ -4373,25 +4373,32 @@ async function mountSubvolume(
  * @throws {Error} That names the subvolume and how to make it writable.
  */
 function refuseReadOnly(...directories: string[]): void {
-  const isReadOnly = (path: string) => {
+  const problemOf = (path: string) => {
     try {
       fs.accessSync(path, fs.constants.W_OK);
     } catch (error) {
-      return messageOf(error).startsWith("EROFS");
+      return /^(EROFS|EPERM)/.exec(messageOf(error))?.[0];
     }
   };
-  let path = directories.find(isReadOnly);
+  let path = directories.find(problemOf);
   if (path === undefined) return;
-  while (!isSubvolume(path) && !mountedOn(path)) path = dirname(path);
+  const isImmutable = problemOf(path) === "EPERM";
+  const isItself = (path: string) =>
+    isImmutable || isSubvolume(path) || mountedOn(path);
+  while (!isItself(path)) path = dirname(path);
   let top = path;
   while (!mountedOn(top)) top = dirname(top);
   const { root, source: node } = mountedOn(top)!;
-  const subvolume = join(root, path.slice(top.length));
+  const inside = join(root, path.slice(top.length));
+  const [why, cure] = isImmutable
+    ? [`${inside} on ${node} is immutable`, `chattr -i /run/top${inside}"`]
+    : [
+      `the subvolume ${inside} on ${node} is read-only, as a snapshot is`,
+      `btrfs property set -ts /run/top${inside} ro false", -f if it was received`,
+    ];
   throw new Error(
-    `Cannot write to "${path}": the subvolume ${subvolume} on ${node} is ` +
-      `read-only, as a snapshot is; make it writable ("mkdir /run/top; mount ` +
-      `-o subvolid=5 ${node} /run/top; btrfs property set -ts ` +
-      `/run/top${subvolume} ro false", -f if it was received), reboot`,
+    `Cannot write to "${path}": ${why}; make it writable ("mkdir /run/top; ` +
+      `mount -o subvolid=5 ${node} /run/top; ${cure}), reboot`,
   );
 }
 
@@ -4506,13 +4513,14 @@ const HELD_BACK = `Docker is held back until its data are there again; ` +
 /** Says so where an overlay failed to create its `work/work` for lack of space. */
 function sayHowToMakeRoom(error: unknown, paths: Paths): void {
   const { type, source } = mountedOn(paths.data) ?? {};
-  const isNoSpace = /ENOSPC|No space left on device/.test(messageOf(error));
+  const isNoSpace = /ENOSPC|EDQUOT|No space left on device|quota exceeded/
+    .test(messageOf(error));
   if (!isNoSpace || type !== "btrfs") return;
   say(
     "error",
-    `The data filesystem on ${source} is full: log in, mount it elsewhere ` +
-      `("mkdir /run/full; mount ${source} /run/full"), delete files or ` +
-      `snapshots, reboot`,
+    `The data filesystem on ${source} is full, or a quota group is (btrfs ` +
+      `qgroup show -re): log in, mount it elsewhere ("mkdir /run/full; mount ` +
+      `${source} /run/full"), delete files or snapshots, reboot`,
   );
 }
 

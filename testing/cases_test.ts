@@ -2062,6 +2062,44 @@ onDisks(
   },
 );
 
+/** What keeps a data filesystem from being written to, made in its top level. */
+const unwritable: Record<string, { script: string; says: string }> = {
+  "the upper of /etc is immutable": {
+    script: "chattr +i @lightwhale-state/overlay/upper/etc",
+    says: "is immutable.*chattr -i /run/top/@lightwhale-state/overlay",
+  },
+  "the state is immutable": {
+    script: "chattr +i @lightwhale-state",
+    says: 'is immutable.*chattr -i /run/top/@lightwhale-state"',
+  },
+  "the state has reached the limit of its quota group": {
+    script: "btrfs quota enable .; btrfs qgroup limit 16K @lightwhale-state",
+    says: "quota group.*btrfs qgroup show",
+  },
+};
+
+for (const [what, { script, says }] of Object.entries(unwritable)) {
+  situation(`${what}: the fallback, with the cause`, {
+    disks: [{
+      ...blankDisk,
+      contents: `${tools} old "$DISK"; folder=$(mktemp -d)
+        mount "$DISK" $folder; ( cd $folder
+        btrfs -q subvolume create @lightwhale-state
+        ${
+        script.startsWith("btrfs")
+          ? ":"
+          : "mkdir -p @lightwhale-state/overlay/upper/etc"
+      }; ${script} )
+        umount $folder; rmdir $folder`,
+    }],
+    mode: "fallback",
+    status: 1,
+    mayChange: [1],
+    says: [says],
+    also: (system) => system.sh("touch etc/new"),
+  });
+}
+
 // Damage that is easily taken for emptiness.
 
 situation(
