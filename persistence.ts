@@ -2449,6 +2449,19 @@ function whyTableStays(disk?: BlockDevice): string | undefined {
     `at its end (${raid.type})`;
 }
 
+/** Linux takes partitions that overlap; sfdisk(8) refuses to change their table. */
+function whyPartitionStays(device: BlockDevice, disk?: BlockDevice) {
+  if (device.kind !== "partition") return undefined;
+  const { number, startBytes, sizeBytes } = device;
+  const other = disk?.read.gpt?.partitions.find((entry) =>
+    entry.number !== number && entry.startBytes < startBytes + sizeBytes &&
+    startBytes < entry.startBytes + entry.sizeBytes
+  );
+  return other
+    ? `it overlaps partition ${other.number} of ${disk?.path}`
+    : whyTableStays(disk);
+}
+
 function describeSignature({ type, label }: Signature): string {
   return (label ? `${type} "${label}"` : type).replaceAll(/\p{Cc}/gu, "?");
 }
@@ -2978,7 +2991,7 @@ function planMembers(
       misfit?.why,
       isPartition && madeFor !== sectorBytes &&
         `its table was made for sectors of ${madeFor} bytes`,
-      isPartition && whyTableStays(whole),
+      whyPartitionStays(device, whole),
       sibling?.kind === "disk" && "its whole disk carries the magic header too",
       sibling && `${sibling.path} on the same disk is used: ${itself}`,
       used && `${used.path} on the same disk is a member: ${itself}`,
@@ -6945,7 +6958,7 @@ async function whyNotEnabled({ device, devices }: Target) {
       : `the magic partition name needs a GPT, and ${whole?.path} has ` +
         `another partition table`;
   }
-  const fixed = device.kind === "partition" && whyTableStays(whole);
+  const fixed = whyPartitionStays(device, whole);
   if (fixed) return fixed;
   const busy = await findBusy([device]);
   if (busy) return busy.why;

@@ -4,7 +4,14 @@
  * must make of it. Nothing but the disks that a situation says are used may
  * change: all others are compared by their checksums.
  */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import { Buffer } from "node:buffer";
+import { crc32 } from "node:zlib";
 import { type Program, systemPath } from "./programs.ts";
 import {
   type Boot,
@@ -1827,6 +1834,46 @@ onDisks(
     other.path = "";
   },
 );
+
+onDisks(
+  "a magic partition that another one overlaps is neither formatted nor enabled",
+  {
+    disks: [{
+      ...blankDisk,
+      contents: `${tools} gpt "$DISK" 'size=200MiB, name=${magic}' \
+        'size=200MiB, name=photos'
+        mkfs.ext4 -q "$DISK"p2`,
+    }],
+  },
+  async (system) => {
+    const [disk] = system.disks;
+    await system.reboot({ whileOff: () => stretchFirst(disk.image, 300) });
+    const before = await system.checksum(disk);
+    const boot = await system.boot();
+    assertStringIncludes(boot.stderr, `overlaps partition 2 of ${disk.path}`);
+    assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
+    await command(["partx", "-u", disk.path]);
+    const enabled = await system.run(["--enable", "--force", `${disk.path}p1`]);
+    assertStringIncludes(enabled.stderr, "overlaps partition 2");
+    assertEquals(await system.checksum(disk), before);
+  },
+);
+
+/** Lets the first partition of an image end elsewhere; sfdisk would refuse. */
+async function stretchFirst(image: string, mebibytes: number): Promise<void> {
+  const [header, entries] = [512, 1024];
+  const table = Buffer.alloc(34 * 512);
+  const file = await Deno.open(image, { read: true, write: true });
+  await file.read(table);
+  table.writeBigUint64LE(BigInt(mebibytes * MiB / 512 - 1), entries + 40);
+  table.writeUint32LE(crc32(table.subarray(entries)), header + 88);
+  table.writeUint32LE(0, header + 16);
+  const sum = crc32(table.subarray(header, header + 92));
+  table.writeUint32LE(sum, header + 16);
+  await file.seek(0, Deno.SeekMode.Start);
+  await file.write(table);
+  file.close();
+}
 
 onDisks(
   "a magic disk is disabled while the boot thinks: it is not formatted",

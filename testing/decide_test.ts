@@ -1235,6 +1235,26 @@ const situations: {
     ],
     decides: { mode: "persistent", create: ["sda2"], shows: ["sda"] },
   },
+  // It begins before the other one, ends behind it, lies in it, is the same.
+  ...[
+    { startBytes: MiB, sizeBytes: 2 * GiB },
+    { startBytes: 50 * GiB, sizeBytes: 49 * GiB },
+    { startBytes: 2 * GiB, sizeBytes: GiB },
+    { startBytes: MiB + GiB, sizeBytes: diskBytes - GiB - 2 * MiB },
+  ].map((other) => ({
+    name: `a magic partition that another overlaps from ${other.startBytes}`,
+    devices: [
+      magicPartition("sda").map((part) => {
+        const { gpt } = part.read;
+        if (!gpt) return part;
+        const entry = { number: 3, name: "mine", ...other };
+        const partitions = [gpt.partitions[1], entry];
+        return reading(part, { gpt: { ...gpt, partitions } });
+      }),
+    ],
+    decides: { errors: 1 },
+    says: /Cannot format \/dev\/sda2: it overlaps partition 3 of \/dev\/sda$/,
+  })),
   {
     name: "a magic partition and the header on its whole disk",
     devices: [
@@ -2580,7 +2600,7 @@ const situations: {
       draws(
         draws(magicPartition("sda"), 2, { sizeBytes: 10 * GiB }),
         1,
-        { partitionName: MAGIC, sizeBytes: 10 * GiB },
+        { partitionName: MAGIC, startBytes: diskBytes, sizeBytes: 10 * GiB },
       ),
     ],
     decides: { mode: "persistent", create: ["sda1"], errors: 1 },
@@ -2601,6 +2621,7 @@ const situations: {
           kind: "partition",
           disk: "sda",
           number: 3,
+          startBytes: diskBytes,
           sizeBytes: 60 * GiB,
           partitionName: MAGIC,
         }),
