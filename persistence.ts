@@ -2627,6 +2627,8 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   // The first is used of devices that exclude each other.
   const ranked = [...devices].sort((a, b) =>
     Number(isOpen(b)) - Number(isOpen(a)) ||
+    Number(b.holds.btrfs.label === DATA) -
+      Number(a.holds.btrfs.label === DATA) ||
     together(b) - together(a) ||
     Number(isCopy(a)) - Number(isCopy(b)) ||
     machineRank(b, machine) - machineRank(a, machine) ||

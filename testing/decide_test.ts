@@ -224,6 +224,15 @@ const situations: {
     decides: {},
   },
   {
+    name: "a copy of a data filesystem that a person gave another name since",
+    devices: [
+      disk("sda", { btrfs: superblock({ label: "old", generation: 12 }) }),
+      disk("sdb", { btrfs: superblock({}) }),
+    ],
+    decides: { mode: "persistent", members: ["sdb"], excluded: ["sda"] },
+    says: /^\/dev\/sda is a copy of \/dev\/sdb, .* \/dev\/sda is not touched/,
+  },
+  {
     name: "a data filesystem that is not finished",
     devices: [
       disk("sda", {
