@@ -3,7 +3,7 @@
  * The executable is dist/persistence, or what PERSISTENCE names. BOOT=all runs
  * every situation; otherwise those with `everyTime: false` are left out.
  */
-import { assertEquals } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { dirname } from "node:path";
@@ -29,6 +29,7 @@ import {
 import { needPrograms } from "../testing/programs.ts";
 import type { Access } from "./recorded_disk.ts";
 import {
+  type Boot,
   type BootOptions,
   bootVm,
   type Bus,
@@ -72,6 +73,8 @@ interface Step extends
   image?: () => string;
   /** A shell script that runs in the booted system and must succeed. */
   run?: string;
+  /** Its `run` prints `dmesg`: in that is all that was said, if it is long. */
+  logged?: boolean;
   /** What must be the same before and after: a checksum. */
   unchanged?: (disks: VmDisk[]) => string;
 }
@@ -396,13 +399,17 @@ const situations: Situation[] = [
       { magic: true, bus: "usb" },
     ],
     boots: [1, 2].map((n) => ({
+      append: `lightwhale.wait=${"9".repeat(1100)}`,
       after: {
         ...persistent,
         profiles: "raid1 raid1c3 raid1c3",
         swaps: 3,
         boots: boots(n),
         partitions: dataDisks("sda", "sdb", "sdc"),
+        warnings: /^Cannot use lightwhale.wait="9{1100}"/,
       },
+      run: "dmesg",
+      logged: n === 1,
     })),
   },
   {
@@ -1469,9 +1476,18 @@ async function runSituation(situation: Situation, dir: string): Promise<void> {
     });
     assertBoot(boot, step, `boot ${i + 1}`);
     assertEquals(unchanged(disks), before, `boot ${i + 1}`);
+    if (step.logged) assertLogged(boot);
     for (const [name, sum] of keptIn(boot)) kept.set(name, sum);
   }
   assertEquals(bystanders.map(({ file }) => checksum(file)), sums);
+}
+
+/** The kernel takes no more than ten messages at a time, nor long ones whole. */
+function assertLogged({ console, checkOutput }: Boot): void {
+  const log = checkOutput.replaceAll(/\.{3}\n.*\] persistence: \.{3}/g, "");
+  const said = console.match(/^persistence: .*$/gm) ?? [];
+  assert(said.length > 10 && said.some(({ length }) => length > 1024), console);
+  for (const line of said) assert(log.includes(`] ${line}\n`), line + log);
 }
 
 function makeBefore(before: DiskBefore, i: number, dir: string): VmDisk {
