@@ -5362,6 +5362,7 @@ function moveMember(situation: Situation): Job | undefined {
     device: member.device,
     what: `the data of ${source.path} move to ${member.dataPath}`,
     async work() {
+      await readAll(source, member, situation);
       await shrinkTo(member.dataBytes, source, paths);
       await beginLater(async () => {
         await cancelReplace(paths);
@@ -5370,6 +5371,42 @@ function moveMember(situation: Situation): Job | undefined {
       await finish();
     },
   };
+}
+
+/**
+ * Reads all of a member before its data move. A replace that cannot read a block
+ * ends well without it and counts no error (seen with Linux 6.18), and then the
+ * old disk would be wiped.
+ *
+ * @throws {Error} When a block cannot be read; the move is taken back then.
+ */
+async function readAll(
+  { path }: Member,
+  { device }: NewMember,
+  { data, paths }: Situation,
+) {
+  const to = `read all of ${path}`;
+  // A scrub also reads what was deleted since the last commit.
+  await run(words`btrfs filesystem sync ${paths.data}`, { to });
+  const { status } = await run(words`btrfs scrub start -B ${path}`, {
+    to,
+    accept: [SCRUB.done, SCRUB.uncorrectable],
+    timeoutMs: Infinity,
+  });
+  if (status === SCRUB.done) return;
+  const lost = await findLostFiles(paths);
+  remember(paths, { lost });
+  const lock = await takeLock(join(paths.run, "lock"));
+  try {
+    await tellToLeave(data, null);
+    await takeMagic({ device, devices: [] });
+  } finally {
+    lock.release();
+  }
+  throw new Error(
+    `Nothing moves from ${path}: not all of it can be read. Restore or delete ` +
+      `${lost.join(", ") || "what is damaged (see dmesg)"}, then ask again`,
+  );
 }
 
 /** Makes a member as small as what it moves to; a later boot may undo that. */

@@ -87,6 +87,37 @@ const moves: Record<
   },
 };
 
+onDisks(
+  "--move: a file cannot be read, so nothing moves, and the old disk stays",
+  { disks: [magicDisk, emptyDisk] },
+  async (system) => {
+    await persist(system);
+    const [old, fresh] = system.disks;
+    await system.sh(
+      `cd ${state}; head -c 300M /dev/urandom > large; sync large`,
+    );
+    await system.reboot({ whileOff: () => damage(old) });
+    await system.boot();
+    await asked(system, ["--move", old.path, fresh.path]);
+    await idle(system);
+    const { health, leaving } = await statusOf(system);
+    assertEquals(leaving, null);
+    assertMatch(health.join("\n"), /large/);
+    assertEquals(await memberDisks(system), [old.path]);
+    assert(!await isMarked(fresh));
+    await system.reboot();
+    const boot = await system.boot();
+    assertEquals(boot.report.devices, [`${old.path}p1`], boot.stderr);
+    // As it is asked to: without the file, all of it moves.
+    await system.sh(`rm ${state}/large`);
+    await asked(system, ["--move", old.path, fresh.path]);
+    await idle(system);
+    assertEquals(await memberDisks(system), [fresh.path]);
+    await assertBlank(old);
+    await assertKept(system);
+  },
+);
+
 for (const [what, spec] of Object.entries(moves)) {
   const { mebibytes, sectorBytes, old = magicDisk, isInCi } = spec;
   if (!isInCi && !isAll) continue;
@@ -613,6 +644,13 @@ async function write(system: System, name: string): Promise<void> {
     `cd ${state}; head -c 20M /dev/urandom > "${name}"
      sync "${name}"; sha256sum "${name}" >> sums; sync sums`,
   );
+}
+
+/** Writes over what is data, and no metadata: these have two copies. */
+async function damage({ image }: Disk): Promise<void> {
+  const script = `dd if=/dev/urandom of="$1" bs=1M seek=250 count=4 \\
+    conv=notrunc status=none`;
+  await command(["sh", "-euc", script, "sh", image]);
 }
 
 /** Lets files be written, and their checksums, for as long as that takes. */
