@@ -4089,9 +4089,12 @@ async function mountDataFilesystem(
   }
 }
 
-/** Asks first: mkdir(2) waits for a write also where the directory is there. */
+/**
+ * Asks first: mkdir(2) waits for a write also where the directory is there. A
+ * link may lead to a disk that is mounted later.
+ */
 function makeDirectory(path: string, mode?: number): void {
-  if (!fs.existsSync(path)) fs.mkdirSync(path, { recursive: true, mode });
+  if (!whatIsAt(path)) fs.mkdirSync(path, { recursive: true, mode });
 }
 
 /** Mounts the members at the data mount point, unless something is there. */

@@ -16,10 +16,10 @@ const containerdImage = "mkdir -p var/lib/containerd";
 
 /** Mounts the top level of the data filesystem and runs a script in it. */
 function inTopLevel(system: System, script: string): Promise<string> {
+  const [{ path }] = system.disks;
   return system.sh(
-    `mkdir -p tmp/top; node=$(ls ${system.disks[0].path}p2 2>/dev/null ||
-       echo ${system.disks[0].path})
-     mount -o subvolid=5 $node tmp/top
+    `mkdir -p tmp/top; node=$(ls -r ${path}p* 2>/dev/null | head -n 1)
+     mount -o subvolid=5 \${node:-${path}} tmp/top
      (cd tmp/top; ${script}); umount tmp/top`,
   );
 }
@@ -273,3 +273,16 @@ for (const [what, script] of Object.entries(others)) {
     }
   });
 }
+
+onDisks("docker is a link to a disk that is mounted later: it stays", {
+  disks: [magicDisk],
+}, async (system) => {
+  await system.boot();
+  const link = "../../../home/archive/docker";
+  await system.sh(`cd ${state}; rmdir docker; ln -s ${link} docker`);
+  await system.reboot();
+  const { status, report, stderr } = await system.boot();
+  assertEquals([status, report.mode], [0, "persistent"], stderr);
+  const found = await system.sh(`readlink ${state}/docker; ls home`);
+  assertEquals(found, `${link}\n`);
+});
