@@ -4786,7 +4786,9 @@ async function mountOverlayAnew(name: string, paths: Paths): Promise<void> {
   const work = join(paths.work, name);
   say("warning", `Clearing "${work}" and mounting "${target}" again`);
   if (isOurOverlay(mountedOn(target))) await unmount(target);
-  fs.rmSync(work, { recursive: true, force: true });
+  // The kernel's own directory alone: a link may lead to an upper.
+  const old = whatIsAt(work)?.isDirectory() ? join(work, "work") : work;
+  fs.rmSync(old, { recursive: true, force: true });
   fs.mkdirSync(work, { recursive: true });
   const problem = await mountFromTable(overlayEntries([name], paths), paths);
   assert(

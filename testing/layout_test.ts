@@ -286,3 +286,28 @@ onDisks("docker is a link to a disk that is mounted later: it stays", {
   const found = await system.sh(`readlink ${state}/docker; ls home`);
   assertEquals(found, `${link}\n`);
 });
+
+for (
+  const [what, script] of Object.entries({
+    "work is a link to upper": "mv work old; ln -s upper work",
+    "upper is a link to work":
+      "rm -r work/*; mv upper/* work; rmdir upper; ln -s work upper",
+    "the work of /etc is a link to its upper":
+      "rm -r work/etc; ln -s ../upper/etc work/etc",
+    "there is a file in the work of /etc, where the kernel makes a directory":
+      "rmdir work/etc/work; echo > work/etc/work",
+  })
+) {
+  onDisks(`${what}: nothing of the user's is deleted`, {
+    disks: [magicDisk],
+  }, async (system) => {
+    await system.boot();
+    await system.sh(`echo own > etc/own; cd ${state}/overlay; ${script}`);
+    await system.reboot();
+    await system.boot();
+    await system.sh("touch etc/new var/new home/new");
+    const upper = "@lightwhale-state/overlay/upper";
+    const found = await inTopLevel(system, `cat ${upper}/etc/own`);
+    assertEquals(found, "own\n");
+  });
+}
