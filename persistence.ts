@@ -813,7 +813,8 @@ function whyNotNamed(name: string): string | undefined {
   return firstOf(
     /[\p{Cc}\ufffd]/u.test(name) && "its name is not UTF-8, or no text",
     !isIn &&
-      `a file is below ${OVERLAYS.join(", ")}, a password "password USER"`,
+      `a file is below ${OVERLAYS.join(", ")} ("-- etc/hostname --"), a ` +
+        `password is "-- password USER --"`,
     parts.some((part) => ["", ".", ".."].includes(part)) &&
       `"${name}" has an empty part, "." or ".."`,
     PASSWORD_FILES.includes(name) &&
@@ -2189,11 +2190,12 @@ function choosePayload(
   const bad = all.find(({ payload }) => payload?.problem);
   const sums = new Set(all.map(({ payload }) => payload?.sum));
   const [used] = devicesOf(members).filter(({ payload }) => payload);
-  const path = (bad ?? all[0])?.path;
-  const remedy = `write it anew (persistence.ts --enable ${path} --with ` +
+  const targets = (bad ? [bad] : all).map(({ path }) => path).join(" ");
+  const remedy = `write it anew (persistence.ts --enable ${targets} --with ` +
     `FILE), or take it away (persistence.ts --disable)`;
   const problem = firstOf(
-    bad && `the payload of ${path} cannot be used: ${bad.payload?.problem}; ` +
+    bad &&
+      `the payload of ${bad.path} cannot be used: ${bad.payload?.problem}; ` +
         remedy,
     sums.size > 1 &&
       `the payloads of ${pathsOf(all)} are not the same; ${remedy}`,
@@ -2835,11 +2837,12 @@ function whyNotUsed(device: Member, { members, missing }: DataFilesystem) {
     same && isTwin(device, same) &&
       `is ${same.path} on another path, or holds exactly the same`,
     same && `is a copy of ${same.path}, or was replaced by it`,
-    missing > 0 && members.some(isOpen) &&
-      "came back after the mount: the next boot takes it in or rebuilds it",
-    findOnlyMember(members) && "did not finish joining, or was removed",
     members.every((member) => wroteWithout(device, member)) &&
       `and ${pathsOf(members)} were each written without the other`,
+    missing > 0 && members.some(isOpen) &&
+      isOnItsHardware(device) !== false && !isOlderCopy(device, members) &&
+      "came back after the mount: the next boot takes it in or rebuilds it",
+    findOnlyMember(members) && "did not finish joining, or was removed",
     missing === 0 && "was replaced while it was away",
   ) ?? "is an older copy of a member, or on other hardware than that";
 }
@@ -2898,10 +2901,13 @@ function sayUnused(data: DataFilesystem, devices: BlockDevice[], plan: Plan) {
   const members = pathsOf(data.members);
   for (const device of data.conflicting) {
     const { path } = device;
+    const are = data.members.length > 1 ? "are" : "is";
     const isSame = data.members.some((member) => isTwin(device, member));
     const orGiveUp = isSame ? "" : `; ${howToGiveUp(device, devices)}`;
     plan.notes.push(warning(
-      `${path} ${whyNotUsed(device, data)}: ${members} is used, ${path} is ` +
+      `${path} ${
+        whyNotUsed(device, data)
+      }: ${members} ${are} used, ${path} is ` +
         `not touched (to use it instead, unplug ${members}${orGiveUp})`,
     ));
   }
@@ -6401,7 +6407,7 @@ async function enable(
     console.log(
       `The data filesystem lacks a device: within the hour what is enabled is ` +
         `formatted and takes its place (until then persistence.ts --disable ` +
-        `takes that back)`,
+        `takes that back${force ? ", but not what --force wipes" : ""})`,
     );
   }
   const done: string[] = [];
@@ -6517,8 +6523,7 @@ async function findRunning(settings: Settings, cannot: string) {
   refuse(
     fsid
       ? `${cannot}: --devices does not name ${source}, which holds the data`
-      : `${cannot}: no data filesystem is mounted, the system is volatile (see ` +
-        `--status)`,
+      : `${cannot}: no data filesystem is mounted (see --status)`,
   );
 }
 
@@ -6950,6 +6955,7 @@ async function makeMagic(
   const parts = partsOf(device, devices).filter(holdsData);
   const disk = devices.find(({ name }) => name === device.disk);
   if (disk && parts.some(({ entry }) => entry)) {
+    if (disk.read.gpt?.lost) await restoreTable(disk);
     await showPartitions(disk, disk.read.gpt);
   }
   for (const part of parts) {
@@ -7242,8 +7248,8 @@ function describeNext(
   const job = decideJob(plan, state, readPending(paths), paths);
   if (job) return job.what;
   if (waiting.length > 0) {
-    return `${pathsOf(devicesOf(waiting))} joins the data filesystem at the ` +
-      `next boot`;
+    return waiting.map(({ device }) => `${device.path} joins`).join(", ") +
+      ` the data filesystem at the next boot`;
   }
   const age = scrub
     ? Math.max(Date.now() / 1000 - scrub.endedSeconds, scrub.ranSeconds)
@@ -7423,11 +7429,10 @@ function* judgeHealth(
   for (const { path, devid, missing, errors } of devices) {
     if (missing && !leaving?.isOut) {
       const back = plan?.data?.conflicting
-        .find((device) => devidOf(device) === devid)?.path;
+        .find((device) => devidOf(device) === devid);
       const text = `Device ${devid} is missing: there is no redundancy until ` +
-        (back
-          ? `the next boot takes in ${back}, which is back, or rebuilds it`
-          : `it is back, or a new disk is enabled with persistence.ts --enable`);
+        `it is back, or a new disk is enabled with persistence.ts --enable` +
+        (back ? `; ${back.path} ${whyNotUsed(back, plan!.data!)}` : "");
       const key = `${back ? "back" : "missing"} ${devid}`;
       yield { key, text, level: "critical" };
     }

@@ -232,6 +232,29 @@ onDisks(
   },
 );
 
+onDisks(
+  "--enable --force takes a data disk that has lost its table",
+  { disks: [magicDisk] },
+  async (system) => {
+    await persist(system);
+    const { image } = system.disks[0];
+    await system.reboot({
+      whileOff: () =>
+        command([
+          ...["dd", "if=/dev/zero", `of=${image}`, "bs=1M", "count=1"],
+          ...["conv=notrunc", "status=none"],
+        ]),
+    });
+    const [{ path }] = system.disks;
+    const args = [...system.place(), "--enable", "--force", path];
+    const { status, stdout, stderr } = await system.run(args);
+    assertEquals([status, stderr], [0, ""], stdout);
+    const { report } = await system.boot();
+    assertEquals([report.mode, report.warnings], ["persistent", []]);
+    assertMatch(report.plan.join(), /create "lightwhale-data"/);
+  },
+);
+
 // Split
 
 for (const [more, chosen] of [[0, 0], [1, 1]]) {
@@ -267,6 +290,8 @@ for (const [more, chosen] of [[0, 0], [1, 1]]) {
         await idle(system);
         assertEquals(await system.checksum(other), before);
         assertMatch(boot.stderr, /each written|split/);
+        const { health } = await statusOf(system);
+        assertMatch(health.join(), /^Device \d is missing.* were each written/);
         assertMatch(
           boot.stderr,
           new RegExp(`--enable --force ${other.path}\\b`),

@@ -463,8 +463,9 @@ onDisks(
     await command(["partx", "--add", second.path]);
     assertEquals(
       await pass(system),
-      `Device 2 is missing: there is no redundancy until the next boot takes ` +
-        `in ${second.path}p1, which is back, or rebuilds it\n`,
+      `Device 2 is missing: there is no redundancy until it is back, or a ` +
+        `new disk is enabled with persistence.ts --enable; ${second.path}p1 ` +
+        `came back after the mount: the next boot takes it in or rebuilds it\n`,
     );
     assertEquals((await check(system)).status, 2);
   },

@@ -265,6 +265,8 @@ onDisks(
     const { report, stderr } = await system.boot();
     assertEquals(report.mode, "fallback", stderr);
     assertMatch(stderr, /the payloads of .*loop.*loop.* are not the same/);
+    const paths = system.disks.map(({ path }) => path).join(" ");
+    assertMatch(stderr, new RegExp(`--enable ${paths} --with FILE`));
     assertEquals(await checksums(system), before);
   },
 );
