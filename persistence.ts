@@ -226,6 +226,8 @@ export interface Reading {
   plain: boolean;
   /** A Btrfs superblock that is left only as a backup copy. */
   backup?: Superblock;
+  /** A superblock of ours in a partition of the GPT that an MBR hides. */
+  hidden?: Superblock;
   /** A superblock of a member with a record, whose magic was erased. */
   scratched?: Superblock;
   swapLabel?: string;
@@ -1092,7 +1094,7 @@ const hasOurNames = (read: Reading) =>
 /** Our magic, our names, a Btrfs, a backup superblock, or a read error. */
 const mayMatter = (read: Reading) =>
   read.header || read.swapLabel === SWAP || hasOurNames(read) ||
-  [read.btrfs, read.backup, read.record, read.error].some(Boolean);
+  [read.btrfs, read.backup, read.hidden, read.record, read.error].some(Boolean);
 
 /** Memory, floppy and optical drives; loop devices unless asked for. */
 const NEVER_LOOKED_AT = /^(ram|zram|fd|sr|loop)\d/;
@@ -1277,9 +1279,15 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   const start = await read(base, START_BYTES, buffer);
   const reading = parseStart(start);
   if (node.kind === "disk") {
-    // The kernel ignores a GPT beside a real MBR: it is stale.
+    // The kernel ignores a GPT beside a real MBR: it is stale, or the MBR is.
     const isOther = mbrTypes(start).length > 0 && !isProtectiveMbr(start);
-    if (!isOther) reading.gpt = await readGpt(node, start, reading, read);
+    const gpt = await readGpt(node, start, reading, read);
+    if (!isOther) reading.gpt = gpt;
+    for (const { startBytes } of isOther && gpt ? gpt.partitions : []) {
+      const at = startBytes + BTRFS.superblockAt;
+      const block = parseSuperblock(await read(at, BTRFS.bytes));
+      if (block?.intact && block.label === DATA) reading.hidden = block;
+    }
     reading.table = isOther ? "mbr" : reading.gpt && "gpt";
     if (hasOurNames(reading)) {
       // Nothing around the table is a filesystem of the whole disk.
@@ -2331,7 +2339,8 @@ export function isInQuestion(device: BlockDevice, devices: BlockDevice[]) {
   if (read.error || isOpen(device)) return false;
   if (read.record && !read.btrfs) return true;
   const disk = devices.find(({ name }) => name === device.disk);
-  if (disk?.read.header || partitionName === MAGIC) return true;
+  if (disk?.read.header || disk?.read.hidden) return true;
+  if (partitionName === MAGIC) return true;
   if (kind === "disk" && namesIn(read).includes(MAGIC)) return true;
   const isOurs = read.btrfs?.label === DATA;
   if (isOurs) return !read.plain || !read.btrfs?.intact || !!read.table;
@@ -2362,7 +2371,7 @@ export function whatItHolds(
   const isNamed = partitionName === DATA;
   const isOurs = btrfs?.label === DATA;
   const labelled = isOurs || signatures.some(({ label }) => label === DATA);
-  const fsid = (read.backup ?? btrfs)?.fsid;
+  const fsid = (read.backup ?? btrfs ?? read.hidden)?.fsid;
   const suspect = (why: string, remedy?: string) =>
     ({ kind: "suspect", why, labelled, fsid, remedy }) as const;
   const rescue = `"btrfs rescue super-recover ${path}" may repair it`;
@@ -2383,12 +2392,24 @@ export function whatItHolds(
     labelled && suspect(`it holds ${what}`),
     read.backup?.label === DATA && !others &&
       suspect("only a backup superblock is left", rescue),
+    read.hidden && !isMbrUsed(device, devices) && suspect(
+      "an MBR hides its GPT, and no partition of the MBR holds anything",
+      `if nobody needs the MBR that sfdisk --list ${path} shows: ` +
+        `wipefs --all --types dos ${path}, reboot`,
+    ),
     isNamed &&
       suspect(`it holds ${what || (read.plain ? "no filesystem" : UNKNOWN)}`),
     onlySwapIsLeft(device) &&
       suspect(`it has a "${SWAP}" partition and no other`),
   ) ?? { kind: "nothing of ours" };
 }
+
+/** Does anything but the MBR show that a disk was made into another? */
+const isMbrUsed = (disk: BlockDevice, devices: BlockDevice[]) =>
+  partsOf(disk, devices).some((part) =>
+    part.read.btrfs !== undefined ||
+    (part.read.swapLabel !== SWAP && othersOn(part).length > 0)
+  );
 
 function onlySwapIsLeft({ read }: BlockDevice): boolean {
   const names = namesIn(read);
@@ -2427,6 +2448,7 @@ function othersOn({ read, signatures = [] }: BlockDevice, endBytes = Infinity) {
     if (/_raid_member$|^gpt$|^data/.test(type) && atBytes >= endBytes) {
       return true;
     }
+    if (read.hidden && /^(dos|gpt)$/.test(type)) return true;
     // An empty MBR is what boot code looks like, where there is nothing else.
     if (type === "dos") return read.table !== "mbr" && !read.btrfs;
     if (type === "gpt" || type === "PMBR") {

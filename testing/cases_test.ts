@@ -455,6 +455,50 @@ for (const [what, at] of [["header", 512 + 24], ["entries", 1024 + 60]]) {
   });
 }
 
+/** An MBR of its own right over the protective one: lines for sfdisk. */
+const oldMbr = (lines: string) =>
+  `truncate -s "$(stat -c %s "$1")" "$1.old"
+   printf 'label: dos\n${lines}\n' | sfdisk -q "$1.old"
+   dd if="$1.old" of="$1" bs=512 count=1 conv=notrunc status=none
+   rm "$1.old"`;
+
+situation("an old MBR came back over a data disk: nothing else is formatted", {
+  disks: [magicDisk, magicDisk],
+  earlier: [[1]],
+  whileOff: oldMbr("start=4096, type=83"),
+  mode: "fallback",
+  status: 1,
+  says: ["%1 may be a .* MBR hides its GPT", "%2 will not be formatted"],
+  also: async (system, { stderr }) => {
+    const [remedy] = /wipefs --all [^,]*(?=, reboot)/.exec(stderr) ?? [];
+    await system.reboot({ without: [system.disks[1]] });
+    await command(["sh", "-ec", remedy!.replace(/\S+$/, system.disks[0].path)]);
+    const { stderr: said } = await bootPersistent(system);
+    assertEquals(await system.sh("cat etc/precious"), "precious\n", said);
+  },
+});
+
+situation("an old MBR came back over half of a mirror: the other is used", {
+  disks: [magicDisk, magicDisk],
+  earlier: [[1, 2]],
+  whileOff: oldMbr("start=4096, type=83"),
+  mode: "persistent",
+  uses: [2],
+  says: ["%1 may be a .* MBR hides its GPT"],
+});
+
+situation(
+  "a data disk got an MBR and ext4 behind the superblock of ours: it is not ours",
+  {
+    disks: [magicDisk],
+    earlier: [[1]],
+    then: `mbr "$1" 'start=300000, type=83'
+    mkfs.ext4 -q -E nodiscard -L photos "$1"p1`,
+    mode: "volatile",
+    status: 0,
+  },
+);
+
 // A2: a table that is not there is not a damaged one.
 
 const foreign: Record<string, { script: string; needs?: Program[] }> = {

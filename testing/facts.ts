@@ -58,11 +58,11 @@ export function device(name: string, properties: Drawn = {}): BlockDevice {
 export function draw(device: BlockDevice, properties: Drawn = {}): BlockDevice {
   const { header, anyway, onlyHeader, recordable, plain, ...others } =
     properties;
-  const { error, btrfs, record, backup, swapLabel, table, gpt, ...own } =
-    others;
+  const { error, btrfs, record, backup, hidden, swapLabel, ...tables } = others;
+  const { table, gpt, ...own } = tables;
   const read = {
     ...{ header, anyway, onlyHeader, recordable, plain },
-    ...{ error, btrfs, record, backup, swapLabel, gpt },
+    ...{ error, btrfs, record, backup, hidden, swapLabel, gpt },
     table: table ?? (gpt && "gpt"),
   };
   const given = Object.fromEntries(

@@ -20,6 +20,7 @@ import {
   disk,
   diskBytes,
   draw,
+  type Drawn,
   draws,
   GiB,
   magic,
@@ -48,6 +49,16 @@ const main = (properties: Parameters<typeof data>[1]) =>
 /** A data partition that holds what libblkid says, and no Btrfs. */
 const instead = (...signatures: Signature[]) =>
   draws(without(data("sda"), "btrfs"), 2, { signatures });
+
+/** A data disk over whose first sector an MBR was written. */
+const belowMbr = (partition: Drawn) => [
+  ...disk("sda", {
+    table: "mbr",
+    hidden: superblock({}),
+    signatures: [{ type: "dos" }, gpt],
+  }),
+  device("sda1", { kind: "partition", disk: "sda", number: 1, ...partition }),
+];
 
 const cases: {
   name: string;
@@ -442,6 +453,44 @@ const cases: {
     labelled: false,
     fsid: "data",
     remedy: /super-recover \/dev\/sda"/,
+  },
+  {
+    name: "our data below an MBR that came back",
+    devices: belowMbr({}),
+    holds: "suspect",
+    why: /^an MBR hides its GPT/,
+    labelled: false,
+    fsid: "data",
+    remedy: /wipefs --all --types dos \/dev\/sda, reboot$/,
+  },
+  {
+    name: "our data below an MBR whose partition begins where our swap does",
+    devices: belowMbr({
+      swapLabel: SWAP,
+      signatures: [{ type: "swap", label: SWAP }],
+    }),
+    holds: "suspect",
+    why: /^an MBR hides its GPT/,
+    labelled: false,
+    fsid: "data",
+    remedy: /wipefs/,
+  },
+  {
+    name: "our data below an MBR with ext4 in a partition",
+    devices: belowMbr({ signatures: [{ type: "ext4" }] }),
+    holds: "nothing of ours",
+  },
+  {
+    name: "our data below an MBR with a Btrfs in a partition",
+    devices: belowMbr({ btrfs: superblock({ label: "photos" }) }),
+    holds: "nothing of ours",
+  },
+  {
+    name: "our data below an MBR and what takes the whole disk",
+    devices: draws(belowMbr({}), 0, {
+      signatures: [{ type: "dos" }, { type: "linux_raid_member" }],
+    }),
+    holds: "nothing of ours",
   },
   {
     name: "a backup superblock of ours, and a filesystem of others",
@@ -848,6 +897,11 @@ const questions: {
     devices: data("md0", { swapLabel: SWAP, lost: "first sector" })
       .map((part) => part.number ? part : { ...part, ...volume }),
     asks: [],
+  },
+  {
+    name: "an MBR over our data, and its partitions",
+    devices: belowMbr({}),
+    asks: ["sda", "sda1"],
   },
 ];
 
