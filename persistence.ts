@@ -2679,8 +2679,9 @@ function sortOutMembers(devices: Member[], machine?: string): DataFilesystem {
   );
   const isLeft = leaving?.how === "remove" && missing > 0 &&
     !members.some((member) => idOf(member) === leaving.member);
-  // To be wiped and rebuilt: no half of a split brain, not told to leave, behind
-  // a member that is used, and the very disk of its record, not a copy of it.
+  // To be wiped and rebuilt: no half of a split brain (`all` has only one), not
+  // told to leave, behind a member that is used, and not on other hardware than
+  // its record names, nor a copy that was made before the last mount of both.
   const stale = late.filter((device) =>
     missing > 0 && all.includes(device) && idOf(device) !== leaving?.member &&
     members.some((member) => isBehind(device, member)) &&
@@ -3829,9 +3830,11 @@ async function waitForNode(path: string): Promise<void> {
 
 /**
  * Makes swap and the data filesystem with all that a boot mounts. Its label
- * commits it: a power cut before leaves a disk that is still magic, one after
- * leaves a complete data filesystem. The top level stays mounted until the rest
- * is, because opening the filesystem once more takes longer.
+ * commits it: a power cut before leaves disks that are still magic, one after
+ * leaves a complete data filesystem, even if only one member has the label yet
+ * ({@linkcode findDataFilesystems}); the next boot takes the magic away. The top
+ * level stays mounted until the rest is, because opening the filesystem once
+ * more takes longer.
  */
 async function createDataFilesystem(create: NewFilesystem, paths: Paths) {
   const { members, dataProfile, metadataProfile } = create;
