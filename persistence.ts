@@ -1165,6 +1165,9 @@ function nameAt(path: string): string | undefined {
   );
 }
 
+/** An old node may be that of another device by now. */
+const isOwnNode = (path: string) => nameAt(path) === nameOf(path);
+
 /**
  * The number follows a "p" where the disk's name ends with a digit
  * (block/partitions/core.c, add_partition()).
@@ -1555,7 +1558,7 @@ function readIdentity(disk: string): { sequence?: string; hardware?: string } {
 /** A name alone may be another disk's by now. */
 function assertSame({ path, disk, sequence }: BlockDevice): void {
   assert(
-    readIdentity(disk).sequence === sequence,
+    readIdentity(disk).sequence === sequence && isOwnNode(path),
     `Cannot use ${path}: it is not the disk any more that was looked at`,
   );
 }
@@ -3818,7 +3821,7 @@ async function waitForPartitions(members: NewMember[]): Promise<void> {
 
 async function waitForNode(path: string): Promise<void> {
   assert(
-    await becomesTrue(() => nameAt(path), TIMEOUT.nodeMs),
+    await becomesTrue(() => isOwnNode(path), TIMEOUT.nodeMs),
     `Cannot find ${path}: its node did not appear in ` +
       `${TIMEOUT.nodeMs / 1000} s (is /dev a devtmpfs?)`,
   );

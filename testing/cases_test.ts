@@ -1903,6 +1903,30 @@ onDisks(
   },
 );
 
+onDisks(
+  "an old node has the name of a partition: the disk behind it stays",
+  { disks: [magicDisk, { ...blankDisk, contents: 'mkfs.ext4 -q "$DISK"' }] },
+  async (system) => {
+    // It is formatted, and then it is to be mounted.
+    for (const isMade of [false, true]) {
+      const [{ path }, other] = system.disks;
+      const before = await system.checksum(other);
+      await system.sh(`mknod ${path}p1 b $(stat -c '0x%t 0x%T' ${other.path})`);
+      try {
+        const { stderr } = await system.boot();
+        assertStringIncludes(stderr, `Cannot find ${path}p1`);
+        assertEquals(await system.checksum(other), before);
+      } finally {
+        await system.sh(`rm ${path}p1`);
+      }
+      await system.reboot();
+      if (isMade) continue;
+      await bootPersistent(system);
+      await system.reboot();
+    }
+  },
+);
+
 /** Lets the first partition of an image end elsewhere; sfdisk would refuse. */
 async function stretchFirst(image: string, mebibytes: number): Promise<void> {
   const [header, entries] = [512, 1024];
