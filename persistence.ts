@@ -2476,14 +2476,19 @@ function whyTableStays(disk?: BlockDevice): string | undefined {
     `at its end (${raid.type})`;
 }
 
-/** Linux takes partitions that overlap; sfdisk(8) refuses to change their table. */
-function whyPartitionStays(device: BlockDevice, disk?: BlockDevice) {
-  if (device.kind !== "partition") return undefined;
-  const { number, startBytes, sizeBytes } = device;
-  const other = disk?.read.gpt?.partitions.find((entry) =>
+/** The kernel shows partitions that overlap: what one holds is in the other. */
+function overlapOf(device: BlockDevice, disk?: BlockDevice) {
+  const { kind, number, startBytes, sizeBytes } = device;
+  if (kind !== "partition") return undefined;
+  return disk?.read.gpt?.partitions.find((entry) =>
     entry.number !== number && entry.startBytes < startBytes + sizeBytes &&
     startBytes < entry.startBytes + entry.sizeBytes
   );
+}
+
+function whyPartitionStays(device: BlockDevice, disk?: BlockDevice) {
+  if (device.kind !== "partition") return undefined;
+  const other = overlapOf(device, disk);
   return other
     ? `it overlaps partition ${other.number} of ${disk?.path}`
     : whyTableStays(disk);
@@ -2961,7 +2966,9 @@ function planSwap(devices: BlockDevice[], plan: Plan): void {
   const disks = plan.data?.members.map(({ disk }) => disk) ?? [];
   plan.swap = devices.filter((device) => {
     const { disk, inUse, readOnly, holds, read } = device;
+    const whole = devices.find(({ name }) => name === disk);
     if (!disks.includes(disk) || inUse || readOnly) return false;
+    if (overlapOf(device, whole)) return false;
     return holds.kind === "swap" ||
       (plan.mode === "persistent" && device.partitionName === SWAP &&
         holds.kind === "nothing of ours" && read.plain &&

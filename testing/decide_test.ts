@@ -2919,6 +2919,20 @@ const situations: {
     settings: { noSwap: true },
     decides: single,
   },
+  ...[{ signatures: [] }, { swapLabel: SWAP }].map((swap) => ({
+    name: `a partition overlaps one for swap, ${Object.keys(swap)}`,
+    devices: [
+      data("sda", { swap }).map((part) => {
+        const { gpt } = part.read;
+        const other = { number: 3, name: "mine", startBytes: 8 * MiB };
+        const entry = { ...other, sizeBytes: 2 * MiB };
+        if (!gpt) return part;
+        const partitions = [...gpt.partitions, entry];
+        return reading(part, { gpt: { ...gpt, partitions } });
+      }),
+    ],
+    decides: single,
+  })),
   {
     name: "an empty swap partition while the filesystem is mounted",
     devices: [data("sda", { open: true, swap: { signatures: [] } })],
