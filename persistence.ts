@@ -338,6 +338,8 @@ export interface Superblock {
   usedBytes: number;
   /** Writes since the last commit wait in a log tree. */
   hasLog: boolean;
+  /** Only read by the kernel; other devices were added to it (btrfs(5)). */
+  isSeed: boolean;
   /** False when the checksum is wrong: damaged, not absent. */
   intact: boolean;
 }
@@ -351,6 +353,8 @@ const BTRFS = {
   checksummedFrom: 0x20,
   fsid: 0x20,
   ownPlace: 0x30,
+  flags: 0x38,
+  seeding: 1n << 32n,
   magic: 0x40,
   magicText: "_BHRfS_M",
   generation: 0x48,
@@ -398,6 +402,7 @@ export function parseSuperblock(
     totalBytes: number(BTRFS.totalBytes),
     usedBytes: number(BTRFS.usedBytes),
     hasLog: number(BTRFS.logRoot) !== 0,
+    isSeed: (view.getBigUint64(BTRFS.flags, true) & BTRFS.seeding) !== 0n,
     intact: isRight && number(BTRFS.ownPlace) === at,
   };
 }
@@ -2386,6 +2391,11 @@ export function whatItHolds(
     doubt && (labelled || isNamed) && suspect(doubt),
     isOurs && others && suspect(`it holds ${others} as well as a Btrfs`),
     isOurs && !btrfs.intact && suspect("its superblock is damaged", rescue),
+    isOurs && btrfs.isSeed && suspect(
+      "it is a seed (btrfs(5)), which the kernel never writes to",
+      `if a disk was added to it: mount both, "btrfs device remove ${path}"; ` +
+        `else "btrfstune -S 0 -f ${path}"; reboot`,
+    ),
     isOurs && lost > 0 && suspect(
       `it is ${inMiB(lost)} (${lost} bytes) smaller than its filesystem`,
       "give the disk its size again",

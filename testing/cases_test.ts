@@ -499,6 +499,38 @@ situation(
   },
 );
 
+const seed = 'btrfstune -S 1 "$1"';
+
+situation(
+  "a seed of ours and what was added to it: nothing writes to the seed",
+  {
+    disks: [oldDisk, blankDisk],
+    then: `${seed}; d=$(mktemp -d); mount "$1" "$d"
+      btrfs device add -f "$2" "$d" >&2; umount "$d"; rmdir "$d"`,
+    mode: "persistent", // as long as the kernel knows the seed
+    uses: [2],
+    says: ["%1 may be a .* but it is a seed"],
+  },
+);
+
+situation("a seed of ours and another data disk: the other is used", {
+  disks: [oldDisk, magicDisk],
+  earlier: [[2]],
+  then: seed,
+  mode: "persistent",
+  status: 0,
+  uses: [2],
+  says: ["%1 may be a .* but it is a seed"],
+});
+
+situation("a seed of ours and an enabled disk: nothing is formatted", {
+  disks: [oldDisk, magicDisk],
+  then: seed,
+  mode: "fallback",
+  status: 1,
+  says: ["%1 may be a .* but it is a seed"],
+});
+
 // A2: a table that is not there is not a damaged one.
 
 const foreign: Record<string, { script: string; needs?: Program[] }> = {

@@ -104,6 +104,7 @@ export function superblock(
     totalBytes: diskBytes - GiB,
     usedBytes: 10 * GiB,
     hasLog: false,
+    isSeed: false,
     intact: true,
     ...properties,
   };

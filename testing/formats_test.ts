@@ -57,6 +57,7 @@ interface SuperblockFields {
   ownPlace: bigint;
   generation: bigint;
   logRoot: bigint;
+  flags: bigint;
   usedBytes: bigint;
   numDevices: bigint;
   checksumType: number;
@@ -75,7 +76,7 @@ function superblock(fields: Partial<SuperblockFields> = {}): Uint8Array {
   const view = viewOf(block);
   const words: [at: number, value: bigint][] = [
     [0x30, fields.ownPlace ?? 0x10000n], // bytenr
-    [0x38, 1n], // flags
+    [0x38, fields.flags ?? 1n],
     [0x48, fields.generation ?? 0x1122334455n],
     [0x50, 0x1d00000n], // root
     [0x58, (1n << 56n) + 0x1500000n], // chunk_root
@@ -111,6 +112,7 @@ const plainSuperblock = {
   totalBytes: 0xa000000000,
   usedBytes: 0x300000001,
   hasLog: false,
+  isSeed: false,
   intact: true,
 };
 
@@ -126,6 +128,11 @@ const superblocks: {
     name: "with a log tree",
     block: superblock({ logRoot: 1n << 40n }),
     found: { hasLog: true },
+  },
+  {
+    name: "of a seed",
+    block: superblock({ flags: (1n << 32n) | 1n }),
+    found: { isSeed: true },
   },
   {
     name: "with a log tree at an odd place",

@@ -239,6 +239,22 @@ const cases: {
     remedy: /^"btrfs rescue super-recover \/dev\/sda2" may repair it$/,
   },
   {
+    name: "a seed of ours",
+    devices: main({ main: { btrfs: superblock({ isSeed: true }) } }),
+    holds: "suspect",
+    why: /^it is a seed/,
+    labelled: true,
+    fsid: "data",
+    remedy: /"btrfs device remove \/dev\/sda2"; else "btrfstune -S 0 -f/,
+  },
+  {
+    name: "a seed of others",
+    devices: disk("sda", {
+      btrfs: superblock({ label: "other", isSeed: true }),
+    }),
+    holds: "member",
+  },
+  {
     name: "a damaged superblock of another label",
     devices: disk("sda", {
       btrfs: superblock({ label: "other", intact: false }),
