@@ -7229,7 +7229,7 @@ async function readStatus(settings: Settings) {
     work: state ? await readWork(state, paths) : [],
     isDockerHeldBack: base?.type === "tmpfs" && isHeldBack(paths),
     leaving: open?.members.length ? describeLeaving(open) : null,
-    left: readLeft(paths),
+    left: null as string | null,
     scrub: open ? describeScrub(open, memory) : null,
     next: null as string | null,
     problems: [] as Problem[],
@@ -7239,8 +7239,10 @@ async function readStatus(settings: Settings) {
     lastBoot: readReport(paths) ?? null,
   };
   const settled = open && settledOf(open.members);
-  const plan = state && decide(await look(settings), settings);
+  const facts = state && await look(settings);
+  const plan = facts && decide(facts, settings);
   if (plan) status.next = describeNext(plan, state, memory, paths);
+  status.left = readLeft(paths, facts?.devices);
   status.problems.push(
     ...judgeHealth(status, state, settled, plan),
     ...judgeUntold(memory.untold),
@@ -7386,11 +7388,14 @@ function describeLeaving({ members }: Mounted) {
   return { how: leaving.how, isOut, text: `${text} ${back}` };
 }
 
-/** What has left and is wiped, as long as it stays plugged in. */
-function readLeft(paths: Paths): string | null {
+/** What has left and is wiped, as long as it is plugged in and not enabled. */
+function readLeft(paths: Paths, devices: BlockDevice[] = []): string | null {
   const left = orUndefined(() => JSON.parse(readText(paths.left) ?? ""));
   const isThere = left && readIdentity(left.disk).sequence === left.sequence;
-  return isThere ? left.path : null;
+  const isTaken = devices.filter(({ path }) => path === left?.path)
+    .flatMap((device) => partsOf(device, devices))
+    .some(({ magic, inUse }) => magic || inUse);
+  return isThere && !isTaken ? left.path : null;
 }
 
 /** What runs in the background, in the words of btrfs(8). */

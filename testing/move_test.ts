@@ -118,6 +118,28 @@ onDisks(
   },
 );
 
+onDisks(
+  "a disk that has left is not said to hold nothing once it is taken again",
+  { disks: [magicDisk, emptyDisk] },
+  async (system) => {
+    await system.boot();
+    const [first, second] = system.disks;
+    const pulls = async () =>
+      (await statusOf(system)).health.join().match(/(\S+) holds none/)?.[1];
+    await asked(system, ["--move", first.path, second.path]);
+    await idle(system);
+    assertEquals(await pulls(), first.path);
+    await asked(system, ["--enable", first.path]);
+    assertEquals(await pulls(), undefined);
+    await asked(system, ["--disable", first.path]);
+    assertEquals(await pulls(), first.path);
+    await asked(system, ["--enable", "--now", first.path]);
+    await idle(system);
+    assertEquals((await memberDisks(system)).length, 2);
+    assertEquals((await statusOf(system)).health, []);
+  },
+);
+
 for (const [what, spec] of Object.entries(moves)) {
   const { mebibytes, sectorBytes, old = magicDisk, isInCi } = spec;
   if (!isInCi && !isAll) continue;
