@@ -4402,7 +4402,13 @@ async function mountSubvolume(
   const target = paths[which];
   const name = SUBVOLUMES[which];
   const subvolume = [`subvol=/${name}`, ...options];
-  fs.mkdirSync(target, { recursive: true });
+  try {
+    fs.mkdirSync(target, { recursive: true });
+  } catch (error) {
+    const root = mountedOn(paths.data)?.root;
+    if (root === undefined || !/^EEXIST/.test(messageOf(error))) throw error;
+    throw noDirectory(join(root, basename(target)), nodes);
+  }
   try {
     return await mountBtrfs(nodes, subvolume, target);
   } catch (error) {
@@ -4415,14 +4421,7 @@ async function mountSubvolume(
     const path = join(paths.topLevel, name);
     try {
       const there = whatIsAt(path);
-      if (there && !there.isDirectory()) {
-        throw new Error(
-          `"${name}" at the top level of the data filesystem on ` +
-            `${nodes.join(", ")} is neither a subvolume nor a directory: it ` +
-            `is left as it is; log in, mount it ("mkdir /run/top; mount -o ` +
-            `subvolid=5 ${nodes[0]} /run/top"), rename it, reboot`,
-        );
-      }
+      if (there && !there.isDirectory()) throw noDirectory(`/${name}`, nodes);
       if (there && isSubvolume(path)) throw error;
       if (there) return await bind(path, target);
       const isTop = fs.existsSync(join(paths.topLevel, STATE));
@@ -4434,6 +4433,14 @@ async function mountSubvolume(
   }
   await mountBtrfs(nodes, subvolume, target);
 }
+
+const noDirectory = (path: string, nodes: string[]) =>
+  new Error(
+    `"${path}" in the data filesystem on ${nodes.join(", ")} is neither a ` +
+      `subvolume nor a directory: it is left as it is; log in, rename it ` +
+      `("mkdir /run/top; mount -o subvolid=5 ${nodes[0]} /run/top; ` +
+      `mv /run/top${path} /run/top${path}.old"), reboot`,
+  );
 
 /**
  * Refuses directories in a read-only subvolume, such as a snapshot, which a

@@ -499,6 +499,28 @@ situation(
   },
 );
 
+const instead: Record<string, string> = {
+  "a file": 'echo mine > "$there"',
+  "a link to nothing": 'ln -s nowhere "$there"',
+};
+for (const [what, script] of Object.entries(instead)) {
+  for (const name of ["lightwhale-state", "lightwhale-state-snapshots"]) {
+    const there = `@lightwhale-data/${name}`;
+    situation(`${what} stands in the place of ${name}: it is kept and named`, {
+      disks: [oldDisk],
+      earlier: [[1]],
+      then: `d=$(mktemp -d); mount -o subvolid=5 "$1" "$d"
+        there="$d/${there}"; rmdir "$there"; ${script}
+        umount "$d"; rmdir "$d"`,
+      mode: "fallback",
+      status: 1,
+      uses: [1],
+      says: [`"/${there}" .* on %1 is neither .*: .* mv /run/top/${there} `],
+      neverSays: ["EEXIST"],
+    });
+  }
+}
+
 const seed = 'btrfstune -S 1 "$1"';
 
 situation(
