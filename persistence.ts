@@ -6486,7 +6486,9 @@ async function enable(
         : target.device.payload
         ? "; the payload that it had is erased (--with FILE gives it one)"
         : "";
-      console.log(`${path} is enabled${what}`);
+      const isWiped = partsOf(target.device, target.devices).some(holdsData);
+      const loss = isWiped ? `; the data filesystem on it is wiped` : "";
+      console.log(`${path} is enabled${loss}${what}`);
       if (now) continue;
       const after = await readBytes(path, 0, room);
       for (const undo of howToUndo(target, before, after)) console.log(undo);

@@ -249,6 +249,7 @@ onDisks(
     const args = [...system.place(), "--enable", "--force", path];
     const { status, stdout, stderr } = await system.run(args);
     assertEquals([status, stderr], [0, ""], stdout);
+    assertMatch(stdout, /is enabled; the data filesystem on it is wiped\n/);
     const { report } = await system.boot();
     assertEquals([report.mode, report.warnings], ["persistent", []]);
     assertMatch(report.plan.join(), /create "lightwhale-data"/);
