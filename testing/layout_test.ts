@@ -260,7 +260,7 @@ for (const [what, script] of Object.entries(others)) {
       assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
       assertStringIncludes(
         boot.report.errors.join("\n"),
-        `"${name}" at the top level of the data filesystem on /dev/loop`,
+        `"/${name}" in the data filesystem on /dev/loop`,
       );
       assert(!/wrong fs type/.test(boot.stderr), boot.stderr);
       await system.reboot();
