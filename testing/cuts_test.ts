@@ -51,6 +51,8 @@ interface Scene {
   used?: number[];
   /** A shell script that runs in the machine after its boot. */
   does?: string;
+  /** Disks have no identity: those here could not have the machine's. */
+  isAnonymous?: true;
   /** The profiles in the end; undefined where there may be no data filesystem. */
   profiles?: string;
   /** What must hold in the end besides. */
@@ -257,6 +259,7 @@ const scenes: Scene[] = [
     before: persist,
     does: `persistence.ts --move /dev/vda /dev/vdb; echo '@asked '
       ${waitForOne("vdb1")}`,
+    isAnonymous: true,
     profiles: "single dup dup",
     async after({ system, said }) {
       const [old, fresh] = system.disks;
@@ -366,6 +369,7 @@ async function recordScene(
   const disks = usedDisks(scene, system).map((_, i) => ({
     file: `${folder}/recorded${i}`,
     recorded: true,
+    serial: scene.isAnonymous ? "" : undefined,
   }));
   for (const [i, place] of placesOf(scene).entries()) {
     await copy(`${folder}/before${place}`, disks[i].file);
@@ -484,6 +488,10 @@ async function playCut(
       );
     },
   });
+  for (const { path } of scene.isAnonymous ? used : []) {
+    const file = `/sys/block/${path.slice("/dev/".length)}/loop/backing_file`;
+    await system.sh(`mount --bind /dev/null ${file}`);
+  }
   const boot = await system.boot();
   const context = `${boot.stderr}\n${JSON.stringify(boot.report, null, 1)}`;
   const { mode } = boot.report;
