@@ -4443,13 +4443,15 @@ const noDirectory = (path: string, nodes: string[]) =>
   );
 
 /**
- * Refuses directories in a read-only subvolume, such as a snapshot, which a
- * read-write mount does not show.
+ * Refuses directories that take no file: in a read-only subvolume, such as a
+ * snapshot, which a read-write mount does not show; or where a snapshot has only
+ * the name of a subvolume (inode 2, BTRFS_EMPTY_SUBVOL_DIR_OBJECTID).
  *
  * @throws {Error} That names the subvolume and how to make it writable.
  */
 function refuseReadOnly(...directories: string[]): void {
   const problemOf = (path: string) => {
+    if (orUndefined(() => fs.statSync(path).ino) === 2) return "ENOENT";
     try {
       fs.accessSync(path, fs.constants.W_OK);
     } catch (error) {
@@ -4458,19 +4460,24 @@ function refuseReadOnly(...directories: string[]): void {
   };
   let path = directories.find(problemOf);
   if (path === undefined) return;
-  const isImmutable = problemOf(path) === "EPERM";
+  const problem = problemOf(path);
   const isItself = (path: string) =>
-    isImmutable || isSubvolume(path) || mountedOn(path);
+    problem !== "EROFS" || isSubvolume(path) || mountedOn(path);
   while (!isItself(path)) path = dirname(path);
   let top = path;
   while (!mountedOn(top)) top = dirname(top);
   const { root, source: node } = mountedOn(top)!;
   const inside = join(root, path.slice(top.length));
-  const [why, cure] = isImmutable
+  const [why, cure] = problem === "EPERM"
     ? [`${inside} on ${node} is immutable`, `chattr -i /run/top${inside}"`]
-    : [
+    : problem === "EROFS"
+    ? [
       `the subvolume ${inside} on ${node} is read-only, as a snapshot is`,
       `btrfs property set -ts /run/top${inside} ro false", -f if it was received`,
+    ]
+    : [
+      `${inside} on ${node} is not the subvolume, which no snapshot includes`,
+      `rmdir /run/top${inside}", then mv the subvolume there`,
     ];
   throw new Error(
     `Cannot write to "${path}": ${why}; make it writable ("mkdir /run/top; ` +
@@ -8115,7 +8122,9 @@ function orUndefined<T>(step: () => T): T | undefined {
 
 /** Text of a small file without the newline at its end, if it can be read. */
 function readText(path: string): string | undefined {
-  return orUndefined(() => fs.readFileSync(path, "utf8"))?.replace(/\n$/, "");
+  const flag = fs.constants.O_NONBLOCK; // a FIFO would block us
+  return orUndefined(() => fs.readFileSync(path, { encoding: "utf8", flag }))
+    ?.replace(/\n$/, "");
 }
 
 /** A link is not followed. */

@@ -1,5 +1,10 @@
 /** What a boot makes on the data filesystem and mounts, and what it finds there. */
-import { assert, assertEquals, assertStringIncludes } from "@std/assert";
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
 import {
   type Boot,
   type DiskSpec,
@@ -180,6 +185,45 @@ for (const [path, script] of Object.entries(readOnlySubvolumes)) {
     assertEquals(await system.sh("cat etc/kept; touch home/x"), "kept\n");
   });
 }
+
+onDisks("a FIFO in the place of a file of ours holds nobody up", {
+  disks: [madeBy(
+    "mkfifo $STATE/.maintenance.json $STATE/payload.json $STATE/.pending-scrub",
+  )],
+}, async (system) => {
+  assertEquals((await system.boot()).status, 0);
+  for (const args of [["--status"], ["--check"], ["--maintain"]]) {
+    const line = [...system.place(), ...args];
+    assertEquals((await system.run(line)).signal, null, `${args}`);
+  }
+});
+
+onDisks(
+  "a snapshot takes the place of the state: it has no images, and that is said",
+  {
+    disks: [madeBy(
+      `rmdir $STATE/docker; btrfs -q subvolume create $STATE/docker
+     echo kept > $STATE/docker/image
+     mv $STATE old; btrfs -q subvolume snapshot old $STATE`,
+    )],
+  },
+  async (system) => {
+    const boot = await system.boot();
+    assertEquals([boot.status, boot.report.mode], [0, "persistent"]);
+    const [warning] = boot.report.warnings;
+    assertMatch(warning, /state\/docker on .* no snapshot includes; .*rmdir/);
+    const [, cure] = /\("([^"]*)"/.exec(warning)!;
+    await system.sh(`${cure}
+    mv /run/top/old/docker /run/top/@lightwhale-state/docker
+    umount /run/top; rmdir /run/top`);
+    await system.reboot();
+    assertEquals((await system.boot()).report.warnings, []);
+    assertEquals(
+      await system.sh(`cat ${state}/docker/image etc/kept`),
+      "kept\nkept\n",
+    );
+  },
+);
 
 for (
   const path of ["@lightwhale-state-snapshots", "@lightwhale-state/docker"]
