@@ -159,6 +159,16 @@ function ofMachine(
   return record(member, epoch, [member], {}, { machine, seconds });
 }
 
+/** A half of a mirror that was mounted twice without the other one. */
+function wentOnAlone() {
+  const since = { mounts: ["m", "n", "o"], lastSeen: { b: "n" } };
+  return data("sda", {
+    ...two,
+    generation: 12,
+    record: record("a", 7, ["a"], { b: 10 }, since),
+  });
+}
+
 const situations: {
   name: string;
   devices: BlockDevice[][];
@@ -2303,14 +2313,7 @@ const situations: {
   {
     name: "what came back is older than what was there last",
     devices: [
-      data("sda", {
-        ...two,
-        generation: 12,
-        record: record("a", 7, ["a"], { b: 10 }, {
-          mounts: ["m", "n", "o"],
-          lastSeen: { b: "n" },
-        }),
-      }),
+      wentOnAlone(),
       data("sdb", {
         ...two,
         devid: 2,
@@ -2325,14 +2328,7 @@ const situations: {
     name:
       "an older copy in the slot that a virtual machine's serial number names",
     devices: [
-      data("sda", {
-        ...two,
-        generation: 12,
-        record: record("a", 7, ["a"], { b: 10 }, {
-          mounts: ["m", "n", "o"],
-          lastSeen: { b: "n" },
-        }),
-      }),
+      wentOnAlone(),
       data("sdb", {
         ...two,
         devid: 2,
@@ -2350,14 +2346,7 @@ const situations: {
   {
     name: "what came back is what was there last",
     devices: [
-      data("sda", {
-        ...two,
-        generation: 12,
-        record: record("a", 7, ["a"], { b: 10 }, {
-          mounts: ["m", "n", "o"],
-          lastSeen: { b: "n" },
-        }),
-      }),
+      wentOnAlone(),
       data("sdb", {
         ...two,
         devid: 2,
