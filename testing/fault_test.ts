@@ -589,7 +589,7 @@ onDisks(
     const boot = await system.boot();
     await assertWritable(system, boot, "");
     assertEquals([boot.status, boot.report.mode], [1, "fallback"]);
-    const [, source] = /on (\S+) is full: .* delete files/.exec(boot.stderr) ??
+    const [, source] = /on (\S+) is full, .* delete files/.exec(boot.stderr) ??
       [];
     assert(source, boot.stderr);
     await system.sh(
