@@ -4277,7 +4277,7 @@ async function recordMembers(
     Math.floor(Date.now() / 1000),
     ...members.map(({ holds }) => 1 + (holds.record?.seconds ?? 0)),
   );
-  const common = { fsid, epoch, present, settled, machine, seconds };
+  const common = { epoch, present, settled, machine, seconds };
   const failed: Member[] = [];
   const written = new Map<Member, MemberRecord>();
   await Promise.all(members.map(async (device, i) => {
@@ -4292,9 +4292,10 @@ async function recordMembers(
     }
     const mounts = [...holds.record?.mounts ?? [], mount];
     const record: MemberRecord = {
+      fsid,
+      member: present[i],
       ...common,
       ...absentSince(device, present),
-      member: present[i],
       leaving: leaving ?? undefined,
       hardware,
       mounts: mounts.slice(-RECORD.remembered),

@@ -501,7 +501,10 @@ async function readState(
 /** Numbers UUIDs in the order of their appearance; drops counters. */
 function normalise(text: string): string {
   const seen: string[] = [];
+  const sortKeys = (json: string) =>
+    JSON.stringify(Object.fromEntries(Object.entries(JSON.parse(json)).sort()));
   return text
+    .replaceAll(/^\{"fsid".*\}$/gm, sortKeys) // a record
     .replaceAll(/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/gi, (uuid) => {
       const known = seen.indexOf(uuid.toLowerCase());
       if (known < 0) seen.push(uuid.toLowerCase());

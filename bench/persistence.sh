@@ -340,9 +340,11 @@ record_members() {
 	for id in $ids; do present="$present${present:+,}\"$id\""; done
 	# shellcheck disable=SC2086 # $ids are words
 	set -- $ids
+	# Without this, the tool has profiles to look at in the background.
+	settled="\"settled\":{\"devices\":$#,\"unmirrored\":[]}"
 	for node in $members; do
 		json="{\"fsid\":\"$uuid\",\"member\":\"$1\",\"epoch\":$epoch,"
-		json="$json\"present\":[$present],\"absent\":{}}"
+		json="$json\"present\":[$present],\"absent\":{},$settled}"
 		crc32 "$json"
 		printf 'lightwhale-mark 1\n%08x\n%s\n' "$sum" "$json" |
 			dd of="$node" bs=4096 count=1 seek=$((14 + epoch % 2)) \
