@@ -1550,11 +1550,12 @@ function readIdentity(disk: string): { sequence?: string; hardware?: string } {
   const image = readSysfs(disk, "loop/backing_file"); // it is that file
   const stat = image && orUndefined(() => fs.statSync(image));
   const hardware = [
-    stat && `${IMAGE}${stat.dev}:${stat.ino}`,
-    ...HARDWARE_ATTRIBUTES.map((name) => readSysfs(disk, name)),
-    readUsbSerial(disk),
+    () => stat && `${IMAGE}${stat.dev}:${stat.ino}`,
+    ...HARDWARE_ATTRIBUTES.map((name) => () => readSysfs(disk, name)),
+    () => readUsbSerial(disk),
   ]
-    .map((value) => value?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
+    .values() // so that only as many are read as it takes
+    .map((read) => read()?.replace(/[^\x21-\x7e]+/g, " ").trim().slice(0, 200))
     // Not nothing, not one character over and over, not a placeholder.
     .find((value) => value && !/^(.)\1*$|^0?123456789|^none$/i.test(value));
   return { sequence: readSysfs(disk, "diskseq"), hardware };
