@@ -1314,10 +1314,14 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
     // A bad spot there is no reason not to use the disk.
     const tryRead = (at: number, bytes: number) =>
       read(base + at, bytes).catch(() => undefined);
-    const end = await tryRead(sizeBytes - RAID_BYTES, RAID_BYTES);
+    const ends = await Promise.all([
+      tryRead(sizeBytes - RAID.endBytes, RAID.endBytes),
+      ...RAID.sectors.map((n) => tryRead(sizeBytes - n * 512, 512)),
+    ]);
     const isVmfs = [await tryRead(MiB, 4), await tryRead(2 * MiB, 4)]
       .some((magic) => VMFS.includes(Buffer.from(magic ?? []).toString("hex")));
-    reading.plain = isBlankBeforeBtrfs && !isVmfs && !!end && isZero(end);
+    reading.plain = isBlankBeforeBtrfs && !isVmfs &&
+      ends.every((end) => end && isZero(end));
   } else if (!reading.btrfs?.intact && !reading.gpt) {
     const sector = start.subarray(BTRFS.superblockAt);
     reading.plain = isBlankBeforeBtrfs && isZero(sector);
@@ -1333,8 +1337,14 @@ async function readFormats(node: DeviceNode, buffer: Uint8Array, read: Read) {
   return reading;
 }
 
-/** RAID metadata lie in the last 3087 sectors (util-linux, promise_raid.c). */
-const RAID_BYTES = 1600 * KiB;
+/**
+ * RAID metadata lie in the last 128 KiB, or begin so many sectors before the end
+ * (util-linux, ddf_raid.c and promise_raid.c).
+ */
+const RAID = {
+  endBytes: 128 * KiB,
+  sectors: [257, 399, 591, 675, 735, 911, 951, 974, 991, 3087],
+};
 
 /** VMFS leaves the first MiB as it was (util-linux, vmfs.c). */
 const VMFS = ["0dd001c0", "5ef1ab2f"];

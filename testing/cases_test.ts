@@ -78,8 +78,8 @@ md090() {
 isw() {
   printf 'Intel Raid ISM Cfg Sig. 1.1.00' | put "$1" $(($(sizeof "$1") - 1024))
 }
-ddf() {
-  at=$(($(sizeof "$1") - 512))
+ddf() { # so many sectors before the end
+  at=$(($(sizeof "$1") - \${2:-1} * 512))
   printf '\\336\\021\\336\\021' | put "$1" $at
   printf 'LSI' | put "$1" $((at + 8))
   printf '01.00.00' | put "$1" $((at + 32))
@@ -232,10 +232,14 @@ const newer: Record<string, { script: string; needs?: Program[] }> = {
     script: `gpt "$1" 'name=photos'; luks "$1"p1`,
     needs: ["cryptsetup"],
   },
-  "a Promise RAID": {
-    script: `printf 'Promise Technology, Inc.' |
-      put "$1" $(($(sizeof "$1") - 3087 * 512))`,
-  },
+  ...Object.fromEntries([399, 951, 3087].map((sectors) => [
+    `a Promise RAID, ${sectors} sectors before the end,`,
+    {
+      script: `printf 'Promise Technology, Inc.' |
+        put "$1" $(($(sizeof "$1") - ${sectors} * 512))`,
+    },
+  ])),
+  "a DDF RAID, 257 sectors before the end,": { script: 'ddf "$1" 257' },
   "VMFS": { script: `printf '\\15\\320\\1\\300' | put "$1" 1048576` },
   "md with its superblock at the end": { script: 'md10 "$1"' },
   "an Intel RAID with its metadata at the end": { script: 'isw "$1"' },
