@@ -159,6 +159,12 @@ function ofMachine(
   return record(member, epoch, [member], {}, { machine, seconds });
 }
 
+/** The member that a mount goes on with. */
+function stillOpen() {
+  const last = record("a", 6, both, {}, { mounts: ["m"] });
+  return data("sda", { ...openMember, record: last });
+}
+
 /** A half of a mirror that was mounted twice without the other one. */
 function wentOnAlone() {
   const since = { mounts: ["m", "n", "o"], lastSeen: { b: "n" } };
@@ -1171,10 +1177,7 @@ const situations: {
   ...["wwn-b", "wwn-c"].map((hardware) => ({
     name: `a member dropped out of the mount, and ${hardware} has what it had`,
     devices: [
-      data("sda", {
-        ...openMember,
-        record: record("a", 6, both, {}, { mounts: ["m"] }),
-      }),
+      stillOpen(),
       data("sdc", {
         ...two,
         devid: 2,
@@ -1192,10 +1195,7 @@ const situations: {
   {
     name: "a member dropped out of the mount, and was written elsewhere",
     devices: [
-      data("sda", {
-        ...openMember,
-        record: record("a", 6, both, {}, { mounts: ["m"] }),
-      }),
+      stillOpen(),
       data("sdc", {
         ...two,
         devid: 2,
